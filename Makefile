@@ -1,0 +1,32 @@
+# make demo: the whole benchmark on synthetic scenes. make test, make lint: for developers.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+DEMO = demo
+
+.PHONY: demo test lint clean
+
+# The stamp is the requirements file that the environment was made from.
+$(VENV)/.run: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+$(VENV)/.dev: requirements-dev.txt requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+demo: $(VENV)/.run
+	$(BIN)/python tools/make_scenes.py --output $(DEMO)/data --train 16 --inference 4 --size 300 375
+	$(BIN)/python slstr_cloud.py --config target/demo.yaml
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) $(DEMO)

@@ -1,0 +1,1 @@
+"""What turns the science of CloudMask into a benchmark; one subject a file."""

@@ -1,0 +1,241 @@
+"""The configuration: every key, its type, range and default, and what cannot go together."""
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import (
+    AliasGenerator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+V1_UPPER_CASE = ("patch_size", "image_h", "image_w", "n_channels", "min_sst", "crop_size")
+
+
+class UserError(ValueError):
+    """What the user can mend; main shows it as one line without a traceback."""
+
+
+def _no_truth_value(value):
+    if isinstance(value, bool):
+        raise ValueError("should be a number")
+    return value
+
+
+def _expand(value):
+    """Expand ~ and $VARS; a variable that is not set is an error, not an odd directory."""
+    if not isinstance(value, str | os.PathLike):
+        return value
+    expanded = os.path.expanduser(os.path.expandvars(value))
+    if unset := re.findall(r"\$\{?(\w+)", expanded):
+        raise ValueError(f"uses the environment variable {', '.join(unset)}, which is not set")
+    return expanded
+
+
+def _plain_name(value):
+    if isinstance(value, str) and (Path(value).name != value or value.startswith(".")):
+        raise ValueError("should be a plain folder name without '/' and not starting with '.'")
+    return str(value) if isinstance(value, int | float) else value
+
+
+Number = BeforeValidator(_no_truth_value)
+Count = Annotated[int, Number, Field(ge=1)]
+FilePath = Annotated[Path, BeforeValidator(_expand)]
+
+
+class Submission(BaseModel):
+    """The `submission` block of a v1.1 file; only version and commit say something new."""
+
+    model_config = ConfigDict(frozen=True, coerce_numbers_to_str=True)
+
+    version: str | None = None
+    github_commit_version: str | None = None
+
+
+class Config(BaseModel):
+    """All keys, with the spelling of mlcommons/science v1.1 in the file and snake_case inside.
+
+    config.yaml says what each key means.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_by_name=True,
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,
+        alias_generator=AliasGenerator(
+            alias=lambda name: name.upper() if name in V1_UPPER_CASE else name
+        ),
+    )
+
+    # What and who, for the logs
+    benchmark: str = "cloudmask"
+    organisation: str = "unknown"
+    division: str = "open"
+    status: str = "research"
+    platform: str = "unknown"
+    accelerators_per_node: Annotated[int, Number, Field(ge=0)] | None = None
+    submission: Submission = Submission()
+    name: str = ""
+    email: str = ""
+
+    # Data and results
+    train_dir: FilePath = Path("data/one-day")
+    inference_dir: FilePath = Path("data/ssts")
+    output_dir: FilePath = Path("outputs")
+    run_name: Annotated[str, BeforeValidator(_plain_name)] | None = None
+    model_file: FilePath = Path("model.keras")
+    log_file: FilePath = Path("cloudmask.log")
+    mlperf_logfile: FilePath = Path("mlperf_cloudmask.log")
+    cache_dir: FilePath | None = None
+    no_cache: bool | None = None
+    on_bad_scene: Literal["stop", "skip"] = "stop"
+
+    # Scenes and patches
+    image_h: Count = 1200
+    image_w: Count = 1500
+    n_channels: Annotated[int, Number, Field(ge=4)] = 9
+    patch_size: Annotated[int, Number, Field(ge=8, multiple_of=8)] = 256
+    crop_size: Annotated[int, Number, Field(ge=0, multiple_of=2)] = 80
+    min_sst: Annotated[float, Number, Field(gt=0)] = 273.15
+
+    # Training
+    seed: Annotated[int, Number, Field(ge=0, lt=2**32)] = 1234
+    learning_rate: Annotated[float, Number, Field(gt=0)] = 0.001
+    epochs: Count = 30
+    batch_size: Count = 32
+    train_split: Annotated[float, Number, Field(gt=0, lt=1)] = 0.8
+    clip_offset: Annotated[int, Number, Field(ge=0)] = 15
+    cloud_weight: Annotated[float, Number, Field(gt=0)] = 1.0
+    target_accuracy: Annotated[float, Number, Field(gt=0, le=1)] | None = None
+    patience: Count | None = None
+    shuffle_scenes: Count | Literal["auto"] = "auto"
+    micro_batch: Count | Literal["auto"] = "auto"
+    checkpoint_every: Count = 1
+
+    # Inference
+    inference_mode: Literal["patches", "scene"] = "patches"
+    keep_probability: bool = False
+
+    # Devices
+    nodes: Count | Literal["auto"] = "auto"
+    gpu: Annotated[int, Number, Field(ge=0)] | Literal["auto"] = "auto"
+    cpu_devices: Count = 1
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    xla: bool = False
+    deterministic: bool | Literal["auto"] = "auto"
+
+    @model_validator(mode="after")
+    def _refuse_impossible_combinations(self):
+        p, problems = self.patch_size, []
+        if self.crop_size >= p:
+            problems.append(f"CROP_SIZE {self.crop_size} must be smaller than PATCH_SIZE {p}")
+        if p > min(self.image_h, self.image_w):
+            problems.append(
+                f"PATCH_SIZE {p} must fit in the image of IMAGE_H {self.image_h} x "
+                f"IMAGE_W {self.image_w}"
+            )
+        if 2 * self.clip_offset >= p:
+            problems.append(
+                f"clip_offset {self.clip_offset} cut from both sides leaves nothing of PATCH_SIZE {p}"
+            )
+        if self.no_cache and self.cache_dir:
+            problems.append(
+                f"no_cache: true and cache_dir {self.cache_dir} contradict one another; drop one"
+            )
+        if isinstance(self.gpu, int) and self.gpu > 0 and self.cpu_devices > 1:
+            problems.append(
+                f"cpu_devices {self.cpu_devices} rehearses on the CPU, but gpu is {self.gpu}; "
+                "set gpu: 0"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, which takes no key twice."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
+            raise UserError(f"the key {', '.join(twice)} stands twice; keep one")
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path, overrides=()):
+    """Read and check a configuration.
+
+    Args:
+        path: YAML file.
+        overrides: `KEY=VALUE` texts, the values in YAML; they win over the file.
+
+    Returns:
+        Config.
+
+    Raises:
+        UserError: With a line for each thing that is wrong.
+    """
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except FileNotFoundError:
+        raise UserError(f"No configuration file {path}; name one with --config.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    except (yaml.YAMLError, UserError) as error:
+        raise UserError(f"{path} is not a valid configuration: {' '.join(str(error).split())}.") from None
+    if not isinstance(values or {}, dict):
+        raise UserError(f"{path} should hold lines of 'key: value', found a {type(values).__name__}.")
+    return check({**(values or {}), **dict(map(_override, overrides))}, path)
+
+
+def _override(text):
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--set takes KEY=VALUE, found '{text}'.")
+    try:
+        return key.strip(), yaml.load(value, Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, UserError):
+        raise UserError(f"--set {key}: '{value}' is not a YAML value.") from None
+
+
+def check(values, source):
+    """Turn a dictionary of values into a Config, or say everything that is wrong with it."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(e) for e in error.errors()]
+        raise UserError(f"{source}: {'; '.join(dict.fromkeys(lines))}.") from None
+
+
+def _explain(error):
+    key = str(error["loc"][0]) if error["loc"] else ""
+    if error["type"] == "extra_forbidden":
+        known = [field.alias for field in Config.model_fields.values()]
+        folded = {name.lower(): name for name in known}
+        near = difflib.get_close_matches(key.lower(), folded, n=1, cutoff=0.0)
+        return f"unknown key '{key}', the nearest known one is '{folded[near[0]]}'"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}, found {error['input']!r}" if key else message
+
+
+def dump_config(config, run_dir):
+    """The resolved configuration as YAML text: with absolute paths, so that it runs anywhere.
+
+    `run_name` is left to the next run, since no run writes into the folder of another.
+    """
+    values = config.model_dump(by_alias=True, mode="json", exclude={"run_name"})
+    for key in ("train_dir", "inference_dir", "output_dir", "cache_dir"):
+        if values[key] is not None:
+            values[key] = os.path.abspath(values[key])
+    header = f"# Resolved configuration of {run_dir}; running it again repeats the run.\n"
+    return header + yaml.safe_dump(values, sort_keys=False)

@@ -1,0 +1,40 @@
+"""The MLPerf log: `:::MLLOG` events in the order that MLPerf HPC asks for."""
+
+import logging
+
+from mlperf_logging.mllog import constants as keys
+from mlperf_logging.mllog.mllog import MLLogger
+
+__all__ = ["keys", "open_mlperf_log", "log_submission"]
+
+RULESET = "3.0.0"  # of MLPerf HPC, which the events follow
+RULES = "mlperf_rules.yaml"  # what mlperf_logging.compliance_checker should ask of our logs
+# Keys of ours and of MLCommons Science that the package has no constant for.
+NUMBER_OF_RANKS = "number_of_ranks"
+NUMBER_OF_NODES = "number_of_nodes"
+ACCELERATORS_PER_NODE = "accelerators_per_node"
+SUBMISSION_VERSION = "submission_version"
+SUBMISSION_COMMIT = "submission_github_commit_version"
+INFERENCE_START = "inference_start"
+INFERENCE_STOP = "inference_stop"
+RESULT = "result"
+
+
+def open_mlperf_log(path, root_dir):
+    """Return an MLLogger that writes to a file; to nowhere where path is None."""
+    logger = logging.Logger("cloudmask.mlperf", logging.INFO)
+    logger.addHandler(logging.FileHandler(path, mode="w") if path else logging.NullHandler())
+    return MLLogger(logger, root_dir=str(root_dir))
+
+
+def log_submission(mllog, config, commit):
+    """Log who submits what; to be followed by `cache_clear` and `init_start`."""
+    mllog.event(keys.SUBMISSION_BENCHMARK, config.benchmark)
+    mllog.event(keys.SUBMISSION_ORG, config.organisation)
+    mllog.event(keys.SUBMISSION_DIVISION, config.division)
+    mllog.event(keys.SUBMISSION_STATUS, config.status)
+    mllog.event(keys.SUBMISSION_PLATFORM, config.platform)
+    mllog.event(keys.SUBMISSION_POC_NAME, config.name)
+    mllog.event(keys.SUBMISSION_POC_EMAIL, config.email)
+    mllog.event(SUBMISSION_VERSION, config.submission.version)
+    mllog.event(SUBMISSION_COMMIT, commit)

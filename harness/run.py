@@ -1,0 +1,218 @@
+"""A run's folder, and everything that is written there."""
+
+import contextlib
+import csv
+import io
+import json
+import logging
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+from harness.config import UserError, dump_config
+from harness.mlperf_log import keys, open_mlperf_log
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGES = ("tensorflow", "keras", "numpy", "h5py", "scikit-learn", "mlperf-logging")
+LINE_SECONDS = 60  # [s] between progress lines in a batch log
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Give a temporary path of the same suffix; when all is well, sync it and rename it to `path`.
+
+    Whatever happens, `path` is either as it was or whole.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a text file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_csv(path, columns, rows):
+    """Write dictionaries as CSV, whole or not at all; a missing number is `nan`."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def jsonable(value):
+    """Copy nested dictionaries and lists for JSON: NaN and infinity become null."""
+    if isinstance(value, dict):
+        return {key: jsonable(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+class Run:
+    """One run: its folder, its logs and its results.
+
+    As a context it ends what it began: whatever happens inside, `run_stop` and results.json say how
+    the run went. Processes other than the chief write nothing but a log of their own.
+
+    Attributes:
+        folder: The run's folder.
+        results: What results.json will hold.
+        mllog: MLLogger of the MLPerf log.
+    """
+
+    def __init__(self, config, devices, mode):
+        self.is_chief = devices.is_chief
+        self.folder = _make_folder(config)
+        self.model_file = self.path(config.model_file)
+        self._log_file = self.path(config.log_file)
+        self._started = None
+        self._run_start = None
+        _log_to(self.folder / f"rank-{devices.rank}.log")
+        write_text(self.folder / "config.yaml", dump_config(config, self.folder.name))
+        mlperf_file = self.path(config.mlperf_logfile)
+        mlperf_file.parent.mkdir(parents=True, exist_ok=True)
+        self.mllog = open_mlperf_log(mlperf_file, REPOSITORY)
+        self.results = {
+            "status": "running",
+            "run": self.folder.name,
+            "mode": mode,
+            "start": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "devices": {
+                "kind": devices.kind,
+                "replicas": devices.n_replicas,
+                "ranks": devices.n_ranks,
+                "nodes": devices.n_nodes,
+                "accelerators_per_node": devices.accelerators_per_node,
+                "description": devices.describe(),
+                "deterministic": devices.deterministic,
+            },
+            "versions": {
+                "python": platform.python_version(),
+                **{name: metadata.version(name) for name in PACKAGES},
+            },
+            "git_commit": git_commit(),
+            "config": config.model_dump(by_alias=True, mode="json"),
+            "training": None,
+            "inference": None,
+        }
+
+    def path(self, name):
+        """A file of the run: inside its folder unless absolute."""
+        return self.folder / name
+
+    def start(self):
+        """Mark the begin of the timed run."""
+        self._run_start = time.perf_counter()
+        self.mllog.start(keys.RUN_START)
+
+    def write_line(self, text):
+        """Append a result line to log_file, and show it."""
+        log.info("%s", text)
+        if self.is_chief:
+            self._log_file.parent.mkdir(parents=True, exist_ok=True)
+            with self._log_file.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+    def __enter__(self):
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        status = keys.SUCCESS if error is None else keys.ABORTED
+        if self._run_start is not None:
+            self.mllog.end(keys.RUN_STOP, metadata={"status": status})
+        if self.is_chief:
+            self.results |= {
+                "status": status,
+                "error": None if error is None else f"{kind.__name__}: {error}"[:2000],
+                "seconds": time.perf_counter() - self._started,
+                "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            }
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                self.save_results()
+
+    def save_results(self):
+        """Write results.json as it stands."""
+        write_text(self.folder / "results.json", json.dumps(jsonable(self.results), indent=2) + "\n")
+
+
+def _make_folder(config):
+    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("LSB_JOBID") or os.getpid()
+    name = config.run_name or f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{job}"
+    folder = Path(config.output_dir) / name
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(
+            f"{folder} exists: a run never writes into the folder of another. "
+            "Choose another run_name or remove the folder."
+        ) from None
+    return folder.resolve()
+
+
+def git_commit():
+    """The commit of this code, with '-dirty' where it was changed; None outside a repository."""
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--abbrev=40", "--dirty"]
+    with contextlib.suppress(OSError):
+        answer = subprocess.run(
+            [*command, "--exclude=*"], capture_output=True, text=True, timeout=30, check=False
+        )
+        if answer.returncode == 0:
+            return answer.stdout.strip()
+    return None
+
+
+def log_to_screen(verbose):
+    """Send the project's messages to the terminal, plain."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+    logging.getLogger("tensorflow").setLevel(logging.INFO if verbose else logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.INFO if verbose else logging.ERROR)
+
+
+def _log_to(path):
+    handler = logging.FileHandler(path, delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+
+
+def progress(items, what, total):
+    """Go through items and tell how far: a bar on a terminal, a line a minute in a batch log."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm  # the bar alone needs it
+
+        yield from tqdm(items, what, total, leave=False, dynamic_ncols=True)
+        return
+    started = last = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if now - last >= LINE_SECONDS:
+            left = (now - started) / done * (total - done)
+            log.info("%s: %d of %d, %.0f s left", what, done, total, left)
+            last = now
+        yield item

@@ -1,0 +1,187 @@
+"""The training and validation steps, on every replica of a strategy at once.
+
+`Model.fit` is not used: under a strategy Keras 3.15 counts an empty step at the end of the data,
+which makes means n/(n+1) too small, and it fails on several workers (keras issue 20585).
+"""
+
+import contextlib
+
+import keras
+import tensorflow as tf
+
+POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
+
+
+class Trainer:
+    """A model, its optimizer, and the steps that train and evaluate it.
+
+    Every step gets, per replica, the elements of `data_loader.PatchBatches`: channels
+    (S, P, P, 9), cloud (S, P, P, 1) and weight (S,), which is 0 for padding at the end.
+
+    Loss and accuracy are means over the pixels that `clip_offset` leaves of all patches of weight
+    1, whatever the numbers of replicas and patches: sums are kept on the devices, in float64.
+
+    Args:
+        strategy: tf.distribute.Strategy.
+        build_model: Function that returns the keras.Model.
+        learning_rate: Of Adam.
+        batch_size: Global batch size.
+        micro_batch: Patches that pass through the network at once; gradients of a replica's share
+            are added up. S is a multiple of it.
+        clip_offset: Pixels cut from each side of prediction and label.
+        cloud_weight: Weight of cloud pixels in the loss.
+        loss_scaling: Whether gradients are scaled against underflow, for float16.
+        xla: Whether the network is compiled.
+    """
+
+    def __init__(
+        self, strategy, build_model, learning_rate, batch_size, micro_batch,
+        clip_offset=0, cloud_weight=1.0, loss_scaling=False, xla=False,
+    ):  # fmt: skip
+        self.strategy, self.batch_size, self.micro_batch = strategy, batch_size, micro_batch
+        self.clip_offset, self.cloud_weight = clip_offset, cloud_weight
+        with strategy.scope():
+            self.model = build_model()
+            self.optimizer = keras.optimizers.Adam(learning_rate)
+            if loss_scaling:
+                self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
+            self.optimizer.build(self.model.trainable_variables)
+            self._totals = tf.Variable(  # sums of loss, right pixels, pixels
+                tf.zeros(3, tf.float64),
+                trainable=False,
+                synchronization=tf.VariableSynchronization.ON_READ,
+                aggregation=tf.VariableAggregation.SUM,
+            )
+        self._loss_scaling = loss_scaling
+        self._gradients_of = tf.function(self._gradients, jit_compile=xla or None)
+        self._sums_of = tf.function(self._sums, jit_compile=xla or None)
+
+    @tf.function(reduce_retracing=True)
+    def train_step(self, batch):
+        """Take one step of the optimizer on a distributed batch."""
+        self.strategy.run(self._train_replica, args=batch)
+
+    @tf.function(reduce_retracing=True)
+    def eval_step(self, batch):
+        """Add a distributed batch to the totals, without training."""
+        self.strategy.run(self._eval_replica, args=batch)
+
+    def take_totals(self):
+        """Return {'loss', 'accuracy'} of the steps since the last call, and start anew."""
+        loss, right, pixels = self._totals.numpy()
+        self._totals.assign(tf.zeros(3, tf.float64))
+        return {"loss": float(loss / pixels), "accuracy": float(right / pixels)}
+
+    def _train_replica(self, channels, cloud, weight):
+        gradients = [tf.zeros_like(v.value) for v in self.model.trainable_variables]
+        for i in self._micro_batches(weight):
+            tf.autograph.experimental.set_loop_options(parallel_iterations=1)  # one's memory
+            part, sums = self._gradients_of(*self._cut(i, channels, cloud, weight))
+            gradients = [total + g for total, g in zip(gradients, part, strict=True)]
+            self._totals.assign_add(sums)
+        # Each part is a mean over `batch_size` patches; a smaller batch counts by its true size.
+        context = tf.distribute.get_replica_context()
+        n_patches = context.all_reduce("sum", tf.reduce_sum(weight))
+        gradients = [g * (self.batch_size / n_patches) for g in gradients]
+        if self._loss_scaling:
+            gradients = self._agree_on_overflow(gradients, context)
+        self.optimizer.apply(gradients, self.model.trainable_variables)
+
+    def _eval_replica(self, channels, cloud, weight):
+        for i in self._micro_batches(weight):
+            tf.autograph.experimental.set_loop_options(parallel_iterations=1)
+            self._totals.assign_add(self._sums_of(*self._cut(i, channels, cloud, weight)))
+
+    def _micro_batches(self, weight):
+        """Numbers of the micro-batches that hold a patch; padding stands at the end."""
+        n_used = tf.reduce_max(tf.where(weight > 0, tf.range(1, len(weight) + 1), 0))
+        return tf.range(-(-n_used // self.micro_batch))
+
+    def _cut(self, i, *arrays):
+        first, m = i * self.micro_batch, self.micro_batch
+        return [tf.ensure_shape(a[first : first + m], (m, *a.shape[1:])) for a in arrays]
+
+    def _gradients(self, channels, cloud, weight):
+        variables = self.model.trainable_variables
+        with tf.GradientTape() as tape:
+            sums, objective = self._forward(channels, cloud, weight, training=True)
+            if self._loss_scaling:
+                objective = self.optimizer.scale_loss(objective)
+        return tape.gradient(objective, [v.value for v in variables]), sums
+
+    def _sums(self, channels, cloud, weight):
+        return self._forward(channels, cloud, weight, training=False)[0]
+
+    def _forward(self, channels, cloud, weight, training):
+        """Return float64 (3,) sums over pixels, and the float32 loss per patch of a full batch."""
+        clip = slice(self.clip_offset, channels.shape[1] - self.clip_offset)
+        probability = self.model(channels, training=training)[:, clip, clip]
+        label = tf.cast(cloud[:, clip, clip], tf.float32)
+        loss = keras.losses.binary_crossentropy(label, probability)  # (m, p, p)
+        loss *= 1 + (self.cloud_weight - 1) * label[..., 0]
+        patch_loss = weight * tf.reduce_mean(loss, axis=(1, 2))  # (m,)
+        right = tf.reduce_sum(
+            tf.cast((probability > 0.5) == (label > 0.5), tf.float32), axis=(1, 2, 3)
+        )  # (m,), exact: below 2^24 pixels
+        pixels = float(label.shape[1] * label.shape[2])
+        sums = tf.stack([patch_loss * pixels, weight * right, weight * pixels])  # (3, m)
+        objective = tf.reduce_sum(patch_loss) / self.batch_size
+        return tf.reduce_sum(tf.cast(sums, tf.float64), axis=1), objective
+
+    def _agree_on_overflow(self, gradients, context):
+        """Make an overflow on one replica one on all: Keras looks at its own replica alone."""
+        finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in gradients])
+        n_overflows = context.all_reduce("sum", tf.cast(~finite, tf.float32))
+        poison = tf.where(n_overflows > 0, float("nan"), 0.0)
+        return [g + poison for g in gradients]
+
+
+def cast_model(model, policy, input_shape=None):
+    """Copy a model to another Keras dtype policy, its last layer in float32, and input shape.
+
+    Args:
+        model: keras.Model of one input.
+        policy: Keras dtype policy.
+        input_shape: (rows, cols, channels), or None to keep it.
+    """
+
+    def convert(layer):
+        values = layer.get_config()
+        if layer is not model.layers[-1]:
+            values["dtype"] = policy
+        return type(layer).from_config(values)
+
+    inputs = keras.Input(input_shape or model.input_shape[1:], dtype="float32")
+    copy = keras.models.clone_model(model, input_tensors=inputs, clone_function=convert)
+    copy.set_weights(model.get_weights())
+    return copy
+
+
+class Predictor:
+    """A model on one device, predicting batches of one shape."""
+
+    def __init__(self, model, device, batch, policy, xla=False):
+        self.batch, self.device = batch, device
+        with tf.device(device):
+            self.model = cast_model(model, policy)
+            self._predict = tf.function(
+                lambda x: self.model(x, training=False), jit_compile=xla or None
+            )
+
+    def __call__(self, patches):
+        """Predict float32 (n, P, P, C), n at most `batch`: (n, P, P, 1). Padded to one shape."""
+        missing = self.batch - len(patches)
+        with tf.device(self.device):
+            x = tf.pad(tf.constant(patches), [[0, missing], [0, 0], [0, 0], [0, 0]])
+            return self._predict(x).numpy()[: len(patches)]
+
+
+@contextlib.contextmanager
+def translated_errors(batches):
+    """Raise what ended the reading of batches in place of TensorFlow's account of it."""
+    try:
+        yield
+    except tf.errors.OpError:
+        if batches.error is not None:
+            raise batches.error from None
+        raise
