@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class SceneError(ValueError):
-    """A scene file that cannot be used; the message names the file and what is wrong."""
+    """Scenes that cannot be used; the message names the file, or the number, and what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,11 @@ def split_scenes(paths, train_split):
         Two lists of paths.
 
     Raises:
-        ValueError: If either set would be empty.
+        SceneError: If either set would be empty.
     """
     n_train = int(len(paths) * train_split)
     if not 0 < n_train < len(paths):
-        raise ValueError(
+        raise SceneError(
             f"train_split {train_split} of {len(paths)} scenes leaves {n_train} to train on and "
             f"{len(paths) - n_train} for validation; both need one at least. Change train_split "
             "or add scenes."
@@ -156,7 +156,10 @@ def _dataset(file, path, name):
 def _check_shapes(path, shape, refs, bts, bayes):
     height, width, n_channels = shape
     demands = {  # reflectances may be on the 500 m grid
-        "refs": (refs.shape, {(height, width, n_channels - 3), (2 * height, 2 * width, n_channels - 3)}),
+        "refs": (
+            refs.shape,
+            {(height, width, n_channels - 3), (2 * height, 2 * width, n_channels - 3)},
+        ),
         "bts": (bts.shape, {(height, width, 3)}),
         "bayes": (bayes.shape, {(height, width, 1)}),
     }
@@ -170,7 +173,9 @@ def _check_shapes(path, shape, refs, bts, bayes):
 
 
 def _read_datasets(refs, bts, bayes, rows, cols):
-    n_rows, n_cols = (len(range(*cut.indices(n))) for cut, n in zip((rows, cols), bts.shape, strict=False))
+    n_rows, n_cols = (
+        len(range(*cut.indices(n))) for cut, n in zip((rows, cols), bts.shape, strict=False)
+    )
     n_refs, n_bts = refs.shape[2], bts.shape[2]
     scene = Scene(
         channels=np.empty((n_rows, n_cols, n_refs + n_bts), np.float32),
@@ -179,11 +184,15 @@ def _read_datasets(refs, bts, bayes, rows, cols):
         bt_12um=np.empty((n_rows, n_cols), np.float32),
     )
     for here, block in _row_blocks(refs, rows, cols, fold=refs.shape[0] // bts.shape[0]):
-        np.subtract(block, REFLECTANCE_OFFSET, out=scene.channels[here, :, :n_refs], casting="same_kind")
+        np.subtract(
+            block, REFLECTANCE_OFFSET, out=scene.channels[here, :, :n_refs], casting="same_kind"
+        )
     for here, block in _row_blocks(bts, rows, cols):
         scene.valid[here] = (block != 0).all(axis=-1)
         scene.bt_12um[here] = block[..., -1]
-        np.divide(block - BT_OFFSET, BT_SCALE, out=scene.channels[here, :, n_refs:], casting="same_kind")
+        np.divide(
+            block - BT_OFFSET, BT_SCALE, out=scene.channels[here, :, n_refs:], casting="same_kind"
+        )
     for here, block in _row_blocks(bayes, rows, cols):
         scene.cloud[here] = block != 0
     return scene
@@ -258,7 +267,9 @@ def training_crop(height, width, patch_size):
     1500 columns hold 5, 1280 columns, from column (1500 mod 256) // 2 = 110.
     """
     return tuple(
-        slice(length % patch_size // 2, length % patch_size // 2 + length // patch_size * patch_size)
+        slice(
+            length % patch_size // 2, length % patch_size // 2 + length // patch_size * patch_size
+        )
         for length in (height, width)
     )
 
@@ -300,19 +311,21 @@ def epoch_steps(n_scenes, patches_per_scene, batch_size, n_lanes, seed, epoch=No
 
     n_steps = -(-len(row) // batch_size)
     slots = _balanced(batch_size, n_lanes)  # 32 slots in 8 lanes: 4 each
-    last_slots = _balanced(len(row) - (n_steps - 1) * batch_size, n_lanes)
+    first_slots = np.cumsum(slots) - slots
+    in_last = _balanced(len(row) - (n_steps - 1) * batch_size, batch_size).astype(bool)
+    last_slots = np.add.reduceat(in_last, first_slots, dtype=int)
     lane_ends = np.cumsum(slots * (n_steps - 1) + last_slots)
 
     steps = np.full((n_steps, batch_size, 2), -1)
-    first_slots = np.cumsum(slots) - slots
     for lane, n, n_last, first in zip(
         np.split(row, lane_ends[:-1]), slots, last_slots, first_slots, strict=True
     ):
         if epoch is not None:
             place = rng.permutation(n_scenes)
             lane = lane[np.argsort(place[lane[:, 0]], kind="stable")]
-        steps[:-1, first : first + n] = lane[: len(lane) - n_last].reshape(n_steps - 1, n, 2)
-        steps[-1, first : first + n_last] = lane[len(lane) - n_last :]
+        here = slice(first, first + n)
+        steps[:-1, here] = lane[: len(lane) - n_last].reshape(n_steps - 1, n, 2)
+        steps[-1, here][in_last[here]] = lane[len(lane) - n_last :]
     return steps
 
 
@@ -392,7 +405,9 @@ class PatchBatches:
         options.threading.private_threadpool_size = 2
         # One file per process is a share already; and the data must not end before the steps do.
         options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-        batches = batches.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
+        batches = batches.apply(
+            tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
+        )
         return batches.with_options(options).prefetch(2)
 
     def __iter__(self):
@@ -549,7 +564,9 @@ def overlapping_patches(channels, patch_size, crop_size):
     stride = patch_size - crop_size
     padding = [same_padding(length, patch_size, stride)[1:] for length in channels.shape[:2]]
     padded = np.pad(channels, [*padding, (0, 0)])
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (patch_size, patch_size), axis=(0, 1))
+    windows = np.lib.stride_tricks.sliding_window_view(
+        padded, (patch_size, patch_size), axis=(0, 1)
+    )
     return windows[::stride, ::stride].transpose(0, 1, 3, 4, 2)  # (7, 9, 256, 256, 9)
 
 

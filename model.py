@@ -10,9 +10,9 @@ DOWNSCALING = 2 ** (len(FILTERS) - 1)  # rows and columns of an input divide by 
 def conv_block(x, filters, dtype):
     """Two 3x3 same-padded convolutions, each followed by ReLU."""
     for _ in range(2):
-        x = layers.Conv2D(
-            filters, 3, padding="same", kernel_initializer="he_normal", dtype=dtype
-        )(x)
+        x = layers.Conv2D(filters, 3, padding="same", kernel_initializer="he_normal", dtype=dtype)(
+            x
+        )
         x = layers.ReLU(dtype=dtype)(x)
     return x
 

@@ -1,6 +1,6 @@
 """CloudMask: train a U-Net on Sentinel-3 SLSTR scenes, then mask scenes with it, and time both.
 
-    python slstr_cloud.py --config config.yaml
+python slstr_cloud.py --config config.yaml
 """
 
 import argparse
@@ -357,10 +357,11 @@ def training_line(config, devices, history, best, n_patches):
     """The training line of cloudmask.log: v1.1's fields, then ours."""
     per_epoch = sum(row["seconds"] for row in history) / len(history)
     return (
-        f"CloudMask training, samples = {n_patches}, epochs={len(history)}, bs={config.batch_size}, "
-        f"nodes={devices.n_nodes}, gpus={devices.n_gpus}, time_per_epoch={per_epoch:.2f}, "
-        f"replicas={devices.n_replicas}, val_loss={best['val_loss']:.4f}, "
-        f"val_accuracy={best['val_accuracy']:.4f}, best_epoch={best['epoch']}"
+        f"CloudMask training, samples = {n_patches}, epochs={len(history)}, "
+        f"bs={config.batch_size}, nodes={devices.n_nodes}, gpus={devices.n_gpus}, "
+        f"time_per_epoch={per_epoch:.2f}, replicas={devices.n_replicas}, "
+        f"val_loss={best['val_loss']:.4f}, val_accuracy={best['val_accuracy']:.4f}, "
+        f"best_epoch={best['epoch']}"
     )
 
 
@@ -402,7 +403,9 @@ def parse_arguments(argv):
         "--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[],
         help="override keys of the configuration",
     )  # fmt: skip
-    parser.add_argument("--verbose", action="store_true", help="show tracebacks and TensorFlow's messages")
+    parser.add_argument(
+        "--verbose", action="store_true", help="show tracebacks and TensorFlow's messages"
+    )
     return parser.parse_args(argv)
 
 
@@ -424,8 +427,8 @@ def run_benchmark(config, mode):
     )
     if config.batch_size < devices.n_replicas:
         raise UserError(
-            f"batch_size {config.batch_size} is the batch of all replicas together and smaller "
-            f"than their number, {devices.n_replicas}. Set batch_size to {devices.n_replicas} or more."
+            f"batch_size {config.batch_size} is the batch of all replicas together, of which there "
+            f"are {devices.n_replicas}. Set it to {devices.n_replicas} at least."
         )
     with Run(config, devices, mode) as run:
         log.info("Run %s on %s", run.folder, devices.describe())

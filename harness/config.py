@@ -146,7 +146,7 @@ class Config(BaseModel):
             )
         if 2 * self.clip_offset >= p:
             problems.append(
-                f"clip_offset {self.clip_offset} cut from both sides leaves nothing of PATCH_SIZE {p}"
+                f"clip_offset {self.clip_offset} on both sides leaves nothing of PATCH_SIZE {p}"
             )
         if self.no_cache and self.cache_dir:
             problems.append(
@@ -192,9 +192,13 @@ def load_config(path, overrides=()):
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
     except (yaml.YAMLError, UserError) as error:
-        raise UserError(f"{path} is not a valid configuration: {' '.join(str(error).split())}.") from None
+        raise UserError(
+            f"{path} is not a valid configuration: {' '.join(str(error).split())}."
+        ) from None
     if not isinstance(values or {}, dict):
-        raise UserError(f"{path} should hold lines of 'key: value', found a {type(values).__name__}.")
+        raise UserError(
+            f"{path} should hold lines of 'key: value', found a {type(values).__name__}."
+        )
     return check({**(values or {}), **dict(map(_override, overrides))}, path)
 
 

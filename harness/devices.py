@@ -1,5 +1,6 @@
 """Which devices a run uses, and the distribution strategy over them."""
 
+import contextlib
 import logging
 from dataclasses import dataclass
 
@@ -74,11 +75,10 @@ class Devices:
 
     def describe(self):
         """One line for people: '2 nodes, 4 ranks, 8 GPU replicas (NVIDIA A100)'."""
-        names = sorted({_hardware_name(device) for device in tf.config.list_logical_devices(self.kind)})
-        return (
-            f"{self.n_nodes} node{'s'[: self.n_nodes > 1]}, {self.n_ranks} rank{'s'[: self.n_ranks > 1]}, "
-            f"{self.n_replicas} {self.kind} replica{'s'[: self.n_replicas > 1]} ({', '.join(names)})"
-        )
+        replica = f"{self.kind} replica"
+        counts = ((self.n_nodes, "node"), (self.n_ranks, "rank"), (self.n_replicas, replica))
+        words = ", ".join(f"{n} {word}{'s' if n > 1 else ''}" for n, word in counts)
+        return f"{words} ({_hardware_name(self.kind)})"
 
 
 def open_devices(gpu="auto", nodes="auto", cpu_devices=1, deterministic="auto", xla=False, seed=0):
@@ -105,16 +105,16 @@ def open_devices(gpu="auto", nodes="auto", cpu_devices=1, deterministic="auto", 
             "Set gpu: auto, or gpu: 0 for the CPU; README.md says how to set GPUs up."
         )
     if nodes not in ("auto", 1):
-        raise UserError(f"nodes: {nodes} demands {nodes} nodes, the scheduler started 1. Set nodes: auto.")
+        raise UserError(
+            f"nodes: {nodes} demands {nodes} nodes, the scheduler started 1. Set nodes: auto."
+        )
     used = found if gpu == "auto" else found[:gpu]
     tf.config.set_visible_devices(used, "GPU")
     for device in used:
         tf.config.experimental.set_memory_growth(device, True)
     kind = "GPU" if used else "CPU"
-    if cpu_devices > 1 and not used:
-        cpu = tf.config.list_physical_devices("CPU")[0]
-        parts = [tf.config.LogicalDeviceConfiguration() for _ in range(cpu_devices)]
-        tf.config.set_logical_device_configuration(cpu, parts)
+    if kind == "CPU":
+        _divide_cpu(cpu_devices)
 
     keras.utils.set_random_seed(seed)
     deterministic = kind == "CPU" if deterministic == "auto" else deterministic
@@ -126,7 +126,19 @@ def open_devices(gpu="auto", nodes="auto", cpu_devices=1, deterministic="auto", 
     if deterministic:
         _make_deterministic(kind)
     local = tuple(f"/{kind}:{i}" for i in range(len(used) or cpu_devices))
-    return Devices(tf.distribute.MirroredStrategy(local), local, kind, deterministic=deterministic)
+    # Between GPUs TensorFlow chooses NCCL; virtual CPUs share one memory.
+    reduction = tf.distribute.ReductionToOneDevice() if kind == "CPU" else None
+    strategy = tf.distribute.MirroredStrategy(local, cross_device_ops=reduction)
+    return Devices(strategy, local, kind, deterministic=deterministic)
+
+
+def _divide_cpu(n_parts):
+    """See that there are at least so many virtual CPUs; TensorFlow divides once, at its start."""
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    parts = tf.config.get_logical_device_configuration(cpu) or [None]
+    if len(parts) < n_parts:
+        parts = [tf.config.LogicalDeviceConfiguration() for _ in range(n_parts)]
+        tf.config.set_logical_device_configuration(cpu, parts)
 
 
 def _make_deterministic(kind):
@@ -138,12 +150,12 @@ def _make_deterministic(kind):
         tf.config.threading.set_inter_op_parallelism_threads(1)
 
 
-def _hardware_name(device):
-    if device.device_type == "GPU":
+def _hardware_name(kind):
+    if kind == "GPU":
         physical = tf.config.list_physical_devices("GPU")[0]
         return tf.config.experimental.get_device_details(physical).get("device_name", "GPU")
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as info:
-            return next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return "CPU"
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as info:
+        for line in info:
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return "CPU"

@@ -89,7 +89,7 @@ class Run:
         self._log_file = self.path(config.log_file)
         self._started = None
         self._run_start = None
-        _log_to(self.folder / f"rank-{devices.rank}.log")
+        self._rank_log = _log_to(self.folder / f"rank-{devices.rank}.log")
         write_text(self.folder / "config.yaml", dump_config(config, self.folder.name))
         mlperf_file = self.path(config.mlperf_logfile)
         mlperf_file.parent.mkdir(parents=True, exist_ok=True)
@@ -152,10 +152,15 @@ class Run:
             }
             with contextlib.suppress(OSError):  # the first error is the one to tell
                 self.save_results()
+        for handler in (*self.mllog.logger.handlers, self._rank_log):
+            handler.close()
+        logging.getLogger().removeHandler(self._rank_log)
 
     def save_results(self):
         """Write results.json as it stands."""
-        write_text(self.folder / "results.json", json.dumps(jsonable(self.results), indent=2) + "\n")
+        write_text(
+            self.folder / "results.json", json.dumps(jsonable(self.results), indent=2) + "\n"
+        )
 
 
 def _make_folder(config):
@@ -199,6 +204,7 @@ def _log_to(path):
     handler = logging.FileHandler(path, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
+    return handler
 
 
 def progress(items, what, total):

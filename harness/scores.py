@@ -12,7 +12,8 @@ COUNTS = ("tp", "fp", "fn", "tn")
 RATIOS = ("accuracy", "valid_accuracy", "balanced_accuracy", "precision", "recall", "f1", "iou")
 BASELINES = ("all_cloud_accuracy", "threshold_accuracy")
 SCENE_COLUMNS = (
-    "scene", "day_night", *RATIOS, *COUNTS, "valid_fraction", "cloud_fraction", *BASELINES, "seconds",
+    "scene", "day_night", *RATIOS, *COUNTS, "valid_fraction", "cloud_fraction", *BASELINES,
+    "seconds",
 )  # fmt: skip
 
 

@@ -1,0 +1,73 @@
+"""Scenes for the tests, and runs of the program on them."""
+
+import json
+from types import SimpleNamespace
+
+import harness.quiet_tensorflow  # noqa: F401
+
+# isort: split
+import pytest
+import tensorflow as tf
+import yaml
+
+import slstr_cloud
+from tools.make_scenes import make_dataset
+
+# TensorFlow is set up once a process: as a deterministic run on up to three virtual replicas.
+tf.config.threading.set_inter_op_parallelism_threads(1)
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 3
+)
+
+# 100 x 135 pixels hold 3 x 4 = 12 patches of 32; 5 + 2 scenes make 60 + 24 patches.
+HEIGHT, WIDTH, PATCH = 100, 135, 32
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """Seven training and two inference scenes."""
+    folder = tmp_path_factory.mktemp("scenes")
+    make_dataset(folder, train=7, inference=2, height=HEIGHT, width=WIDTH, seed=7)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def settings(dataset):
+    """A configuration for these scenes; 11 divides neither 60 nor 24."""
+    return {
+        "train_dir": str(dataset / "one-day"),
+        "inference_dir": str(dataset / "ssts"),
+        "IMAGE_H": HEIGHT,
+        "IMAGE_W": WIDTH,
+        "PATCH_SIZE": PATCH,
+        "CROP_SIZE": 10,
+        "clip_offset": 3,
+        "epochs": 2,
+        "batch_size": 11,
+        "train_split": 0.75,
+        "learning_rate": 0.0003,
+        "organisation": "tests",
+        "platform": "pytest",
+    }
+
+
+def start(folder, settings, *arguments):
+    """Run the program; return its exit status and the run's folder (None where there is none)."""
+    folder.mkdir(exist_ok=True)
+    file = folder / "input.yaml"
+    file.write_text(yaml.safe_dump({"output_dir": str(folder), "run_name": "run", **settings}))
+    status = slstr_cloud.main(["--config", str(file), *arguments])
+    run = folder / "run"
+    return SimpleNamespace(status=status, folder=run if run.exists() else None)
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, settings):
+    """The folder of a whole run, training and inference."""
+    run = start(tmp_path_factory.mktemp("finished"), {**settings, "keep_probability": True})
+    assert run.status == 0
+    return run.folder

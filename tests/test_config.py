@@ -1,0 +1,130 @@
+import pytest
+import yaml
+
+from harness.config import Config, UserError, dump_config, load_config
+
+# The values of mlcommons/science v1.1, with its own spelling.
+V1 = """
+benchmark: CloudMask
+organisation: STFC
+division: SciML
+status: research
+platform: nvidia gtx-2
+accelerators_per_node: 16
+submission:
+      benchmark: CloudMask
+      org: STFC
+      division: SciML
+      version: 1.0
+      github_commit_version: 1.0
+      status: research
+      platform: nvidia gtx-2
+train_dir: ~/sciml_bench/datasets/cloud_slstr_ds1/one-day
+inference_dir: ~/sciml_bench/datasets/cloud_slstr_ds1/ssts
+model_file : ~/sciml_bench/outputs/slstr_cloud/cloudModel.h5
+output_dir : ~/sciml_bench/outputs/slstr_cloud
+log_file: ./cloudMask_Log
+mlperf_logfile: ./mlperf_stemdl.log
+PATCH_SIZE: 256
+IMAGE_H: 1200
+IMAGE_W: 1500
+N_CHANNELS: 9
+MIN_SST: 273.15
+CROP_SIZE: 80
+seed: 1234
+learning_rate: 0.001
+epochs: 1
+batch_size: 32
+train_split: 0.8
+clip_offset: 15
+no_cache: False
+nodes: 1
+gpu: 1
+"""
+
+
+def load(tmp_path, text, *overrides):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return load_config(path, overrides)
+
+
+def test_v1_1_file_works_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load(tmp_path, V1)
+    assert config.patch_size == 256 and config.submission.version == "1.0"
+    assert config.train_dir == tmp_path / "sciml_bench/datasets/cloud_slstr_ds1/one-day"
+
+
+def test_shipped_file_holds_every_key_at_its_default():
+    with open("config.yaml", encoding="utf-8") as file:
+        values = yaml.safe_load(file)
+    defaults = Config()
+    assert load_config("config.yaml") == defaults
+    missing = {field.alias for field in Config.model_fields.values()} - set(values)
+    assert missing == {"submission"}  # v1.1's block, said by other keys
+
+
+def test_all_faults_are_told_at_once_with_key_and_value(tmp_path):
+    with pytest.raises(UserError) as error:
+        load(
+            tmp_path, "epochs: 0\nprecision: float8\nbatchsize: 3\nlearning_rate: fast\nseed: true"
+        )
+    text = str(error.value)
+    for words in (
+        "epochs:", "found 0", "precision:", "'float8'", "unknown key 'batchsize'", "'batch_size'",
+        "learning_rate:", "'fast'", "seed: should be a number",
+    ):  # fmt: skip
+        assert words in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("CROP_SIZE: 256", "CROP_SIZE 256 must be smaller than PATCH_SIZE 256"),
+        ("IMAGE_H: 200", "PATCH_SIZE 256 must fit in the image of IMAGE_H 200"),
+        ("clip_offset: 128", "clip_offset 128"),
+        ("CROP_SIZE: 31", "CROP_SIZE: "),
+        ("PATCH_SIZE: 100", "PATCH_SIZE: "),
+        ("learning_rate: .nan", "learning_rate: "),
+        ("train_split: 1.0", "train_split: "),
+        ("no_cache: true\ncache_dir: /tmp/x", "contradict"),
+        ("run_name: ../../elsewhere", "run_name: should be a plain folder name"),
+        ("run_name: .hidden", "run_name: should be a plain folder name"),
+        ("train_dir: $NOT_SET_ANYWHERE/x", "NOT_SET_ANYWHERE"),
+        ("seed: 1\nseed: 2", "the key seed stands twice"),
+        ("- a\n- b", "found a list"),
+        ("a: [", "not a valid configuration"),
+        ("a: !!python/object/apply:os.system ['true']", "not a valid configuration"),
+    ],
+)
+def test_what_cannot_be_is_refused(tmp_path, text, words):
+    with pytest.raises(UserError) as error:
+        load(tmp_path, text)
+    assert words in str(error.value)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere.yaml"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_set_overrides_the_file_in_yaml(tmp_path):
+    config = load(tmp_path, "epochs: 3", "epochs=5", "learning_rate=1e-4", "gpu=0", "patience=null")
+    assert (config.epochs, config.learning_rate, config.gpu) == (5, 1e-4, 0)
+    with pytest.raises(UserError, match="KEY=VALUE"):
+        load(tmp_path, "epochs: 3", "epochs")
+
+
+def test_paths_expand_variables(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCENES", "/scenes")
+    assert str(load(tmp_path, "train_dir: ${SCENES}/one-day").train_dir) == "/scenes/one-day"
+
+
+def test_resolved_configuration_is_the_same_configuration(tmp_path):
+    config = load(
+        tmp_path, "train_dir: /a/b\ninference_dir: /c\noutput_dir: /d\nIMAGE_H: 800\nrun_name: x"
+    )
+    again = load(tmp_path, dump_config(config, "x"))
+    assert again == config.model_copy(update={"run_name": None})

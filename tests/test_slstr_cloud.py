@@ -1,0 +1,377 @@
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from conftest import HEIGHT, PATCH, WIDTH, results, start
+from mlperf_logging.compliance_checker import mlp_compliance
+from mlperf_logging.compliance_checker.mlp_parser import parse_file
+
+import data_loader
+import slstr_cloud
+from harness.config import load_config
+from harness.run import REPOSITORY
+from tools.make_scenes import make_scene, write_scene
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def scene_file(settings, stem):
+    (path,) = (p for p in data_loader.find_scenes(settings["inference_dir"]) if p.stem == stem)
+    return path
+
+
+# --- a whole run
+
+
+def test_run_leaves_every_file_of_the_design(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        "config.yaml", "cloudmask.log", "mlperf_cloudmask.log", "history.csv", "scenes.csv",
+        "results.json", "model.keras", "masks", "rank-0.log",
+    }  # fmt: skip
+    assert len(list((finished / "masks").iterdir())) == 2
+
+
+def test_scene_accuracy_equals_numpy_on_mask_and_scene_files(finished, settings):
+    scene_rows = rows(finished / "scenes.csv")
+    assert len(scene_rows) == 2
+    for row in scene_rows:
+        with h5py.File(finished / "masks" / f"{row['scene']}.h5") as file:
+            mask, probability = file["mask"][:], file["probability"][:]
+            assert file.attrs["threshold"] == 0.5
+        with h5py.File(scene_file(settings, row["scene"])) as file:
+            label, bts = file["bayes"][..., 0] != 0, np.nan_to_num(file["bts"][:])
+        assert mask.dtype == np.uint8 and mask.shape == label.shape == (HEIGHT, WIDTH)
+        assert probability.dtype == np.float32
+        np.testing.assert_array_equal(mask, probability > 0.5)
+        assert float(row["accuracy"]) == (mask == label).mean()
+        valid = (bts != 0).all(axis=-1)
+        assert float(row["valid_accuracy"]) == (mask == label)[valid].mean()
+        assert float(row["all_cloud_accuracy"]) == label.mean()
+        assert float(row["threshold_accuracy"]) == ((bts[..., 2] < 273.15) == label).mean()
+    wanted = np.mean([float(row["accuracy"]) for row in scene_rows])
+    assert results(finished)["inference"]["accuracy"] == pytest.approx(wanted)
+
+
+def test_probability_equals_a_plain_loop_over_patches(finished, settings):
+    model = keras.models.load_model(finished / "model.keras")
+    path = data_loader.find_scenes(settings["inference_dir"])[0]
+    channels = data_loader.read_scene(path, (HEIGHT, WIDTH, 9)).channels
+    stride = PATCH - 10  # 22: 5 x 7 patches
+    padded = np.zeros((4 * stride + PATCH, 6 * stride + PATCH, 9), np.float32)
+    above, left = (padded.shape[0] - HEIGHT) // 2, (padded.shape[1] - WIDTH) // 2
+    padded[above : above + HEIGHT, left : left + WIDTH] = channels
+    plain = np.zeros(padded.shape[:2])
+    for row in range(0, 5 * stride, stride):
+        for col in range(0, 7 * stride, stride):
+            patch = model(padded[None, row : row + PATCH, col : col + PATCH]).numpy()[0, ..., 0]
+            plain[row + 5 : row + 27, col + 5 : col + 27] = patch[5:27, 5:27]
+    with h5py.File(finished / "masks" / f"{path.stem}.h5") as file:
+        ours = file["probability"][:]
+    np.testing.assert_allclose(ours, plain[above : above + HEIGHT, left : left + WIDTH], atol=1e-5)
+
+
+def test_validation_accuracy_equals_predict_with_the_saved_model(finished, settings):
+    paths = data_loader.find_scenes(settings["train_dir"])
+    _, test_paths = data_loader.split_scenes(paths, settings["train_split"])
+    rows_cols = data_loader.training_crop(HEIGHT, WIDTH, PATCH)
+    x, y = [], []
+    for path in test_paths:
+        scene = data_loader.read_scene(path, (HEIGHT, WIDTH, 9), *rows_cols)
+        for i in range(12):
+            x.append(data_loader.patch_of(scene.channels, i, PATCH))
+            y.append(data_loader.patch_of(scene.cloud, i, PATCH))
+    p = keras.models.load_model(finished / "model.keras").predict(np.stack(x), verbose=0)
+    clip = slice(3, PATCH - 3)
+    p, y = p[:, clip, clip], np.stack(y)[:, clip, clip] != 0
+    history = rows(finished / "history.csv")
+    best = min(history, key=lambda row: float(row["val_loss"]))
+    assert float(best["val_accuracy"]) == pytest.approx(((p > 0.5) == y).mean(), abs=1e-5)
+    assert float(best["val_loss"]) == pytest.approx(
+        -np.log(np.where(y, p, 1 - p).astype(np.float64)).mean(), abs=1e-5
+    )
+
+
+def test_history_and_results_tell_the_same(finished):
+    history, found = rows(finished / "history.csv"), results(finished)
+    assert list(history[0]) == list(slstr_cloud.HISTORY_COLUMNS)
+    assert [row["epoch"] for row in history] == ["1", "2"]
+    training = found["training"]
+    assert training["epochs_run"] == 2 and len(training["seconds_per_epoch"]) == 2
+    assert (training["scenes_train"], training["scenes_test"]) == (5, 2)
+    assert (training["patches_train"], training["patches_test"]) == (60, 24)
+    best = history[training["best_epoch"] - 1]
+    assert training["val_loss"] == pytest.approx(float(best["val_loss"]))
+    assert found["status"] == "success" and found["inference"]["scenes"] == 2
+    parts = found["inference"]["seconds_per_scene_parts"]
+    assert set(parts) == {"read", "network", "stitch", "write", "score"}
+
+
+def test_log_has_the_two_lines_of_v1_1(finished):
+    training, inference = (finished / "cloudmask.log").read_text().splitlines()
+    fields = dict(part.strip().split("=") for part in training.split(",")[1:])
+    assert training.startswith("CloudMask training, samples ")
+    assert [name.strip() for name in fields][:6] == [
+        "samples", "epochs", "bs", "nodes", "gpus", "time_per_epoch",
+    ]  # fmt: skip
+    fields = dict(part.strip().split("=") for part in inference.split(",")[1:])
+    assert list(fields)[:6] == [
+        "inferences", "bs", "nodes", "gpus", "time_per_inference", "accuracy",
+    ]  # fmt: skip
+    assert fields["inferences"] == "2" and fields["gpus"] == "0"
+
+
+def test_resolved_configuration_repeats_the_run_bit_for_bit(finished, tmp_path):
+    status = slstr_cloud.main(
+        ["--config", str(finished / "config.yaml"), "--set", f"output_dir={tmp_path}"]
+    )
+    (again,) = tmp_path.iterdir()
+    assert status == 0
+    drop = ("seconds", "patches_per_second")
+    for a, b in zip(rows(finished / "history.csv"), rows(again / "history.csv"), strict=True):
+        assert {k: v for k, v in a.items() if k not in drop} == {
+            k: v for k, v in b.items() if k not in drop
+        }
+    models = [keras.models.load_model(folder / "model.keras") for folder in (finished, again)]
+    for a, b in zip(*(model.get_weights() for model in models), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for mask in (finished / "masks").iterdir():
+        with h5py.File(mask) as a, h5py.File(again / "masks" / mask.name) as b:
+            np.testing.assert_array_equal(a["probability"], b["probability"])
+
+
+def test_another_run_of_the_same_name_is_refused(finished, settings, capsys):
+    status = start(finished.parent, settings).status
+    assert status == 2 and "exists" in capsys.readouterr().err
+
+
+# --- the MLPerf log
+
+
+def objections_to(log):
+    """What the checker of mlperf_logging objects to, with our rules."""
+    checker = mlp_compliance.make_checker("hpc", "3.0.0", quiet=False, werror=False)
+    mlp_compliance.main(str(log), str(REPOSITORY / "harness/mlperf_rules.yaml"), checker)
+    return [*checker.overwritable.values(), *checker.not_overwritable]
+
+
+def test_checker_accepts_the_log(finished):
+    assert objections_to(finished / "mlperf_cloudmask.log") == []
+
+
+def test_hpc_rules_object_to_the_benchmarks_name_alone(finished):
+    checker = mlp_compliance.make_checker("hpc", "3.0.0", quiet=False, werror=False)
+    log, _ = parse_file(str(finished / "mlperf_cloudmask.log"), ruleset="3.0.0")
+    folder = os.path.dirname(mlp_compliance.__file__)
+    for rules in ("common.yaml", "open_common.yaml"):
+        checker.configured_checks(log, os.path.join(folder, "hpc_3.0.0", rules))
+    mlp_compliance.enqueued_configs.clear()
+    objections = [*checker.overwritable.values(), *checker.not_overwritable]
+    assert len(objections) == 1 and "submission_benchmark" in objections[0]
+
+
+@pytest.mark.parametrize(
+    "key", ["seed", "init_stop", "epoch_stop", "eval_accuracy", "run_stop", "inference_stop"]
+)
+def test_checker_misses_an_event(finished, tmp_path, key):
+    lines = (finished / "mlperf_cloudmask.log").read_text().splitlines(keepends=True)
+    (tmp_path / "log").write_text("".join(line for line in lines if f'"key": "{key}"' not in line))
+    assert objections_to(tmp_path / "log") != []
+
+
+def test_events_say_what_ran(finished):
+    lines, errors = parse_file(str(finished / "mlperf_cloudmask.log"), ruleset="3.0.0")
+    assert not errors
+    values = {line.key: line.value["value"] for line in lines}
+    assert values["train_samples"] == 60 and values["eval_samples"] == 24
+    assert values["number_of_ranks"] == 1 and values["accelerators_per_node"] == 0
+    assert values["result"]["accuracy"] == results(finished)["inference"]["accuracy"]
+    epochs = [line.value["metadata"]["epoch_num"] for line in lines if line.key == "eval_accuracy"]
+    assert epochs == [1, 2]
+
+
+# --- modes
+
+
+def test_training_alone_then_masking_alone(settings, tmp_path):
+    trained = start(tmp_path / "a", {**settings, "epochs": 1}, "--mode", "train")
+    assert trained.status == 0 and not (trained.folder / "masks").exists()
+    assert objections_to(trained.folder / "mlperf_cloudmask.log") == []
+    model = str(trained.folder / "model.keras")
+    masked = start(tmp_path / "b", {**settings, "model_file": model}, "--mode", "inference")
+    assert masked.status == 0 and not (masked.folder / "history.csv").exists()
+    assert results(masked.folder)["inference"]["scenes"] == 2
+    assert objections_to(masked.folder / "mlperf_cloudmask.log") == []
+
+
+def test_h5_model_file_works(settings, tmp_path):
+    run = start(tmp_path, {**settings, "epochs": 1, "model_file": "model.h5"})
+    assert run.status == 0 and (run.folder / "model.h5").is_file()
+
+
+@pytest.mark.parametrize("cpu_devices", [2, 3])
+def test_replicas_change_neither_losses_nor_scores(finished, settings, tmp_path, cpu_devices):
+    run = start(tmp_path, {**settings, "cpu_devices": cpu_devices})
+    assert run.status == 0 and results(run.folder)["devices"]["replicas"] == cpu_devices
+    one, many = rows(finished / "history.csv"), rows(run.folder / "history.csv")
+    for a, b in zip(one, many, strict=True):
+        for name in ("loss", "val_loss"):
+            assert float(a[name]) == pytest.approx(float(b[name]), abs=1e-4)
+    one, many = rows(finished / "scenes.csv"), rows(run.folder / "scenes.csv")
+    for a, b in zip(one, many, strict=True):
+        assert a["scene"] == b["scene"]
+        assert float(a["accuracy"]) == pytest.approx(float(b["accuracy"]), abs=2e-3)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_and_xla_run_through(settings, tmp_path, precision):
+    run = start(tmp_path, {**settings, "epochs": 1, "precision": precision, "xla": True})
+    assert run.status == 0
+
+
+def test_target_accuracy_ends_training(settings, tmp_path):
+    run = start(tmp_path, {**settings, "epochs": 9, "target_accuracy": 0.01}, "--mode", "train")
+    assert len(rows(run.folder / "history.csv")) == 1
+
+
+def test_patience_ends_training(settings, tmp_path):
+    # At this rate the loss is worse after the first epoch, or as bad.
+    changed = {**settings, "epochs": 9, "patience": 1, "learning_rate": 0.3}
+    run = start(tmp_path, changed, "--mode", "train")
+    history = rows(run.folder / "history.csv")
+    best = min(range(len(history)), key=lambda i: float(history[i]["val_loss"]))
+    assert len(history) == best + 2 < 9
+
+
+def test_cache_dir_changes_no_number(finished, settings, tmp_path):
+    cache = tmp_path / "cache"
+    run = start(tmp_path, {**settings, "cache_dir": str(cache)}, "--mode", "train")
+    assert len(list(cache.iterdir())) == 7
+    for a, b in zip(rows(finished / "history.csv"), rows(run.folder / "history.csv"), strict=True):
+        assert a["loss"] == b["loss"] and a["val_loss"] == b["val_loss"]
+
+
+# --- what goes wrong
+
+
+def copy_of_training_scenes(dataset, tmp_path):
+    shutil.copytree(dataset / "one-day", tmp_path / "one-day")
+    return tmp_path / "one-day"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"train_dir": "/nowhere/at/all"}, "No directory /nowhere/at/all"),
+        ({"train_dir": "{tmp_path}"}, "No scenes matching 'S3A*.hdf' under"),
+        ({"inference_dir": "/nowhere/at/all"}, "No directory /nowhere/at/all"),
+        ({"train_split": 0.01}, "train_split 0.01 of 7 scenes leaves 0"),
+        ({"batch_size": 2, "cpu_devices": 3}, "batch_size 2"),
+        ({"gpu": 3}, "gpu: 3 demands 3 GPU(s) a node, TensorFlow sees 0"),
+        ({"nodes": 2}, "nodes: 2 demands 2 nodes"),
+        ({"output_dir": "/proc/nowhere"}, "/proc/nowhere"),
+        ({"IMAGE_H": 120}, "dataset 'refs' has shape (100, 135, 6)"),
+        ({"N_CHANNELS": 8}, "dataset 'refs' has shape (100, 135, 6)"),
+    ],
+)  # fmt: skip
+def test_users_mistake_is_one_line_and_status_2(settings, tmp_path, capsys, change, words):
+    change = {
+        key: value.format(tmp_path=tmp_path) if isinstance(value, str) else value
+        for key, value in change.items()
+    }
+    run = start(tmp_path, {**settings, **change})
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if not line.startswith("Run "))
+    assert run.status == 2 and words in line
+
+
+def test_bad_scene_aborts_the_run_with_its_name(dataset, settings, tmp_path, capfd):
+    train_dir = copy_of_training_scenes(dataset, tmp_path)
+    bad = sorted(train_dir.rglob("S3A*.hdf"))[2]
+    bad.write_bytes(bad.read_bytes()[:5000])
+    run = start(tmp_path / "out", {**settings, "train_dir": str(train_dir)})
+    assert run.status == 2
+    error = capfd.readouterr().err
+    assert str(bad) in error and "Traceback" not in error
+    found = results(run.folder)
+    assert found["status"] == "aborted" and bad.name in found["error"]
+    objections = objections_to(run.folder / "mlperf_cloudmask.log")
+    assert len(objections) == 1 and "run_stop" in objections[0]  # the success rule
+
+
+def test_bad_inference_scene_keeps_the_training(dataset, settings, tmp_path, capfd):
+    shutil.copytree(dataset / "ssts", tmp_path / "ssts")
+    bad = sorted((tmp_path / "ssts").rglob("S3A*.hdf"))[0]
+    scene = make_scene(np.random.default_rng(1), HEIGHT, WIDTH)
+    del scene["bts"]
+    write_scene(bad, scene)
+    changed = {**settings, "epochs": 1, "inference_dir": str(tmp_path / "ssts")}
+    run = start(tmp_path / "out", changed)
+    assert run.status == 2 and "no dataset 'bts'" in capfd.readouterr().err
+    assert (run.folder / "model.keras").is_file() and (run.folder / "history.csv").is_file()
+    objections = objections_to(run.folder / "mlperf_cloudmask.log")
+    assert len(objections) == 1 and "run_stop" in objections[0]
+
+
+@pytest.mark.parametrize("content", [None, b"no model"])
+def test_unreadable_model_is_named(settings, tmp_path, capsys, content):
+    model = tmp_path / "m.keras"
+    if content:
+        model.write_bytes(content)
+    run = start(tmp_path, {**settings, "model_file": str(model)}, "--mode", "inference")
+    assert run.status == 2 and str(model) in capsys.readouterr().err
+
+
+def test_model_of_another_patch_size_is_refused(finished, settings, tmp_path, capsys):
+    changed = {**settings, "model_file": str(finished / "model.keras"), "PATCH_SIZE": 24}
+    run = start(tmp_path, changed, "--mode", "inference")
+    assert run.status == 2 and "(32, 32, 9)" in capsys.readouterr().err
+
+
+def test_diverging_loss_stops_training(settings, tmp_path, capsys):
+    run = start(tmp_path, {**settings, "learning_rate": 1e30}, "--mode", "train")
+    assert run.status == 1 and "The loss became nan" in capsys.readouterr().err
+    assert results(run.folder)["status"] == "aborted"
+
+
+def test_read_only_output_is_named(settings, tmp_path, capsys, monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "run"))
+
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)  # root may write anywhere
+    config = load_config("config.yaml", [f"{key}={value}" for key, value in settings.items()])
+    monkeypatch.setattr(slstr_cloud, "load_config", lambda *arguments: config)
+    assert slstr_cloud.main([]) == 2
+    assert str(tmp_path / "run") in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_sigterm_ends_with_143_and_an_aborted_run(settings, tmp_path):
+    arguments = [f"{key}={value}" for key, value in settings.items()]
+    process = subprocess.Popen(
+        [sys.executable, "slstr_cloud.py", "--set", *arguments, "epochs=1000", "run_name=run",
+         f"output_dir={tmp_path}"],
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run/history.csv").exists() and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and "Traceback" not in error
+    assert results(tmp_path / "run")["status"] == "aborted"
+    objections = objections_to(tmp_path / "run/mlperf_cloudmask.log")
+    assert len(objections) == 1 and "run_stop" in objections[0]
