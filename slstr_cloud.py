@@ -4,15 +4,18 @@ python slstr_cloud.py --config config.yaml
 """
 
 import argparse
+import contextlib
 import functools
+import json
 import logging
 import math
+import shutil
 import signal
 import sys
-import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import harness.quiet_tensorflow  # noqa: F401  (before all that imports TensorFlow)
 
@@ -25,12 +28,14 @@ import data_loader
 from data_loader import PatchBatches, SceneError
 from harness import mlperf_log, scores
 from harness.config import UserError, load_config
-from harness.devices import open_devices
+from harness.devices import open_devices, watch_ranks
+from harness.launch import Meeting, detect_launch
 from harness.mlperf_log import keys
-from harness.run import Run, log_to_screen, progress, replacing, write_csv
+from harness.run import Run, log_to_screen, make_folder, progress, replacing, write_csv
 from harness.training import POLICIES, Predictor, Trainer, translated_errors
 from model import unet
 
+CLAIMS = ".claims"  # folder with an empty file for each scene that a device has taken
 THRESHOLD = 0.5  # cloud where the probability is above
 HISTORY_COLUMNS = (
     "epoch", "loss", "accuracy", "val_loss", "val_accuracy", "seconds", "patches_per_second",
@@ -151,6 +156,7 @@ def training_batches(config, devices, micro_batch):
 
 def infer(config, devices, run, paths):
     """Mask scenes with the model of the run's model file, and score the masks."""
+    devices.gather(0)  # the chief has written the model
     model = load_model(run.model_file, config)
     batch = devices.micro_batch(config.micro_batch, config.batch_size, replicas=1)
     predictors = [
@@ -159,74 +165,70 @@ def infer(config, devices, run, paths):
     ]
     for predictor in predictors:  # traced here, so that no scene waits for it
         predictor(np.zeros((batch, *model.input_shape[1:]), np.float32))
-    if run.results["training"] is None:
+    if run.results["mode"] == "inference":
         log_hyperparameters(config, devices, run.mllog, 0, len(paths))
         run.mllog.end(keys.INIT_STOP)
         run.start()
 
     run.mllog.start(mlperf_log.INFERENCE_START)
     begin = time.perf_counter()
-    run.path("masks").mkdir(exist_ok=True)
-    remaining = SharedIterator(progress(paths, "Masking", len(paths)))
-    mask = functools.partial(mask_scenes, config, run, remaining)
     with ThreadPoolExecutor(len(predictors)) as pool:
-        rows = sorted(
-            (row for done in list(pool.map(mask, predictors)) for row in done),
-            key=lambda row: row["scene"],
-        )
-    seconds = time.perf_counter() - begin
+        shown = [progress(paths, "Masking", len(paths)), *[paths] * (len(predictors) - 1)]
+        mask = functools.partial(mask_scenes, config, devices, run)
+        for _ in pool.map(mask, shown, predictors):  # raises what a thread raised
+            pass
+    seconds = devices.gather(time.perf_counter() - begin)
     run.mllog.end(mlperf_log.INFERENCE_STOP)
 
-    write_csv(run.path("scenes.csv"), scores.SCENE_COLUMNS, rows)
-    run.results["inference"] = inference_results(rows, seconds)
-    run.write_line(inference_line(config, devices, run.results["inference"]))
+    if run.is_chief:
+        shutil.rmtree(run.path(CLAIMS))
+        rows = sorted((read_row(run, path) for path in paths), key=lambda row: row["scene"])
+        write_csv(run.path("scenes.csv"), scores.SCENE_COLUMNS, rows)
+        run.results["inference"] = inference_results(rows, max(seconds))
+        run.write_line(inference_line(config, devices, run.results["inference"]))
 
 
-def mask_scenes(config, run, paths, predictor):
-    """Mask scenes with one device; the next one is read while the present one is masked.
+def deal_scenes(paths, claims):
+    """Yield the scenes that no other device, of any rank, has taken: who is faster masks more."""
+    claims.mkdir(exist_ok=True)
+    for path in paths:
+        with contextlib.suppress(FileExistsError):
+            (claims / path.stem).touch(exist_ok=False)
+            yield path
 
-    Returns:
-        A list of rows of scenes.csv.
-    """
+
+def mask_scenes(config, devices, run, paths, predictor):
+    """Mask scenes with one device; the next one is read while the present one is masked."""
     shape = (config.image_h, config.image_w, config.n_channels)
 
     def read(path):
         begin = time.perf_counter()
         return path, data_loader.read_scene(path, shape), time.perf_counter() - begin
 
-    rows = []
+    mine = deal_scenes(paths, run.path(CLAIMS))
     last = time.perf_counter()
-    for path, scene, read_seconds in data_loader.read_ahead(read, paths, n_ahead=1):
+    for path, scene, read_seconds in data_loader.read_ahead(read, mine, n_ahead=1):
         clock = time.perf_counter()
         patches, network_seconds = predict_patches(
             predictor, scene.channels, config.patch_size, config.crop_size
         )
         probability = data_loader.reconstruct(patches, config.image_h, config.image_w)
         mask = (probability > THRESHOLD).astype(np.uint8)
-        stitched = time.perf_counter()
-        write_mask(run, path, mask, probability if config.keep_probability else None)
-        written = time.perf_counter()
         row = scores.score_scene(
             mask, scene.cloud[..., 0], scene.valid, scene.bt_12um, config.min_sst
         )
-        now = time.perf_counter()
-        rows.append(
-            {
-                "scene": path.stem,
-                "day_night": data_loader.day_or_night(path),
-                **row,
-                "seconds": now - last,
-                "parts": {
-                    "read": read_seconds,
-                    "network": network_seconds,
-                    "stitch": stitched - clock - network_seconds,
-                    "write": written - stitched,
-                    "score": now - written,
-                },
-            }
-        )
-        last = now
-    return rows
+        scored = time.perf_counter()
+        row |= {
+            "scene": path.stem,
+            "day_night": data_loader.day_or_night(path),
+            "seconds": scored - last,
+            "read_seconds": read_seconds,
+            "network_seconds": network_seconds,
+            "stitch_seconds": scored - clock - network_seconds,
+            "device": f"rank {devices.rank}, {predictor.device}",
+        }
+        write_mask(run, path, mask, probability if config.keep_probability else None, row)
+        last = time.perf_counter()
 
 
 def predict_patches(predictor, channels, patch_size, crop_size):
@@ -251,9 +253,10 @@ def predict_patches(predictor, channels, patch_size, crop_size):
     return probability.reshape(n_rows, n_cols, p, p, 1), network_seconds
 
 
-def write_mask(run, path, mask, probability):
-    """Write masks/<scene>.h5, whole or not at all."""
+def write_mask(run, path, mask, probability, row):
+    """Write masks/<scene>.h5, whole or not at all; it carries its row of scenes.csv."""
     with replacing(run.path("masks") / f"{path.stem}.h5") as temporary:
+        begin = time.perf_counter()
         with h5py.File(temporary, "w") as file:
             file.create_dataset("mask", data=mask, compression="gzip", compression_opts=1)
             if probability is not None:
@@ -261,20 +264,15 @@ def write_mask(run, path, mask, probability):
             file.attrs["scene"] = path.name
             file.attrs["threshold"] = THRESHOLD
             file.attrs["model"] = str(run.model_file)
+            seconds = time.perf_counter() - begin
+            row = {**row, "write_seconds": seconds, "seconds": row["seconds"] + seconds}
+            file.attrs["row"] = json.dumps(row)
 
 
-class SharedIterator:
-    """An iterator that several threads may draw from."""
-
-    def __init__(self, items):
-        self._items, self._lock = iter(items), threading.Lock()
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        with self._lock:
-            return next(self._items)
+def read_row(run, path):
+    """The row of scenes.csv that a scene's mask carries, whichever rank wrote it."""
+    with h5py.File(run.path("masks") / f"{path.stem}.h5", "r") as file:
+        return json.loads(file.attrs["row"])
 
 
 def load_model(path, config):
@@ -342,8 +340,18 @@ def inference_results(rows, seconds):
         "seconds": seconds,
         "seconds_per_scene": seconds / len(rows),
         "seconds_per_scene_parts": {
-            part: float(np.mean([row["parts"][part] for row in rows])) for part in rows[0]["parts"]
+            part: float(np.mean([row[f"{part}_seconds"] for row in rows]))
+            for part in ("read", "network", "stitch", "write")
         },
+        "devices": [
+            {
+                "device": device,
+                "scenes": len(of_device),
+                "seconds_per_scene": float(np.mean([row["seconds"] for row in of_device])),
+            }
+            for device in sorted({row["device"] for row in rows})
+            if (of_device := [row for row in rows if row["device"] == device])
+        ],
         **scores.mean_scores(rows),
         **{
             kind: scores.mean_scores(of_kind)
@@ -417,36 +425,46 @@ def run_benchmark(config, mode):
         train_paths, test_paths = data_loader.split_scenes(paths, config.train_split)
     if mode != "train":
         inference_paths = data_loader.find_scenes(config.inference_dir)
-    devices = open_devices(
-        config.gpu,
-        config.nodes,
-        config.cpu_devices,
-        config.deterministic,
-        config.xla,
-        config.seed,
-    )
-    if config.batch_size < devices.n_replicas:
-        raise UserError(
-            f"batch_size {config.batch_size} is the batch of all replicas together, of which there "
-            f"are {devices.n_replicas}. Set it to {devices.n_replicas} at least."
-        )
-    with Run(config, devices, mode) as run:
-        log.info("Run %s on %s", run.folder, devices.describe())
-        mlperf_log.log_submission(run.mllog, config, run.results["git_commit"])
-        run.mllog.event(keys.CACHE_CLEAR, False)  # the system's file cache is as we found it
-        run.mllog.start(keys.INIT_START)
-        if mode != "inference":
-            train(config, devices, run, train_paths, test_paths)
-        if mode != "train":
-            infer(config, devices, run, inference_paths)
-        run.mllog.event(mlperf_log.RESULT, result_event(run.results))
+    launch = detect_launch()
+    meeting = Meeting(launch, config.output_dir) if launch.n_ranks > 1 else None
+    with watch_ranks(meeting):
+        folder = make_folder(config) if launch.rank == 0 else None
+        try:
+            devices = open_devices(
+                *(config.gpu, config.nodes, config.cpu_devices, config.deterministic),
+                *(config.xla, config.seed, meeting),
+                folder=str(folder),
+            )
+            if config.batch_size < devices.n_replicas:
+                raise UserError(
+                    f"batch_size {config.batch_size} is the batch of all replicas together: there "
+                    f"are {devices.n_replicas}. Set it to {devices.n_replicas} at least."
+                )
+        except BaseException:
+            if folder:
+                folder.rmdir()
+            raise
+    with Run(config, devices, mode, folder or Path(devices.cards[0]["folder"])) as run:
+        with watch_ranks(meeting):
+            log.info("Run %s on %s", run.folder, devices.describe())
+            mlperf_log.log_submission(run.mllog, config, run.results["git_commit"])
+            run.mllog.event(keys.CACHE_CLEAR, False)  # the system's file cache is as we found it
+            run.mllog.start(keys.INIT_START)
+            if mode != "inference":
+                train(config, devices, run, train_paths, test_paths)
+            if mode != "train":
+                infer(config, devices, run, inference_paths)
+            run.mllog.event(mlperf_log.RESULT, result_event(run.results))
+            devices.gather(0)  # nobody leaves while another needs it
+    if meeting and devices.is_chief:
+        meeting.end()
     log.info("Results are in %s", run.folder)
 
 
 def main(argv=None):
     """Run the program and return its exit status: 0, 2 for the user's mistake, 1 for the rest."""
     arguments = parse_arguments(argv)
-    log_to_screen(arguments.verbose)
+    log_to_screen(arguments.verbose, is_chief=detect_launch().rank == 0)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         run_benchmark(load_config(arguments.config, arguments.set), arguments.mode)

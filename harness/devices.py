@@ -1,15 +1,17 @@
 """Which devices a run uses, and the distribution strategy over them."""
 
 import contextlib
-import logging
+import json
+import os
+import re
+import socket
 from dataclasses import dataclass
 
 import keras
 import tensorflow as tf
 
 from harness.config import UserError
-
-log = logging.getLogger(__name__)
+from harness.launch import Launch, reserve_port
 
 CPU_MICRO_BATCH = 4  # patches; at 256 x 256 more took 1 GB more and were no faster on two cores
 
@@ -22,19 +24,32 @@ class Devices:
         strategy: tf.distribute.Strategy over all replicas.
         local: Names of this process's devices, '/GPU:0' and so on.
         kind: 'GPU' or 'CPU'.
-        rank: Number of this process; 0 is the chief.
-        n_ranks: Number of processes.
-        n_nodes: Number of hosts.
+        launch: Launch of this process.
+        cards: What each rank told the others at the start; one empty card where there is one rank.
         deterministic: Whether runs repeat bit for bit.
     """
 
     strategy: tf.distribute.Strategy
     local: tuple
     kind: str
-    rank: int = 0
-    n_ranks: int = 1
-    n_nodes: int = 1
-    deterministic: bool = False
+    launch: Launch
+    cards: tuple
+    deterministic: bool
+
+    @property
+    def rank(self):
+        """Number of this process; 0 is the chief."""
+        return self.launch.rank
+
+    @property
+    def n_ranks(self):
+        """Number of processes."""
+        return self.launch.n_ranks
+
+    @property
+    def n_nodes(self):
+        """Number of nodes that the ranks run on."""
+        return len({card.get("node") for card in self.cards})
 
     @property
     def n_replicas(self):
@@ -62,6 +77,21 @@ class Devices:
         """GPUs a node, as found."""
         return self.n_gpus // self.n_nodes
 
+    def gather(self, number):
+        """The numbers of all ranks, by rank; every rank waits here for all others."""
+        if self.n_ranks == 1:
+            return [number]
+        mine = tf.one_hot(self.rank, self.n_ranks, dtype=tf.float64) * number / len(self.local)
+
+        @tf.function
+        def add_up():
+            def on_replica():
+                return tf.distribute.get_replica_context().all_reduce("sum", mine)
+
+            return self.strategy.run(on_replica)
+
+        return self.strategy.experimental_local_results(add_up())[0].numpy().tolist()
+
     def micro_batch(self, wanted, batch_size, replicas=None):
         """Patches that one replica passes through the network at once."""
         share = -(-batch_size // (replicas or self.n_replicas))
@@ -81,7 +111,10 @@ class Devices:
         return f"{words} ({_hardware_name(self.kind)})"
 
 
-def open_devices(gpu="auto", nodes="auto", cpu_devices=1, deterministic="auto", xla=False, seed=0):
+def open_devices(
+    gpu="auto", nodes="auto", cpu_devices=1, deterministic="auto", xla=False, seed=0,
+    meeting=None, **card,
+):  # fmt: skip
     """Set TensorFlow up and build the strategy; to be called once, before TensorFlow is used.
 
     Args:
@@ -91,31 +124,40 @@ def open_devices(gpu="auto", nodes="auto", cpu_devices=1, deterministic="auto", 
         deterministic: True, False or 'auto', which is True on CPUs.
         xla: Whether the network will be compiled.
         seed: Of Python, NumPy and TensorFlow.
+        meeting: Meeting of the ranks, or None where there is one.
+        card: More for the other ranks to know.
 
     Returns:
         Devices.
 
     Raises:
-        UserError: If a demand cannot be met.
+        UserError: If a demand cannot be met, or ranks are missing.
     """
+    launch = meeting.launch if meeting else Launch()
     found = tf.config.list_physical_devices("GPU")
-    if gpu not in ("auto", 0) and gpu > len(found):
+    if launch.shares_gpus and launch.local_size > 1:
+        found = _share(found, launch.local_rank, launch.local_size)
+    used = found[: gpu if gpu != "auto" and launch.local_size == 1 else None] if gpu != 0 else []
+    kind = "GPU" if used else "CPU"
+    if kind == "CPU" and cpu_devices > 1 and launch.n_ranks > 1:
         raise UserError(
-            f"gpu: {gpu} demands {gpu} GPU(s) a node, TensorFlow sees {len(found)}. "
-            "Set gpu: auto, or gpu: 0 for the CPU; README.md says how to set GPUs up."
+            f"cpu_devices: {cpu_devices} rehearses many devices in one process, but there are "
+            f"{launch.n_ranks} ranks. Set cpu_devices: 1."
         )
-    if nodes not in ("auto", 1):
-        raise UserError(
-            f"nodes: {nodes} demands {nodes} nodes, the scheduler started 1. Set nodes: auto."
-        )
-    used = found if gpu == "auto" else found[:gpu]
+    local = tuple(f"/{kind}:{i}" for i in range(len(used) or cpu_devices))
+    reserved = reserve_port()
+    cards = [{}]
+    if meeting:
+        address = f"{socket.gethostname()}:{reserved.getsockname()[1]}"
+        meeting.show(address=address, node=launch.node, devices=len(local), kind=kind, **card)
+        cards = meeting.wait_for_all()
+    _check_demands(gpu, nodes, len(used), cards)
+
     tf.config.set_visible_devices(used, "GPU")
     for device in used:
         tf.config.experimental.set_memory_growth(device, True)
-    kind = "GPU" if used else "CPU"
     if kind == "CPU":
         _divide_cpu(cpu_devices)
-
     keras.utils.set_random_seed(seed)
     deterministic = kind == "CPU" if deterministic == "auto" else deterministic
     if deterministic and xla and kind == "GPU":
@@ -125,11 +167,87 @@ def open_devices(gpu="auto", nodes="auto", cpu_devices=1, deterministic="auto", 
         )
     if deterministic:
         _make_deterministic(kind)
-    local = tuple(f"/{kind}:{i}" for i in range(len(used) or cpu_devices))
-    # Between GPUs TensorFlow chooses NCCL; virtual CPUs share one memory.
-    reduction = tf.distribute.ReductionToOneDevice() if kind == "CPU" else None
-    strategy = tf.distribute.MirroredStrategy(local, cross_device_ops=reduction)
-    return Devices(strategy, local, kind, deterministic=deterministic)
+
+    reserved.close()  # TensorFlow takes the port over at once
+    if meeting:
+        strategy = _many_workers(launch, cards, kind)
+    else:
+        # Between GPUs TensorFlow chooses NCCL; virtual CPUs share one memory.
+        reduction = tf.distribute.ReductionToOneDevice() if kind == "CPU" else None
+        strategy = tf.distribute.MirroredStrategy(local, cross_device_ops=reduction)
+    return Devices(strategy, local, kind, launch, tuple(cards), deterministic)
+
+
+def _share(devices, local_rank, local_size):
+    """The part of a node's devices that falls to one of its ranks."""
+    if len(devices) % local_size:
+        raise UserError(
+            f"{local_size} ranks share a node of {len(devices)} GPUs, which does not divide. "
+            "Start as many ranks a node as it has GPUs, or one."
+        )
+    n = len(devices) // local_size
+    return devices[local_rank * n : (local_rank + 1) * n]
+
+
+def _check_demands(gpu, nodes, n_used, cards):
+    """Compare what was demanded, and the ranks with one another."""
+    found = {}
+    for card in cards:
+        node, n = card.get("node"), card["devices"] * (card["kind"] == "GPU") if card else n_used
+        found[node] = found.get(node, 0) + n
+    if isinstance(gpu, int) and set(found.values()) != {gpu}:
+        raise UserError(
+            f"gpu: {gpu} demands {gpu} GPU(s) a node, TensorFlow sees {min(found.values())}. "
+            "Set gpu: auto, or gpu: 0 for the CPU; README.md says how to set GPUs up."
+        )
+    if isinstance(nodes, int) and nodes != len(found):
+        raise UserError(
+            f"nodes: {nodes} demands {nodes} node(s), the scheduler started {len(found)}. "
+            "Set nodes: auto, or start the program on as many."
+        )
+    if len({(card.get("devices"), card.get("kind")) for card in cards}) > 1:
+        counts = ", ".join(f"rank {r}: {c['devices']} {c['kind']}" for r, c in enumerate(cards))
+        raise UserError(f"All ranks need the same number of devices of one kind, found {counts}.")
+
+
+class RankError(RuntimeError):
+    """Another rank failed or was lost; the message says which, and why if it is known."""
+
+
+@contextlib.contextmanager
+def watch_ranks(meeting):
+    """Tell the other ranks why this one fails, and say of which of them TensorFlow's errors tell.
+
+    Args:
+        meeting: Meeting of the ranks, or None where there is one.
+    """
+    try:
+        yield
+    except tf.errors.OpError as error:
+        if meeting is None:
+            raise
+        lost = sorted(set(re.findall(r"task:(\d+)", str(error))) - {str(meeting.launch.rank)})
+        which = f"Rank {', '.join(lost)}" if lost else "Another rank"
+        message = str(error).partition("\n")[0]
+        failure = meeting.find_failure() or f"{which} was lost: {message}"
+        raise RankError(failure) from error
+    except BaseException as error:
+        if meeting is not None:
+            with contextlib.suppress(OSError):
+                meeting.show(error=str(error) or type(error).__name__)
+        raise
+
+
+def _many_workers(launch, cards, kind):
+    workers = launch.addresses or [card["address"] for card in cards]
+    os.environ["TF_CONFIG"] = json.dumps(
+        {"cluster": {"worker": workers}, "task": {"type": "worker", "index": launch.rank}}
+    )
+    communication = tf.distribute.experimental.CommunicationImplementation
+    options = tf.distribute.experimental.CommunicationOptions(
+        implementation=communication.NCCL if kind == "GPU" else communication.RING
+    )
+    return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
 
 
 def _divide_cpu(n_parts):

@@ -23,6 +23,8 @@ RESULT = "result"
 def open_mlperf_log(path, root_dir):
     """Return an MLLogger that writes to a file; to nowhere where path is None."""
     logger = logging.Logger("cloudmask.mlperf", logging.INFO)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
     logger.addHandler(logging.FileHandler(path, mode="w") if path else logging.NullHandler())
     return MLLogger(logger, root_dir=str(root_dir))
 

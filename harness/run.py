@@ -82,18 +82,18 @@ class Run:
         mllog: MLLogger of the MLPerf log.
     """
 
-    def __init__(self, config, devices, mode):
+    def __init__(self, config, devices, mode, folder):
         self.is_chief = devices.is_chief
-        self.folder = _make_folder(config)
+        self.folder = folder
         self.model_file = self.path(config.model_file)
         self._log_file = self.path(config.log_file)
         self._started = None
         self._run_start = None
         self._rank_log = _log_to(self.folder / f"rank-{devices.rank}.log")
-        write_text(self.folder / "config.yaml", dump_config(config, self.folder.name))
-        mlperf_file = self.path(config.mlperf_logfile)
-        mlperf_file.parent.mkdir(parents=True, exist_ok=True)
+        mlperf_file = self.path(config.mlperf_logfile) if self.is_chief else None
         self.mllog = open_mlperf_log(mlperf_file, REPOSITORY)
+        if self.is_chief:
+            write_text(self.folder / "config.yaml", dump_config(config, self.folder.name))
         self.results = {
             "status": "running",
             "run": self.folder.name,
@@ -163,7 +163,12 @@ class Run:
         )
 
 
-def _make_folder(config):
+def make_folder(config):
+    """Make the folder of a new run; the chief does.
+
+    Raises:
+        UserError: If there is one of that name.
+    """
     job = os.environ.get("SLURM_JOB_ID") or os.environ.get("LSB_JOBID") or os.getpid()
     name = config.run_name or f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{job}"
     folder = Path(config.output_dir) / name
@@ -189,12 +194,13 @@ def git_commit():
     return None
 
 
-def log_to_screen(verbose):
-    """Send the project's messages to the terminal, plain."""
+def log_to_screen(verbose, is_chief=True):
+    """Send the project's messages to the terminal, plain; of other ranks only what is wrong."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
+    handler.setLevel(logging.INFO if is_chief else logging.WARNING)
     root.setLevel(logging.INFO)
     logging.getLogger("tensorflow").setLevel(logging.INFO if verbose else logging.ERROR)
     logging.getLogger("absl").setLevel(logging.INFO if verbose else logging.ERROR)
@@ -209,7 +215,7 @@ def _log_to(path):
 
 def progress(items, what, total):
     """Go through items and tell how far: a bar on a terminal, a line a minute in a batch log."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and logging.getLogger().handlers[0].level <= logging.INFO:
         from tqdm import tqdm  # the bar alone needs it
 
         yield from tqdm(items, what, total, leave=False, dynamic_ncols=True)

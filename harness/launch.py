@@ -1,0 +1,213 @@
+"""What started this process, and how the ranks of one run find one another.
+
+Every rank writes its address into a folder below output_dir, which all ranks share since they write
+their masks there, and reads those of the others. So ports are free ones, several ranks on a host
+and unequal numbers of ranks a node need no rule, and whoever is missing has a number. TensorFlow's
+cluster resolvers were tried: they want equal numbers of tasks a node, fixed ports (two jobs on one
+host collide), and there is none for jsrun.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from harness.config import UserError
+
+MEETING_SECONDS = 300  # [s] a rank waits for the others at the start
+FAILURE_SECONDS = 5  # [s] a rank that fails has to say so before another is at a loss for a reason
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among those of the run.
+
+    Attributes:
+        rank: Its number; 0 is the chief.
+        n_ranks: Number of processes.
+        local_rank: Its number on its node.
+        local_size: Processes on its node.
+        node: Name of its node.
+        job: What tells this start from any other.
+        shares_gpus: Whether the ranks of a node see the same GPUs, and divide them.
+        addresses: 'host:port' of every rank, where TF_CONFIG gives them.
+    """
+
+    rank: int = 0
+    n_ranks: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    node: str = field(default_factory=socket.gethostname)
+    job: str = ""
+    shares_gpus: bool = False
+    addresses: tuple = ()
+
+
+def detect_launch(environ=os.environ):
+    """Find out what started us: a TF_CONFIG, Slurm's srun, jsrun or mpirun, or nothing of these.
+
+    Raises:
+        UserError: If TF_CONFIG describes anything but workers.
+    """
+    if config := environ.get("TF_CONFIG"):
+        return _from_tf_config(config)
+    if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # absent from a batch script itself
+        return _from_slurm(environ)
+    if int(environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:  # jsrun and Open MPI's mpirun
+        return _from_open_mpi(environ)
+    return Launch()
+
+
+def _from_tf_config(text):
+    try:
+        config = json.loads(text)
+        (kind, addresses), *others = config["cluster"].items()
+        rank = int(config["task"]["index"])
+        if kind != "worker" or others or not 0 <= rank < len(addresses):
+            raise ValueError("its cluster should hold 'worker' alone, and task.index one of them")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"TF_CONFIG cannot be used: {error}. Mend or unset it.") from None
+    if len(addresses) == 1:
+        return Launch()
+    job = hashlib.sha256("".join(addresses).encode()).hexdigest()[:16]
+    hosts = [address.rpartition(":")[0] for address in addresses]
+    same_host = [r for r, host in enumerate(hosts) if host == hosts[rank]]
+    return Launch(
+        rank,
+        len(addresses),
+        same_host.index(rank),
+        len(same_host),
+        hosts[rank],
+        job,
+        "CUDA_VISIBLE_DEVICES" not in os.environ,
+        tuple(addresses),
+    )
+
+
+def _from_slurm(environ):
+    on_node = environ.get("SLURM_GPUS_ON_NODE", "")
+    visible = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    parts = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    return Launch(
+        rank=int(environ["SLURM_PROCID"]),
+        n_ranks=int(environ["SLURM_STEP_NUM_TASKS"]),
+        local_rank=int(environ["SLURM_LOCALID"]),
+        local_size=_tasks_on_node(
+            environ["SLURM_STEP_TASKS_PER_NODE"], int(environ["SLURM_NODEID"])
+        ),
+        node=environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        job="slurm-" + "-".join(environ.get(part, "0") for part in parts),
+        shares_gpus=on_node == str(len(visible)),  # --gpus-per-task shows each rank its own
+    )
+
+
+def _tasks_on_node(text, node):
+    """Read Slurm's '2(x3),1': the number of tasks on a node, by its place in the list."""
+    counts = []
+    for part in text.split(","):
+        n, _, times = part.partition("(x")
+        counts += [int(n)] * int(times.rstrip(")") or 1)
+    return counts[node]
+
+
+def _from_open_mpi(environ):
+    job = environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid")
+    if not job:
+        raise UserError(
+            "OMPI_COMM_WORLD_SIZE says that there are several ranks, but neither PMIX_NAMESPACE "
+            "nor OMPI_MCA_ess_base_jobid says of which job. Start them with jsrun or mpirun."
+        )
+    job = "".join(c if c.isalnum() else "-" for c in f"{environ.get('LSB_JOBID', 'mpi')}-{job}")
+    return Launch(
+        rank=int(environ["OMPI_COMM_WORLD_RANK"]),
+        n_ranks=int(environ["OMPI_COMM_WORLD_SIZE"]),
+        local_rank=int(environ["OMPI_COMM_WORLD_LOCAL_RANK"]),
+        local_size=int(environ["OMPI_COMM_WORLD_LOCAL_SIZE"]),
+        job=job,
+        # jsrun's resource sets show each rank its own; mpirun shows all of a node to each.
+        shares_gpus="CUDA_VISIBLE_DEVICES" not in environ,
+    )
+
+
+def reserve_port():
+    """A socket that holds a free port of this host, until it is closed for gRPC to take over."""
+    reserved = socket.socket()
+    reserved.bind(("", 0))
+    return reserved
+
+
+class Meeting:
+    """Where the ranks of one start tell each other who they are, and later what went wrong.
+
+    A rank's card is a small file in a folder below output_dir. The chief removes the folder at the
+    end of the run.
+    """
+
+    def __init__(self, launch, output_dir):
+        self.launch = launch
+        self.folder = Path(output_dir) / f".ranks-{launch.job}"
+        self._files = [self.folder / f"rank-{rank}.json" for rank in range(launch.n_ranks)]
+
+    def show(self, **card):
+        """Show this rank's card to the others."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        own = self._files[self.launch.rank]
+        own.with_suffix(".part").write_text(json.dumps(card), encoding="utf-8")
+        own.with_suffix(".part").replace(own)
+
+    def read(self):
+        """The cards that are there, by rank."""
+        if self.folder.is_dir():
+            os.listdir(self.folder)  # makes a network file system look again
+        return {
+            rank: json.loads(file.read_text(encoding="utf-8"))
+            for rank, file in enumerate(self._files)
+            if file.exists()
+        }
+
+    def wait_for_all(self, seconds=MEETING_SECONDS):
+        """Return the cards of all ranks, in order.
+
+        Raises:
+            UserError: If ranks are missing when the time is over, with their numbers, or if one of
+                them says that it failed.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            cards = self.read()
+            if failure := failure_among(cards):
+                raise UserError(failure)
+            if len(cards) == self.launch.n_ranks:
+                return [cards[rank] for rank in range(self.launch.n_ranks)]
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        missing = [str(rank) for rank in range(self.launch.n_ranks) if rank not in cards]
+        raise UserError(
+            f"Of {self.launch.n_ranks} ranks, {len(missing)} did not start within {seconds} s: "
+            f"{', '.join(missing)}. See what became of them; all ranks must see the same "
+            f"output_dir, {self.folder.parent}."
+        )
+
+    def find_failure(self, seconds=FAILURE_SECONDS):
+        """What another rank says of its failure, waiting for it a while; None if none says."""
+        deadline = time.monotonic() + seconds
+        while not (failure := failure_among(self.read())) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return failure
+
+    def end(self):
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def failure_among(cards):
+    """The first failure that the cards tell of, in words; None if there is none."""
+    return next(
+        (f"Rank {rank} failed: {card['error']}" for rank, card in cards.items() if "error" in card),
+        None,
+    )

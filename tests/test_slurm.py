@@ -1,0 +1,140 @@
+"""Tests of target/rivanna.sh and target/pearl.sh on a real Slurm, whose two nodes are this host.
+
+What the site gives is stubbed on PATH: `module`, and `conda`, whose environment is the one that
+runs the tests. All else is as on Rivanna: sbatch, the script's options, its GPU request, srun.
+"""
+
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm_cluster import missing_programs, running_cluster
+from tools.make_scenes import make_dataset
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+JOB_SECONDS = 400  # for a job, two TensorFlow processes on a busy host; 60 alone
+N_TRAIN, N_INFERENCE = 4, 2
+HEIGHT, WIDTH = 96, 128
+
+missing = missing_programs()
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(
+        bool(missing), reason=f"no {', '.join(missing)}: apt-get install slurm-wlm munge"
+    ),
+]
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """A running cluster with the nodes n1 and n2."""
+    with running_cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def settings(tmp_path_factory):
+    """Options that make the reference workload a tiny one."""
+    data = tmp_path_factory.mktemp("data")
+    make_dataset(data, train=N_TRAIN, inference=N_INFERENCE, height=HEIGHT, width=WIDTH, seed=7)
+    values = {
+        "train_dir": data / "one-day",
+        "inference_dir": data / "ssts",
+        "IMAGE_H": HEIGHT,
+        "IMAGE_W": WIDTH,
+        "PATCH_SIZE": 32,
+        "CROP_SIZE": 8,
+        "clip_offset": 2,
+        "batch_size": 8,
+        "train_split": 0.5,
+        "epochs": 1,
+    }
+    return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """PATH with stubs of what the site gives, then the Python that runs the tests."""
+    folder = tmp_path_factory.mktemp("site")
+    for name, script in {"module": "exit 0", "conda": "echo 'conda() { true; }'"}.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        (folder / name).chmod(0o755)
+    return os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
+def submit(cluster, site, options, script, arguments, folder):
+    """Submit a job script, wait for it, and return its facts and the folder of its run."""
+    job = cluster.run(
+        *("sbatch", "--parsable", f"--chdir={REPOSITORY}", f"--output={folder}/job.out"),
+        *(*options, REPOSITORY / "target" / script),
+        *(*arguments, "--set", f"output_dir={folder}", "--set", "run_name=run"),
+        PATH=site,
+    ).strip()
+    try:
+        return cluster.wait(job, JOB_SECONDS), folder / "run"
+    finally:
+        if (folder / "job.out").exists():  # pytest shows it where the test fails
+            sys.stderr.write((folder / "job.out").read_text(errors="replace"))
+
+
+def check_run(facts, run, n_nodes):
+    """Check that a job ended well and that its run's folder holds what it should."""
+    assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0")
+    results = json.loads((run / "results.json").read_text())
+    assert results["status"] == "success"
+    assert results["devices"]["ranks"] == n_nodes
+    assert results["devices"]["nodes"] == n_nodes
+    assert results["training"]["scenes_train"] + results["training"]["scenes_test"] == N_TRAIN
+    assert results["inference"]["scenes"] == N_INFERENCE
+    with (run / "scenes.csv").open(newline="") as file:
+        scenes = [row["scene"] for row in csv.DictReader(file)]
+    assert scenes == sorted(mask.stem for mask in (run / "masks").iterdir())
+    assert len(scenes) == N_INFERENCE
+
+    lines = (run / "mlperf_cloudmask.log").read_text().splitlines()
+    events = [json.loads(line.removeprefix(":::MLLOG ")) for line in lines]
+    values = {event["key"]: event["value"] for event in events}
+    assert values["number_of_ranks"] == n_nodes
+    assert values["number_of_nodes"] == n_nodes
+    (stop,) = [event for event in events if event["key"] == "run_stop"]
+    assert stop["metadata"]["status"] == "success"
+    assert len([event for event in events if event["key"] == "result"]) == 1
+
+
+def test_srun_starts_a_rank_on_each_node(cluster):
+    words = cluster.run(
+        *("srun", "--nodes=2", "--ntasks-per-node=1", "bash", "-c"),
+        'echo "$SLURM_PROCID $SLURM_NTASKS $SLURMD_NODENAME $SLURM_STEP_NODELIST"',
+    ).splitlines()
+    assert sorted(words) == ["0 2 n1 n[1-2]", "1 2 n2 n[1-2]"]
+
+
+def test_rivanna_script_runs_on_one_node(cluster, site, settings, tmp_path):
+    facts, run = submit(cluster, site, [], "rivanna.sh", settings, tmp_path)
+    assert facts["NumNodes"] == "1"
+    assert facts["TresPerNode"] == "gres:gpu:a100:1"
+    check_run(facts, run, n_nodes=1)
+
+
+def test_rivanna_script_runs_on_two_nodes_by_options_alone(cluster, site, settings, tmp_path):
+    options = ["--nodes=2", "--ntasks-per-node=1"]
+    facts, run = submit(cluster, site, options, "rivanna.sh", settings, tmp_path)
+    assert facts["NodeList"] == "n[1-2]"
+    check_run(facts, run, n_nodes=2)
+
+
+def test_failing_program_fails_the_job_with_its_exit_status(cluster, site, settings, tmp_path):
+    arguments = [*settings, "--set", "epochs=none"]  # the user's mistake, exit status 2
+    facts, run = submit(cluster, site, [], "rivanna.sh", arguments, tmp_path)
+    assert (facts["JobState"], facts["ExitCode"]) == ("FAILED", "2:0")
+    assert not run.exists()
+    assert "epochs" in (tmp_path / "job.out").read_text()
+
+
+@pytest.mark.parametrize("options", [[], ["--nodes=2"], ["--gres=gpu:4", "--cpus-per-task=24"]])
+def test_slurm_accepts_the_options_of_the_pearl_script(cluster, options):
+    cluster.run("sbatch", "--test-only", *options, REPOSITORY / "target" / "pearl.sh")
