@@ -4,7 +4,6 @@ python slstr_cloud.py --config config.yaml
 """
 
 import argparse
-import contextlib
 import functools
 import json
 import logging
@@ -15,6 +14,7 @@ import sys
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import harness.quiet_tensorflow  # noqa: F401  (before all that imports TensorFlow)
@@ -192,7 +192,7 @@ def deal_scenes(paths, claims):
     """Yield the scenes that no other device, of any rank, has taken: who is faster masks more."""
     claims.mkdir(exist_ok=True)
     for path in paths:
-        with contextlib.suppress(FileExistsError):
+        with suppress(FileExistsError):
             (claims / path.stem).touch(exist_ok=False)
             yield path
 
@@ -426,7 +426,25 @@ def run_benchmark(config, mode):
     if mode != "train":
         inference_paths = data_loader.find_scenes(config.inference_dir)
     launch = detect_launch()
-    meeting = Meeting(launch, config.output_dir) if launch.n_ranks > 1 else None
+    with Meeting(launch, config.output_dir) if launch.n_ranks > 1 else nullcontext() as meeting:
+        devices, folder = open_run(config, launch, meeting)
+        end_on_sigterm()  # TensorFlow takes the signal when it connects several ranks
+        with Run(config, devices, mode, folder) as run, watch_ranks(meeting):
+            log.info("Run %s on %s", run.folder, devices.describe())
+            mlperf_log.log_submission(run.mllog, config, run.results["git_commit"])
+            run.mllog.event(keys.CACHE_CLEAR, False)  # the system's file cache is as we found it
+            run.mllog.start(keys.INIT_START)
+            if mode != "inference":
+                train(config, devices, run, train_paths, test_paths)
+            if mode != "train":
+                infer(config, devices, run, inference_paths)
+            run.mllog.event(mlperf_log.RESULT, result_event(run.results))
+            devices.gather(0)  # nobody leaves while another needs it
+    log.info("Results are in %s", run.folder)
+
+
+def open_run(config, launch, meeting):
+    """Open the devices, and the folder that the chief names."""
     with watch_ranks(meeting):
         folder = make_folder(config) if launch.rank == 0 else None
         try:
@@ -444,28 +462,14 @@ def run_benchmark(config, mode):
             if folder:
                 folder.rmdir()
             raise
-    with Run(config, devices, mode, folder or Path(devices.cards[0]["folder"])) as run:
-        with watch_ranks(meeting):
-            log.info("Run %s on %s", run.folder, devices.describe())
-            mlperf_log.log_submission(run.mllog, config, run.results["git_commit"])
-            run.mllog.event(keys.CACHE_CLEAR, False)  # the system's file cache is as we found it
-            run.mllog.start(keys.INIT_START)
-            if mode != "inference":
-                train(config, devices, run, train_paths, test_paths)
-            if mode != "train":
-                infer(config, devices, run, inference_paths)
-            run.mllog.event(mlperf_log.RESULT, result_event(run.results))
-            devices.gather(0)  # nobody leaves while another needs it
-    if meeting and devices.is_chief:
-        meeting.end()
-    log.info("Results are in %s", run.folder)
+        return devices, folder or Path(devices.cards[0]["folder"])
 
 
 def main(argv=None):
     """Run the program and return its exit status: 0, 2 for the user's mistake, 1 for the rest."""
     arguments = parse_arguments(argv)
     log_to_screen(arguments.verbose, is_chief=detect_launch().rank == 0)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    end_on_sigterm()
     try:
         run_benchmark(load_config(arguments.config, arguments.set), arguments.mode)
     except Exception as error:
@@ -482,6 +486,11 @@ def one_line(error):
         return str(error)
     first = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first} (--verbose shows where)"
+
+
+def end_on_sigterm():
+    """Let SIGTERM end the program in order: with an aborted run and exit status 143."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def is_users_mistake(error):

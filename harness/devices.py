@@ -226,15 +226,17 @@ def watch_ranks(meeting):
     except tf.errors.OpError as error:
         if meeting is None:
             raise
-        lost = sorted(set(re.findall(r"task:(\d+)", str(error))) - {str(meeting.launch.rank)})
-        which = f"Rank {', '.join(lost)}" if lost else "Another rank"
-        message = str(error).partition("\n")[0]
-        failure = meeting.find_failure() or f"{which} was lost: {message}"
+        failure = meeting.find_failure()
+        if failure is None:
+            lost = re.search(r"remote target \S*task:(\d+)", str(error))
+            which = f"Rank {lost[1]}" if lost else "Another rank"
+            failure = f"{which} was lost: it ended without a word, or its network broke"
+            meeting.show(error=failure)
         raise RankError(failure) from error
     except BaseException as error:
         if meeting is not None:
             with contextlib.suppress(OSError):
-                meeting.show(error=str(error) or type(error).__name__)
+                meeting.show(error=f"{type(error).__name__}: {error}")
         raise
 
 

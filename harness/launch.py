@@ -143,13 +143,13 @@ def reserve_port():
 class Meeting:
     """Where the ranks of one start tell each other who they are, and later what went wrong.
 
-    A rank's card is a small file in a folder below output_dir. The chief removes the folder at the
-    end of the run.
+    A rank's card is a small file in a folder below output_dir, which the chief removes at the end.
     """
 
     def __init__(self, launch, output_dir):
         self.launch = launch
         self.folder = Path(output_dir) / f".ranks-{launch.job}"
+        self._oldest = time.time() - MEETING_SECONDS  # a card from before is of an earlier start
         self._files = [self.folder / f"rank-{rank}.json" for rank in range(launch.n_ranks)]
 
     def show(self, **card):
@@ -166,7 +166,7 @@ class Meeting:
         return {
             rank: json.loads(file.read_text(encoding="utf-8"))
             for rank, file in enumerate(self._files)
-            if file.exists()
+            if file.exists() and file.stat().st_mtime >= self._oldest
         }
 
     def wait_for_all(self, seconds=MEETING_SECONDS):
@@ -200,14 +200,19 @@ class Meeting:
             time.sleep(0.2)
         return failure
 
-    def end(self):
-        """Remove the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if self.launch.rank == 0:
+            if error is not None:
+                time.sleep(2 * FAILURE_SECONDS)  # the others may still ask for the reason
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def failure_among(cards):
     """The first failure that the cards tell of, in words; None if there is none."""
     return next(
-        (f"Rank {rank} failed: {card['error']}" for rank, card in cards.items() if "error" in card),
+        (f"Rank {rank} says: {card['error']}" for rank, card in cards.items() if "error" in card),
         None,
     )

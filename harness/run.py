@@ -152,6 +152,9 @@ class Run:
             }
             with contextlib.suppress(OSError):  # the first error is the one to tell
                 self.save_results()
+        if error is not None:
+            text = f"Aborted: {kind.__name__}: {error}"
+            self._rank_log.handle(log.makeRecord(log.name, logging.ERROR, "", 0, text, (), None))
         for handler in (*self.mllog.logger.handlers, self._rank_log):
             handler.close()
         logging.getLogger().removeHandler(self._rank_log)
