@@ -50,11 +50,14 @@ class Launch:
 def detect_launch(environ=os.environ):
     """Find out what started us: a TF_CONFIG, Slurm's srun, jsrun or mpirun, or nothing of these.
 
+    Args:
+        environ: Environment variables.
+
     Raises:
         UserError: If TF_CONFIG describes anything but workers.
     """
     if config := environ.get("TF_CONFIG"):
-        return _from_tf_config(config)
+        return _from_tf_config(config, environ)
     if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # absent from a batch script itself
         return _from_slurm(environ)
     if int(environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:  # jsrun and Open MPI's mpirun
@@ -62,7 +65,7 @@ def detect_launch(environ=os.environ):
     return Launch()
 
 
-def _from_tf_config(text):
+def _from_tf_config(text, environ):
     try:
         config = json.loads(text)
         (kind, addresses), *others = config["cluster"].items()
@@ -83,14 +86,14 @@ def _from_tf_config(text):
         len(same_host),
         hosts[rank],
         job,
-        "CUDA_VISIBLE_DEVICES" not in os.environ,
+        "CUDA_VISIBLE_DEVICES" not in environ,
         tuple(addresses),
     )
 
 
 def _from_slurm(environ):
-    on_node = environ.get("SLURM_GPUS_ON_NODE", "")
-    visible = environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    n_visible = visible and str(len(visible.split(",")))
     parts = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     return Launch(
         rank=int(environ["SLURM_PROCID"]),
@@ -101,7 +104,8 @@ def _from_slurm(environ):
         ),
         node=environ.get("SLURMD_NODENAME") or socket.gethostname(),
         job="slurm-" + "-".join(environ.get(part, "0") for part in parts),
-        shares_gpus=on_node == str(len(visible)),  # --gpus-per-task shows each rank its own
+        # --gpus-per-task shows each rank its own; else each sees all of the step on its node.
+        shares_gpus=n_visible in (None, environ.get("SLURM_GPUS_ON_NODE")),
     )
 
 
