@@ -65,6 +65,7 @@ def find_scenes(directory):
 
     Raises:
         FileNotFoundError: If the directory is missing or holds no scene.
+        SceneError: If two scenes have one name.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -77,6 +78,12 @@ def find_scenes(directory):
         raise FileNotFoundError(
             f"No scenes matching 'S3A*.hdf' under {directory}. Set train_dir and inference_dir in "
             "the configuration; see 'Data' in README.md."
+        )
+    names = Counter(path.name for path in paths)
+    if twice := [name for name, n in names.items() if n > 1]:
+        raise SceneError(
+            f"{len(twice)} scene(s) stand twice under {directory}, {twice[0]} for one. "
+            "Masks are named after their scenes: remove one of each pair."
         )
     return paths
 

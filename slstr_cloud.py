@@ -5,37 +5,34 @@ python slstr_cloud.py --config config.yaml
 
 import argparse
 import functools
-import json
 import logging
 import math
-import shutil
 import signal
 import sys
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 
 import harness.quiet_tensorflow  # noqa: F401  (before all that imports TensorFlow)
 
 # isort: split
-import h5py
 import keras
 import numpy as np
 
 import data_loader
 from data_loader import PatchBatches, SceneError
-from harness import mlperf_log, scores
+from harness import mlperf_log, results, scores
 from harness.config import UserError, load_config
 from harness.devices import open_devices, watch_ranks
 from harness.launch import Meeting, detect_launch
+from harness.masks import MaskFolder
 from harness.mlperf_log import keys
 from harness.run import Run, log_to_screen, make_folder, progress, replacing, write_csv
 from harness.training import POLICIES, Predictor, Trainer, translated_errors
 from model import unet
 
-CLAIMS = ".claims"  # folder with an empty file for each scene that a device has taken
 THRESHOLD = 0.5  # cloud where the probability is above
 HISTORY_COLUMNS = (
     "epoch", "loss", "accuracy", "val_loss", "val_accuracy", "seconds", "patches_per_second",
@@ -66,7 +63,9 @@ def train(config, devices, run, train_paths, test_paths):
     validation = batches(test_paths, shuffle=False, n_lanes=devices.n_ranks)
     training_feed = devices.distribute(training.dataset)
     validation_feed = devices.distribute(validation.dataset)
-    log_hyperparameters(config, devices, run.mllog, training.n_patches, validation.n_patches)
+    mlperf_log.log_hyperparameters(
+        config, devices, run.mllog, training.n_patches, validation.n_patches
+    )
     run.mllog.end(keys.INIT_STOP)
 
     run.start()
@@ -105,28 +104,31 @@ def train(config, devices, run, train_paths, test_paths):
             "%.1f s, %.1f patches/s",
             *(epoch, config.epochs, *(history[-1][name] for name in HISTORY_COLUMNS[1:])),
         )
+        if run.is_chief:
+            write_csv(run.path("history.csv"), HISTORY_COLUMNS, history)
+        if not math.isfinite(history[-1]["loss"] + history[-1]["val_loss"]):
+            raise FloatingPointError(
+                f"The loss became {history[-1]['loss']} in epoch {epoch}, on validation "
+                f"{history[-1]['val_loss']}. Lower learning_rate ({config.learning_rate}), or set "
+                "precision: float32."
+            )
         if best is None or history[-1]["val_loss"] < best["val_loss"]:
             best = history[-1]
             if run.is_chief:
                 with replacing(run.model_file) as temporary:
                     trainer.model.save(temporary)
-        if run.is_chief:
-            write_csv(run.path("history.csv"), HISTORY_COLUMNS, history)
-            run.results["training"] = training_results(
-                history, best, (train_paths, test_paths), (training, validation)
-            )
-        if not math.isfinite(history[-1]["loss"]):
-            raise FloatingPointError(
-                f"The loss became {history[-1]['loss']} in epoch {epoch}. Lower learning_rate "
-                f"({config.learning_rate}), or set precision: float32."
-            )
+        run.results["training"] = results.training_results(
+            history, best, (train_paths, test_paths), (training, validation)
+        )
         if config.target_accuracy and history[-1]["val_accuracy"] >= config.target_accuracy:
             log.info("Reached target_accuracy %s.", config.target_accuracy)
             break
         if config.patience and epoch - best["epoch"] >= config.patience:
             log.info("No better validation loss for %d epochs.", config.patience)
             break
-    run.write_line(training_line(config, devices, history, best, training.n_patches))
+    run.write_line(
+        results.training_line(config, devices, history, best, len(train_paths) + len(test_paths))
+    )
 
 
 def training_batches(config, devices, micro_batch):
@@ -166,38 +168,29 @@ def infer(config, devices, run, paths):
     for predictor in predictors:  # traced here, so that no scene waits for it
         predictor(np.zeros((batch, *model.input_shape[1:]), np.float32))
     if run.results["mode"] == "inference":
-        log_hyperparameters(config, devices, run.mllog, 0, len(paths))
+        mlperf_log.log_hyperparameters(config, devices, run.mllog, 0, len(paths))
         run.mllog.end(keys.INIT_STOP)
         run.start()
 
+    masks = MaskFolder(run.path("masks"))
     run.mllog.start(mlperf_log.INFERENCE_START)
     begin = time.perf_counter()
     with ThreadPoolExecutor(len(predictors)) as pool:
         shown = [progress(paths, "Masking", len(paths)), *[paths] * (len(predictors) - 1)]
-        mask = functools.partial(mask_scenes, config, devices, run)
+        mask = functools.partial(mask_scenes, config, devices, run, masks)
         for _ in pool.map(mask, shown, predictors):  # raises what a thread raised
             pass
     seconds = devices.gather(time.perf_counter() - begin)
     run.mllog.end(mlperf_log.INFERENCE_STOP)
 
     if run.is_chief:
-        shutil.rmtree(run.path(CLAIMS))
-        rows = sorted((read_row(run, path) for path in paths), key=lambda row: row["scene"])
+        rows = masks.collect(paths)
         write_csv(run.path("scenes.csv"), scores.SCENE_COLUMNS, rows)
-        run.results["inference"] = inference_results(rows, max(seconds))
-        run.write_line(inference_line(config, devices, run.results["inference"]))
+        run.results["inference"] = results.inference_results(rows, max(seconds))
+        run.write_line(results.inference_line(config, devices, run.results["inference"]))
 
 
-def deal_scenes(paths, claims):
-    """Yield the scenes that no other device, of any rank, has taken: who is faster masks more."""
-    claims.mkdir(exist_ok=True)
-    for path in paths:
-        with suppress(FileExistsError):
-            (claims / path.stem).touch(exist_ok=False)
-            yield path
-
-
-def mask_scenes(config, devices, run, paths, predictor):
+def mask_scenes(config, devices, run, masks, paths, predictor):
     """Mask scenes with one device; the next one is read while the present one is masked."""
     shape = (config.image_h, config.image_w, config.n_channels)
 
@@ -205,9 +198,8 @@ def mask_scenes(config, devices, run, paths, predictor):
         begin = time.perf_counter()
         return path, data_loader.read_scene(path, shape), time.perf_counter() - begin
 
-    mine = deal_scenes(paths, run.path(CLAIMS))
     last = time.perf_counter()
-    for path, scene, read_seconds in data_loader.read_ahead(read, mine, n_ahead=1):
+    for path, scene, read_seconds in data_loader.read_ahead(read, masks.deal(paths), n_ahead=1):
         clock = time.perf_counter()
         patches, network_seconds = predict_patches(
             predictor, scene.channels, config.patch_size, config.crop_size
@@ -227,7 +219,14 @@ def mask_scenes(config, devices, run, paths, predictor):
             "stitch_seconds": scored - clock - network_seconds,
             "device": f"rank {devices.rank}, {predictor.device}",
         }
-        write_mask(run, path, mask, probability if config.keep_probability else None, row)
+        masks.write(
+            path,
+            mask,
+            probability if config.keep_probability else None,
+            row,
+            threshold=THRESHOLD,
+            model=str(run.model_file),
+        )
         last = time.perf_counter()
 
 
@@ -253,28 +252,6 @@ def predict_patches(predictor, channels, patch_size, crop_size):
     return probability.reshape(n_rows, n_cols, p, p, 1), network_seconds
 
 
-def write_mask(run, path, mask, probability, row):
-    """Write masks/<scene>.h5, whole or not at all; it carries its row of scenes.csv."""
-    with replacing(run.path("masks") / f"{path.stem}.h5") as temporary:
-        begin = time.perf_counter()
-        with h5py.File(temporary, "w") as file:
-            file.create_dataset("mask", data=mask, compression="gzip", compression_opts=1)
-            if probability is not None:
-                file.create_dataset("probability", data=probability)
-            file.attrs["scene"] = path.name
-            file.attrs["threshold"] = THRESHOLD
-            file.attrs["model"] = str(run.model_file)
-            seconds = time.perf_counter() - begin
-            row = {**row, "write_seconds": seconds, "seconds": row["seconds"] + seconds}
-            file.attrs["row"] = json.dumps(row)
-
-
-def read_row(run, path):
-    """The row of scenes.csv that a scene's mask carries, whichever rank wrote it."""
-    with h5py.File(run.path("masks") / f"{path.stem}.h5", "r") as file:
-        return json.loads(file.attrs["row"])
-
-
 def load_model(path, config):
     """Load a Keras model that takes the scenes and patches of the configuration."""
     if not path.is_file():
@@ -293,105 +270,6 @@ def load_model(path, config):
             f"{wanted[1:]}. Change these or the model."
         )
     return model
-
-
-# --- what the logs say ----------------------------------------------------------------------
-
-
-def log_hyperparameters(config, devices, mllog, n_train, n_eval):
-    """Log what is trained how; numbers of devices are those found."""
-    for key, value in {
-        keys.SEED: config.seed,
-        keys.GLOBAL_BATCH_SIZE: config.batch_size,
-        keys.TRAIN_SAMPLES: n_train,
-        keys.EVAL_SAMPLES: n_eval,
-        keys.OPT_NAME: keys.ADAM,
-        keys.OPT_BASE_LR: config.learning_rate,
-        mlperf_log.NUMBER_OF_RANKS: devices.n_ranks,
-        mlperf_log.NUMBER_OF_NODES: devices.n_nodes,
-        mlperf_log.ACCELERATORS_PER_NODE: devices.accelerators_per_node,
-    }.items():
-        mllog.event(key, value)
-
-
-def training_results(history, best, paths, batches):
-    """The part `training` of results.json."""
-    seconds = [row["train_seconds"] for row in history]
-    later = seconds[1:] or seconds  # the first epoch traces and warms up
-    return {
-        "scenes_train": len(paths[0]),
-        "scenes_test": len(paths[1]),
-        "patches_train": batches[0].n_patches,
-        "patches_test": batches[1].n_patches,
-        "epochs_run": len(history),
-        "best_epoch": best["epoch"],
-        "seconds": sum(row["seconds"] for row in history),
-        "seconds_per_epoch": [row["seconds"] for row in history],
-        "train_seconds_per_epoch": seconds,
-        "patches_per_second": batches[0].n_patches * len(later) / sum(later),
-        **{name: best[name] for name in ("loss", "accuracy", "val_loss", "val_accuracy")},
-    }
-
-
-def inference_results(rows, seconds):
-    """The part `inference` of results.json."""
-    return {
-        "scenes": len(rows),
-        "seconds": seconds,
-        "seconds_per_scene": seconds / len(rows),
-        "seconds_per_scene_parts": {
-            part: float(np.mean([row[f"{part}_seconds"] for row in rows]))
-            for part in ("read", "network", "stitch", "write")
-        },
-        "devices": [
-            {
-                "device": device,
-                "scenes": len(of_device),
-                "seconds_per_scene": float(np.mean([row["seconds"] for row in of_device])),
-            }
-            for device in sorted({row["device"] for row in rows})
-            if (of_device := [row for row in rows if row["device"] == device])
-        ],
-        **scores.mean_scores(rows),
-        **{
-            kind: scores.mean_scores(of_kind)
-            for kind in ("day", "night")
-            if (of_kind := [row for row in rows if row["day_night"] == kind])
-        },
-    }
-
-
-def training_line(config, devices, history, best, n_patches):
-    """The training line of cloudmask.log: v1.1's fields, then ours."""
-    per_epoch = sum(row["seconds"] for row in history) / len(history)
-    return (
-        f"CloudMask training, samples = {n_patches}, epochs={len(history)}, "
-        f"bs={config.batch_size}, nodes={devices.n_nodes}, gpus={devices.n_gpus}, "
-        f"time_per_epoch={per_epoch:.2f}, replicas={devices.n_replicas}, "
-        f"val_loss={best['val_loss']:.4f}, val_accuracy={best['val_accuracy']:.4f}, "
-        f"best_epoch={best['epoch']}"
-    )
-
-
-def inference_line(config, devices, results):
-    """The inference line of cloudmask.log: v1.1's fields, then ours."""
-    return (
-        f"CloudMask inference, inferences={results['scenes']}, bs={config.batch_size}, "
-        f"nodes={devices.n_nodes}, gpus={devices.n_gpus}, "
-        f"time_per_inference={results['seconds_per_scene']:.2f}, "
-        f"accuracy={results['accuracy']:.3f}, replicas={devices.n_replicas}, "
-        f"all_cloud_accuracy={results['all_cloud_accuracy']:.3f}, "
-        f"threshold_accuracy={results['threshold_accuracy']:.3f}"
-    )
-
-
-def result_event(results):
-    """The final metrics, for the event `result` of MLCommons Science."""
-    training, inference = results["training"] or {}, results["inference"] or {}
-    return {
-        **{name: training[name] for name in ("val_loss", "val_accuracy") if training},
-        **{name: inference[name] for name in ("accuracy", "seconds_per_scene") if inference},
-    }
 
 
 # --- the program ----------------------------------------------------------------------------
@@ -438,7 +316,7 @@ def run_benchmark(config, mode):
                 train(config, devices, run, train_paths, test_paths)
             if mode != "train":
                 infer(config, devices, run, inference_paths)
-            run.mllog.event(mlperf_log.RESULT, result_event(run.results))
+            run.mllog.event(mlperf_log.RESULT, results.result_event(run.results))
             devices.gather(0)  # nobody leaves while another needs it
     log.info("Results are in %s", run.folder)
 

@@ -1,14 +1,10 @@
-"""The MLPerf log: `:::MLLOG` events in the order that MLPerf HPC asks for."""
+"""The MLPerf log: `:::MLLOG` events in the order that MLPerf HPC 3.0.0 asks for."""
 
 import logging
 
 from mlperf_logging.mllog import constants as keys
 from mlperf_logging.mllog.mllog import MLLogger
 
-__all__ = ["keys", "open_mlperf_log", "log_submission"]
-
-RULESET = "3.0.0"  # of MLPerf HPC, which the events follow
-RULES = "mlperf_rules.yaml"  # what mlperf_logging.compliance_checker should ask of our logs
 # Keys of ours and of MLCommons Science that the package has no constant for.
 NUMBER_OF_RANKS = "number_of_ranks"
 NUMBER_OF_NODES = "number_of_nodes"
@@ -40,3 +36,19 @@ def log_submission(mllog, config, commit):
     mllog.event(keys.SUBMISSION_POC_EMAIL, config.email)
     mllog.event(SUBMISSION_VERSION, config.submission.version)
     mllog.event(SUBMISSION_COMMIT, commit)
+
+
+def log_hyperparameters(config, devices, mllog, n_train, n_eval):
+    """Log what is trained how; numbers of devices are those found."""
+    for key, value in {
+        keys.SEED: config.seed,
+        keys.GLOBAL_BATCH_SIZE: config.batch_size,
+        keys.TRAIN_SAMPLES: n_train,
+        keys.EVAL_SAMPLES: n_eval,
+        keys.OPT_NAME: keys.ADAM,
+        keys.OPT_BASE_LR: config.learning_rate,
+        NUMBER_OF_RANKS: devices.n_ranks,
+        NUMBER_OF_NODES: devices.n_nodes,
+        ACCELERATORS_PER_NODE: devices.accelerators_per_node,
+    }.items():
+        mllog.event(key, value)

@@ -49,6 +49,14 @@ def test_missing_data_names_the_directory(tmp_path, name):
         data_loader.find_scenes(tmp_path / name)
 
 
+def test_two_scenes_of_one_name_are_refused(tmp_path):
+    for name in ("night", "day"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "S3A_a.hdf").touch()
+    with pytest.raises(SceneError, match="S3A_a.hdf"):
+        data_loader.find_scenes(tmp_path)
+
+
 def test_split_shares_no_scene_and_takes_the_share():
     paths = [f"{i:03}" for i in range(970)]
     train, test = data_loader.split_scenes(paths, 0.8)

@@ -1,0 +1,85 @@
+"""What results.json and the lines of cloudmask.log say of a run."""
+
+import numpy as np
+
+from harness import scores
+
+
+def training_results(history, best, paths, batches):
+    """The part `training` of results.json."""
+    seconds = [row["train_seconds"] for row in history]
+    later = seconds[1:] or seconds  # the first epoch traces and warms up
+    return {
+        "scenes_train": len(paths[0]),
+        "scenes_test": len(paths[1]),
+        "patches_train": batches[0].n_patches,
+        "patches_test": batches[1].n_patches,
+        "epochs_run": len(history),
+        "best_epoch": best["epoch"],
+        "seconds": sum(row["seconds"] for row in history),
+        "seconds_per_epoch": [row["seconds"] for row in history],
+        "train_seconds_per_epoch": seconds,
+        "patches_per_second": batches[0].n_patches * len(later) / sum(later),
+        **{name: best[name] for name in ("loss", "accuracy", "val_loss", "val_accuracy")},
+    }
+
+
+def inference_results(rows, seconds):
+    """The part `inference` of results.json."""
+    return {
+        "scenes": len(rows),
+        "seconds": seconds,
+        "seconds_per_scene": seconds / len(rows),
+        "seconds_per_scene_parts": {
+            part: float(np.mean([row[f"{part}_seconds"] for row in rows]))
+            for part in ("read", "network", "stitch", "write")
+        },
+        "devices": [
+            {
+                "device": device,
+                "scenes": len(of_device),
+                "seconds_per_scene": float(np.mean([row["seconds"] for row in of_device])),
+            }
+            for device in sorted({row["device"] for row in rows})
+            if (of_device := [row for row in rows if row["device"] == device])
+        ],
+        **scores.mean_scores(rows),
+        **{
+            kind: scores.mean_scores(of_kind)
+            for kind in ("day", "night")
+            if (of_kind := [row for row in rows if row["day_night"] == kind])
+        },
+    }
+
+
+def training_line(config, devices, history, best, n_scenes):
+    """The training line of cloudmask.log: v1.1's fields, then ours."""
+    per_epoch = sum(row["seconds"] for row in history) / len(history)
+    return (
+        f"CloudMask training, samples = {n_scenes}, epochs={len(history)}, "
+        f"bs={config.batch_size}, nodes={devices.n_nodes}, gpus={devices.n_gpus}, "
+        f"time_per_epoch={per_epoch:.2f}, replicas={devices.n_replicas}, "
+        f"val_loss={best['val_loss']:.4f}, val_accuracy={best['val_accuracy']:.4f}, "
+        f"best_epoch={best['epoch']}"
+    )
+
+
+def inference_line(config, devices, results):
+    """The inference line of cloudmask.log: v1.1's fields, then ours."""
+    return (
+        f"CloudMask inference, inferences={results['scenes']}, bs={config.batch_size}, "
+        f"nodes={devices.n_nodes}, gpus={devices.n_gpus}, "
+        f"time_per_inference={results['seconds_per_scene']:.2f}, "
+        f"accuracy={results['accuracy']:.3f}, replicas={devices.n_replicas}, "
+        f"all_cloud_accuracy={results['all_cloud_accuracy']:.3f}, "
+        f"threshold_accuracy={results['threshold_accuracy']:.3f}"
+    )
+
+
+def result_event(results):
+    """The final metrics, for the event `result` of MLCommons Science."""
+    training, inference = results["training"] or {}, results["inference"] or {}
+    return {
+        **{name: training[name] for name in ("val_loss", "val_accuracy") if training},
+        **{name: inference[name] for name in ("accuracy", "seconds_per_scene") if inference},
+    }
