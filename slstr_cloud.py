@@ -59,8 +59,14 @@ def train(config, devices, run, train_paths, test_paths):
         xla=config.xla,
     )
     batches = training_batches(config, devices, trainer.micro_batch)
-    training = batches(train_paths, shuffle=True)
-    validation = batches(test_paths, shuffle=False, n_lanes=devices.n_ranks)
+    training = batches(train_paths, shuffle=True, batch_size=config.batch_size)
+    # The sums of validation are the same for any batch; a small one leaves memory to training.
+    validation = batches(
+        test_paths,
+        shuffle=False,
+        batch_size=trainer.micro_batch * devices.n_replicas,
+        n_lanes=devices.n_ranks,
+    )
     training_feed = devices.distribute(training.dataset)
     validation_feed = devices.distribute(validation.dataset)
     mlperf_log.log_hyperparameters(
@@ -132,7 +138,7 @@ def train(config, devices, run, train_paths, test_paths):
 
 
 def training_batches(config, devices, micro_batch):
-    """How training and validation read their scenes; lacks `paths` and `shuffle`."""
+    """How training and validation read their scenes; what they do differently is left."""
     shape = (config.image_h, config.image_w, config.n_channels)
     rows, cols = data_loader.training_crop(config.image_h, config.image_w, config.patch_size)
     read = functools.partial(data_loader.read_scene, shape=shape, rows=rows, cols=cols)
@@ -145,12 +151,9 @@ def training_batches(config, devices, micro_batch):
         patches_per_scene=(config.image_h // config.patch_size)
         * (config.image_w // config.patch_size),
         n_channels=config.n_channels,
-        batch_size=config.batch_size,
         replicas=devices.replicas,
         n_replicas=devices.n_replicas,
-        n_lanes=max(8, devices.n_ranks)
-        if config.shuffle_scenes == "auto"
-        else config.shuffle_scenes,
+        n_lanes=devices.shuffle_scenes(config.shuffle_scenes),
         seed=config.seed,
         multiple=micro_batch,
     )

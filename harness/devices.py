@@ -13,6 +13,7 @@ import tensorflow as tf
 from harness.config import UserError
 from harness.launch import Launch, reserve_port
 
+SHUFFLE_SCENES = 8  # mixed in a batch; each takes 52 MB at full size
 CPU_MICRO_BATCH = 4  # patches; at 256 x 256 more took 1 GB more and were no faster on two cores
 
 
@@ -98,6 +99,10 @@ class Devices:
         if wanted == "auto":
             wanted = CPU_MICRO_BATCH if self.kind == "CPU" else share
         return min(wanted, share)
+
+    def shuffle_scenes(self, wanted):
+        """Scenes that a global batch mixes: as many as ranks at least, so that each has its own."""
+        return max(SHUFFLE_SCENES, self.n_ranks) if wanted == "auto" else wanted
 
     def distribute(self, dataset):
         """An iterator over the elements of `dataset()`, one for each replica in turn."""
