@@ -9,10 +9,12 @@ reflectances S1-S6 first, then the three brightness temperatures S7-S9.
 """
 
 import contextlib
+import fnmatch
 import hashlib
 import itertools
 import logging
 import os
+import threading
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,12 +26,13 @@ import numpy as np
 import tensorflow as tf
 from sklearn.model_selection import train_test_split
 
-SCENE_GLOB = "**/S3A*.hdf"
+SCENE_NAME = "S3A*.hdf"
 REFLECTANCE_OFFSET = 0.5  # [1], mlcommons/science v1.1
 BT_OFFSET = 270.0  # [K], mlcommons/science v1.1
 BT_SCALE = 22.0  # [K], mlcommons/science v1.1
 SPLIT_SEED = 42  # mlcommons/science v1.1; apart from `seed`, so that every run has one split
 READER_THREADS = 4
+SCENES_MIXED = 8  # in a batch, at least; 49 MB each at full size
 SCENES_AHEAD = 3  # scenes read before they are needed
 BLOCK_ROWS = 64  # 64 rows x 1500 columns x 6 channels x 8 bytes = 4.6 MB, stays in cache
 
@@ -73,7 +76,7 @@ def find_scenes(directory):
             f"No directory {directory}. Set train_dir and inference_dir in the configuration; "
             "see 'Data' in README.md."
         )
-    paths = sorted(directory.glob(SCENE_GLOB), key=lambda path: path.relative_to(directory).parts)
+    paths = sorted(_walk(directory), key=lambda path: path.relative_to(directory).parts)
     if not paths:
         raise FileNotFoundError(
             f"No scenes matching 'S3A*.hdf' under {directory}. Set train_dir and inference_dir in "
@@ -86,6 +89,17 @@ def find_scenes(directory):
             "Masks are named after their scenes: remove one of each pair."
         )
     return paths
+
+
+def _walk(directory):
+    """Yield the scene files below a directory, through linked folders too, each folder once."""
+    seen = set()
+    for folder, subfolders, files in os.walk(directory, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        subfolders[:] = [
+            name for name in subfolders if os.path.realpath(Path(folder, name)) not in seen
+        ]
+        yield from (Path(folder, name) for name in fnmatch.filter(files, SCENE_NAME))
 
 
 def split_scenes(paths, train_split):
@@ -143,7 +157,7 @@ def read_scene(path, shape, rows=slice(None), cols=slice(None)):
             return _read_datasets(refs, bts, bayes, rows, cols)
     except OSError as error:
         raise SceneError(
-            f"{path} cannot be read as a scene (HDF5): {str(error).splitlines()[0]}. "
+            f"{path} cannot be read as a scene (HDF5): {str(error).partition(chr(10))[0]}. "
             "Download it again or remove it."
         ) from error
 
@@ -372,7 +386,6 @@ class PatchBatches:
         n_lanes: Scenes mixed in a global batch.
         seed: Of the run.
         shuffle: Another order each epoch; else the order of `paths`, epoch after epoch.
-        first_epoch: Epoch to begin with.
         multiple: S is a multiple of this (the micro-batch).
     """
 
@@ -384,10 +397,9 @@ class PatchBatches:
     batch_size: int
     replicas: range = range(1)
     n_replicas: int = 1
-    n_lanes: int = 8
+    n_lanes: int = SCENES_MIXED
     seed: int = 0
     shuffle: bool = True
-    first_epoch: int = 0
     multiple: int = 1
 
     def __post_init__(self):
@@ -437,7 +449,7 @@ class PatchBatches:
     def _batches(self):
         wanted = (  # (epoch, scene) in the order of first use by this process
             (epoch, scene)
-            for epoch in itertools.count(self.first_epoch)
+            for epoch in itertools.count()
             for scene in dict.fromkeys(
                 int(scene)
                 for step in self._epoch(epoch)
@@ -449,7 +461,7 @@ class PatchBatches:
         scenes = read_ahead(lambda key: (key, self.read(self.paths[key[1]])), wanted)
         held = {}
         with contextlib.closing(scenes):
-            for epoch in itertools.count(self.first_epoch):
+            for epoch in itertools.count():
                 steps = self._epoch(epoch)
                 uses = Counter(
                     int(scene) for slots in self.slots for scene in steps[:, slots, 0].ravel()
@@ -531,7 +543,7 @@ def _load(copy):
 
 
 def _store(scene, copy):
-    temporary = copy.with_suffix(f".{os.getpid()}.part")
+    temporary = copy.with_suffix(f".{os.getpid()}-{threading.get_ident()}.part")
     try:
         with temporary.open("wb") as file:
             np.save(file, scene.channels)

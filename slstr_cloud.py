@@ -4,7 +4,10 @@ python slstr_cloud.py --config config.yaml
 """
 
 import argparse
+import errno
 import functools
+import hashlib
+import json
 import logging
 import math
 import signal
@@ -153,13 +156,15 @@ def training_batches(config, devices, micro_batch):
         n_channels=config.n_channels,
         replicas=devices.replicas,
         n_replicas=devices.n_replicas,
-        n_lanes=devices.shuffle_scenes(config.shuffle_scenes),
+        n_lanes=max(data_loader.SCENES_MIXED, devices.n_ranks)
+        if config.shuffle_scenes == "auto"
+        else config.shuffle_scenes,
         seed=config.seed,
         multiple=micro_batch,
     )
 
 
-def infer(config, devices, run, paths):
+def infer(config, devices, run, paths, starts_run):
     """Mask scenes with the model of the run's model file, and score the masks."""
     devices.gather(0)  # the chief has written the model
     model = load_model(run.model_file, config)
@@ -170,19 +175,25 @@ def infer(config, devices, run, paths):
     ]
     for predictor in predictors:  # traced here, so that no scene waits for it
         predictor(np.zeros((batch, *model.input_shape[1:]), np.float32))
-    if run.results["mode"] == "inference":
+    if starts_run:
         mlperf_log.log_hyperparameters(config, devices, run.mllog, 0, len(paths))
         run.mllog.end(keys.INIT_STOP)
         run.start()
 
-    masks = MaskFolder(run.path("masks"))
+    masks = MaskFolder(run.path("masks"), devices.check_ranks)
+    devices.gather(0)  # all begin together
     run.mllog.start(mlperf_log.INFERENCE_START)
     begin = time.perf_counter()
     with ThreadPoolExecutor(len(predictors)) as pool:
         shown = [progress(paths, "Masking", len(paths)), *[paths] * (len(predictors) - 1)]
-        mask = functools.partial(mask_scenes, config, devices, run, masks)
-        for _ in pool.map(mask, shown, predictors):  # raises what a thread raised
-            pass
+        try:
+            for _ in pool.map(
+                functools.partial(mask_scenes, config, devices, run, masks), shown, predictors
+            ):
+                pass  # raises what a thread raised
+        except BaseException:
+            masks.stop()  # or leaving the pool would wait for all scenes
+            raise
     seconds = devices.gather(time.perf_counter() - begin)
     run.mllog.end(mlperf_log.INFERENCE_STOP)
 
@@ -209,6 +220,7 @@ def mask_scenes(config, devices, run, masks, paths, predictor):
         )
         probability = data_loader.reconstruct(patches, config.image_h, config.image_w)
         mask = (probability > THRESHOLD).astype(np.uint8)
+        stitched = time.perf_counter()
         row = scores.score_scene(
             mask, scene.cloud[..., 0], scene.valid, scene.bt_12um, config.min_sst
         )
@@ -219,7 +231,8 @@ def mask_scenes(config, devices, run, masks, paths, predictor):
             "seconds": scored - last,
             "read_seconds": read_seconds,
             "network_seconds": network_seconds,
-            "stitch_seconds": scored - clock - network_seconds,
+            "stitch_seconds": stitched - clock - network_seconds,
+            "score_seconds": scored - stitched,
             "device": f"rank {devices.rank}, {predictor.device}",
         }
         masks.write(
@@ -259,7 +272,7 @@ def load_model(path, config):
     """Load a Keras model that takes the scenes and patches of the configuration."""
     if not path.is_file():
         raise FileNotFoundError(
-            f"No model file {path}. Train one, or set model_file to a .keras or .h5 file."
+            f"No model file {path}. Set model_file to the .keras or .h5 file of a trained model."
         )
     try:
         model = keras.models.load_model(path, compile=False, safe_mode=True)
@@ -298,17 +311,18 @@ def parse_arguments(argv):
     return parser.parse_args(argv)
 
 
-def run_benchmark(config, mode):
+def run_benchmark(config, mode, launch):
     """One run, from the configuration to the results."""
-    train_paths = test_paths = inference_paths = ()
-    if mode != "inference":
-        paths = data_loader.find_scenes(config.train_dir)
-        train_paths, test_paths = data_loader.split_scenes(paths, config.train_split)
-    if mode != "train":
-        inference_paths = data_loader.find_scenes(config.inference_dir)
-    launch = detect_launch()
-    with Meeting(launch, config.output_dir) if launch.n_ranks > 1 else nullcontext() as meeting:
-        devices, folder = open_run(config, launch, meeting)
+    meeting = Meeting(launch, config.output_dir) if launch.n_ranks > 1 else None
+    with meeting or nullcontext(), watch_ranks(meeting):
+        train_paths = test_paths = inference_paths = ()
+        if mode != "inference":
+            paths = data_loader.find_scenes(config.train_dir)
+            train_paths, test_paths = data_loader.split_scenes(paths, config.train_split)
+        if mode != "train":
+            inference_paths = data_loader.find_scenes(config.inference_dir)
+        names = [path.name for path in (*train_paths, *test_paths, *inference_paths)]
+        devices, folder = open_run(config, launch, meeting, [mode, repr(config), names])
         end_on_sigterm()  # TensorFlow takes the signal when it connects several ranks
         with Run(config, devices, mode, folder) as run, watch_ranks(meeting):
             log.info("Run %s on %s", run.folder, devices.describe())
@@ -318,41 +332,43 @@ def run_benchmark(config, mode):
             if mode != "inference":
                 train(config, devices, run, train_paths, test_paths)
             if mode != "train":
-                infer(config, devices, run, inference_paths)
+                infer(config, devices, run, inference_paths, starts_run=mode == "inference")
             run.mllog.event(mlperf_log.RESULT, results.result_event(run.results))
             devices.gather(0)  # nobody leaves while another needs it
     log.info("Results are in %s", run.folder)
 
 
-def open_run(config, launch, meeting):
-    """Open the devices, and the folder that the chief names."""
-    with watch_ranks(meeting):
-        folder = make_folder(config) if launch.rank == 0 else None
-        try:
-            devices = open_devices(
-                *(config.gpu, config.nodes, config.cpu_devices, config.deterministic),
-                *(config.xla, config.seed, meeting),
-                folder=str(folder),
+def open_run(config, launch, meeting, work):
+    """Open the devices, and the folder that the chief names; all ranks do the same work."""
+    folder = make_folder(config) if launch.rank == 0 else None
+    try:
+        devices = open_devices(
+            *(config.gpu, config.nodes, config.cpu_devices, config.deterministic),
+            *(config.xla, config.seed, meeting),
+            folder=str(folder),
+            work=hashlib.sha256(json.dumps(work).encode()).hexdigest(),
+        )
+        if config.batch_size < devices.n_replicas:
+            raise UserError(
+                f"batch_size {config.batch_size} is the batch of all replicas together: there "
+                f"are {devices.n_replicas}. Set it to {devices.n_replicas} at least."
             )
-            if config.batch_size < devices.n_replicas:
-                raise UserError(
-                    f"batch_size {config.batch_size} is the batch of all replicas together: there "
-                    f"are {devices.n_replicas}. Set it to {devices.n_replicas} at least."
-                )
-        except BaseException:
-            if folder:
-                folder.rmdir()
-            raise
-        return devices, folder or Path(devices.cards[0]["folder"])
+    except BaseException:
+        if folder:
+            folder.rmdir()
+        raise
+    return devices, folder or Path(devices.cards[0]["folder"])
 
 
 def main(argv=None):
     """Run the program and return its exit status: 0, 2 for the user's mistake, 1 for the rest."""
     arguments = parse_arguments(argv)
-    log_to_screen(arguments.verbose, is_chief=detect_launch().rank == 0)
+    log_to_screen(arguments.verbose)
     end_on_sigterm()
     try:
-        run_benchmark(load_config(arguments.config, arguments.set), arguments.mode)
+        launch = detect_launch()
+        log_to_screen(arguments.verbose, is_chief=launch.rank == 0)
+        run_benchmark(load_config(arguments.config, arguments.set), arguments.mode, launch)
     except Exception as error:
         if arguments.verbose:
             traceback.print_exc()
@@ -363,24 +379,28 @@ def main(argv=None):
 
 def one_line(error):
     """An error for people: its message where it is ours, its kind and first line where not."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}. Mend it, or set another path."
     if is_users_mistake(error):
         return str(error)
     first = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first} (--verbose shows where)"
 
 
-def end_on_sigterm():
-    """Let SIGTERM end the program in order: with an aborted run and exit status 143."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-
-
 def is_users_mistake(error):
     """Whether the user can mend an error: a bad value, file or permission."""
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return True
     return isinstance(
         error,
         UserError | SceneError | FileNotFoundError | FileExistsError | NotADirectoryError
         | IsADirectoryError | PermissionError,
     )  # fmt: skip
+
+
+def end_on_sigterm():
+    """Let SIGTERM end the program in order: with an aborted run and exit status 143."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+COMBINED = ("PATCH_SIZE", "CROP_SIZE", "IMAGE_H", "IMAGE_W", "clip_offset")
 V1_UPPER_CASE = ("patch_size", "image_h", "image_w", "n_channels", "min_sst", "crop_size")
 
 
@@ -157,6 +158,18 @@ class Config(BaseModel):
                 f"cpu_devices {self.cpu_devices} rehearses on the CPU, but gpu is {self.gpu}; "
                 "set gpu: 0"
             )
+        for key, only in (
+            ("on_bad_scene", "stop"),
+            ("checkpoint_every", 1),
+            ("inference_mode", "patches"),
+        ):
+            if getattr(self, key) != only:
+                problems.append(f"{key}: {getattr(self, key)} is not available yet; set {only}")
+        if self.model_file.suffix not in (".keras", ".h5"):
+            problems.append(f"model_file {self.model_file} must end in .keras or .h5")
+        for key in ("log_file", "mlperf_logfile"):
+            if not getattr(self, key).name:
+                problems.append(f"{key} must name a file")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -217,8 +230,15 @@ def check(values, source):
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(e) for e in error.errors()]
-        raise UserError(f"{source}: {'; '.join(dict.fromkeys(lines))}.") from None
+        errors = error.errors()
+    bad = {e["loc"][0] for e in errors if e["loc"]}
+    if bad and not bad & set(COMBINED):  # what cannot go together shows without the bad ones
+        try:
+            Config.model_validate({k: v for k, v in values.items() if k not in bad})
+        except ValidationError as error:
+            errors += error.errors()
+    lines = dict.fromkeys(_explain(e) for e in errors)
+    raise UserError(f"{source}: {'; '.join(lines)}.")
 
 
 def _explain(error):

@@ -11,9 +11,8 @@ import keras
 import tensorflow as tf
 
 from harness.config import UserError
-from harness.launch import Launch, reserve_port
+from harness.launch import LOST, Launch, Meeting, reserve_port
 
-SHUFFLE_SCENES = 8  # mixed in a batch; each takes 52 MB at full size
 CPU_MICRO_BATCH = 4  # patches; at 256 x 256 more took 1 GB more and were no faster on two cores
 
 
@@ -28,6 +27,7 @@ class Devices:
         launch: Launch of this process.
         cards: What each rank told the others at the start; one empty card where there is one rank.
         deterministic: Whether runs repeat bit for bit.
+        meeting: Meeting of the ranks, or None where there is one.
     """
 
     strategy: tf.distribute.Strategy
@@ -36,6 +36,7 @@ class Devices:
     launch: Launch
     cards: tuple
     deterministic: bool
+    meeting: Meeting | None = None
 
     @property
     def rank(self):
@@ -78,6 +79,11 @@ class Devices:
         """GPUs a node, as found."""
         return self.n_gpus // self.n_nodes
 
+    def check_ranks(self):
+        """Raise RankError if another rank is known to have failed; for long times without steps."""
+        if self.meeting and (failure := self.meeting.failure()):
+            raise RankError(failure)
+
     def gather(self, number):
         """The numbers of all ranks, by rank; every rank waits here for all others."""
         if self.n_ranks == 1:
@@ -99,10 +105,6 @@ class Devices:
         if wanted == "auto":
             wanted = CPU_MICRO_BATCH if self.kind == "CPU" else share
         return min(wanted, share)
-
-    def shuffle_scenes(self, wanted):
-        """Scenes that a global batch mixes: as many as ranks at least, so that each has its own."""
-        return max(SHUFFLE_SCENES, self.n_ranks) if wanted == "auto" else wanted
 
     def distribute(self, dataset):
         """An iterator over the elements of `dataset()`, one for each replica in turn."""
@@ -144,10 +146,10 @@ def open_devices(
         found = _share(found, launch.local_rank, launch.local_size)
     used = found[: gpu if gpu != "auto" and launch.local_size == 1 else None] if gpu != 0 else []
     kind = "GPU" if used else "CPU"
-    if kind == "CPU" and cpu_devices > 1 and launch.n_ranks > 1:
+    if cpu_devices > 1 and (kind == "GPU" or launch.n_ranks > 1):
         raise UserError(
-            f"cpu_devices: {cpu_devices} rehearses many devices in one process, but there are "
-            f"{launch.n_ranks} ranks. Set cpu_devices: 1."
+            f"cpu_devices: {cpu_devices} rehearses many devices on the CPU of one process, found "
+            f"{launch.n_ranks} rank(s) and {len(used)} GPU(s). Set it to 1, or gpu: 0 in one rank."
         )
     local = tuple(f"/{kind}:{i}" for i in range(len(used) or cpu_devices))
     reserved = reserve_port()
@@ -180,7 +182,7 @@ def open_devices(
         # Between GPUs TensorFlow chooses NCCL; virtual CPUs share one memory.
         reduction = tf.distribute.ReductionToOneDevice() if kind == "CPU" else None
         strategy = tf.distribute.MirroredStrategy(local, cross_device_ops=reduction)
-    return Devices(strategy, local, kind, launch, tuple(cards), deterministic)
+    return Devices(strategy, local, kind, launch, tuple(cards), deterministic, meeting)
 
 
 def _share(devices, local_rank, local_size):
@@ -202,13 +204,19 @@ def _check_demands(gpu, nodes, n_used, cards):
         found[node] = found.get(node, 0) + n
     if isinstance(gpu, int) and set(found.values()) != {gpu}:
         raise UserError(
-            f"gpu: {gpu} demands {gpu} GPU(s) a node, TensorFlow sees {min(found.values())}. "
+            f"gpu: {gpu} demands {gpu} GPU(s) a node, TensorFlow sees "
+            f"{' and '.join(map(str, sorted(set(found.values()))))}. "
             "Set gpu: auto, or gpu: 0 for the CPU; README.md says how to set GPUs up."
         )
     if isinstance(nodes, int) and nodes != len(found):
         raise UserError(
             f"nodes: {nodes} demands {nodes} node(s), the scheduler started {len(found)}. "
             "Set nodes: auto, or start the program on as many."
+        )
+    if len({card.get("work") for card in cards}) > 1:
+        raise UserError(
+            "The ranks were started with different configurations, or see different scenes. "
+            "Start all with the same, on a file system that all share."
         )
     if len({(card.get("devices"), card.get("kind")) for card in cards}) > 1:
         counts = ", ".join(f"rank {r}: {c['devices']} {c['kind']}" for r, c in enumerate(cards))
@@ -234,10 +242,11 @@ def watch_ranks(meeting):
         failure = meeting.find_failure()
         if failure is None:
             lost = re.search(r"remote target \S*task:(\d+)", str(error))
-            which = f"Rank {lost[1]}" if lost else "Another rank"
-            failure = f"{which} was lost: it ended without a word, or its network broke"
+            failure = LOST.format(lost[1] if lost else "(which is unknown)")
             meeting.show(error=failure)
         raise RankError(failure) from error
+    except RankError:
+        raise
     except BaseException as error:
         if meeting is not None:
             with contextlib.suppress(OSError):

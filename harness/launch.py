@@ -7,11 +7,13 @@ cluster resolvers were tried: they want equal numbers of tasks a node, fixed por
 host collide), and there is none for jsrun.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import socket
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,8 @@ from harness.config import UserError
 
 MEETING_SECONDS = 300  # [s] a rank waits for the others at the start
 FAILURE_SECONDS = 5  # [s] a rank that fails has to say so before another is at a loss for a reason
+BEAT_SECONDS = 5  # [s] between signs of life
+LOST_SECONDS = 60  # [s] without a sign of life: network file systems may show one late
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,10 @@ def detect_launch(environ=os.environ):
     """
     if config := environ.get("TF_CONFIG"):
         return _from_tf_config(config, environ)
+    if int(environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:  # jsrun, and mpirun, also below Slurm
+        return _from_open_mpi(environ)
     if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # absent from a batch script itself
         return _from_slurm(environ)
-    if int(environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:  # jsrun and Open MPI's mpirun
-        return _from_open_mpi(environ)
     return Launch()
 
 
@@ -133,7 +137,7 @@ def _from_open_mpi(environ):
         local_size=int(environ["OMPI_COMM_WORLD_LOCAL_SIZE"]),
         job=job,
         # jsrun's resource sets show each rank its own; mpirun shows all of a node to each.
-        shares_gpus="CUDA_VISIBLE_DEVICES" not in environ,
+        shares_gpus="JSM_NAMESPACE_RANK" not in environ,
     )
 
 
@@ -144,17 +148,24 @@ def reserve_port():
     return reserved
 
 
+LOST = "Rank {} was lost: it ended without a word, or its network broke"
+
+
 class Meeting:
     """Where the ranks of one start tell each other who they are, and later what went wrong.
 
     A rank's card is a small file in a folder below output_dir, which the chief removes at the end.
+    It is touched every few seconds: one that has grown old is of a rank that was lost, or of an
+    earlier start.
     """
 
     def __init__(self, launch, output_dir):
         self.launch = launch
         self.folder = Path(output_dir) / f".ranks-{launch.job}"
-        self._oldest = time.time() - MEETING_SECONDS  # a card from before is of an earlier start
         self._files = [self.folder / f"rank-{rank}.json" for rank in range(launch.n_ranks)]
+        self._over = threading.Event()
+        self._beat = threading.Thread(target=self._keep_fresh, daemon=True)
+        self._complete = False
 
     def show(self, **card):
         """Show this rank's card to the others."""
@@ -163,15 +174,29 @@ class Meeting:
         own.with_suffix(".part").write_text(json.dumps(card), encoding="utf-8")
         own.with_suffix(".part").replace(own)
 
+    def _keep_fresh(self):
+        while not self._over.wait(BEAT_SECONDS):
+            with contextlib.suppress(OSError):
+                os.utime(self._files[self.launch.rank])
+
     def read(self):
-        """The cards that are there, by rank."""
+        """The fresh cards, by rank."""
         if self.folder.is_dir():
             os.listdir(self.folder)  # makes a network file system look again
-        return {
-            rank: json.loads(file.read_text(encoding="utf-8"))
-            for rank, file in enumerate(self._files)
-            if file.exists() and file.stat().st_mtime >= self._oldest
-        }
+        cards = {}
+        for rank, file in enumerate(self._files):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - file.stat().st_mtime < LOST_SECONDS:
+                    cards[rank] = json.loads(file.read_text(encoding="utf-8"))
+        return cards
+
+    def failure(self):
+        """What is known of another rank's failure, in words; None if all is well."""
+        cards = self.read()
+        if said := failure_among(cards):
+            return said
+        lost = [rank for rank in range(self.launch.n_ranks) if rank not in cards]
+        return LOST.format(lost[0]) if self._complete and lost else None
 
     def wait_for_all(self, seconds=MEETING_SECONDS):
         """Return the cards of all ranks, in order.
@@ -186,6 +211,7 @@ class Meeting:
             if failure := failure_among(cards):
                 raise UserError(failure)
             if len(cards) == self.launch.n_ranks:
+                self._complete = True
                 return [cards[rank] for rank in range(self.launch.n_ranks)]
             if time.monotonic() > deadline:
                 break
@@ -200,14 +226,16 @@ class Meeting:
     def find_failure(self, seconds=FAILURE_SECONDS):
         """What another rank says of its failure, waiting for it a while; None if none says."""
         deadline = time.monotonic() + seconds
-        while not (failure := failure_among(self.read())) and time.monotonic() < deadline:
+        while not (said := failure_among(self.read())) and time.monotonic() < deadline:
             time.sleep(0.2)
-        return failure
+        return said
 
     def __enter__(self):
+        self._beat.start()
         return self
 
     def __exit__(self, kind, error, traceback):
+        self._over.set()
         if self.launch.rank == 0:
             if error is not None:
                 time.sleep(2 * FAILURE_SECONDS)  # the others may still ask for the reason

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 import time
 from contextlib import suppress
 
@@ -18,18 +19,27 @@ class MaskFolder:
 
     Args:
         folder: Path; made if absent.
+        check: Called before each scene is dealt; raises where no more should be.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, check):
         self._folder, self._claims = folder, folder / ".claims"
+        self._check, self._stopped = check, threading.Event()
         self._claims.mkdir(parents=True, exist_ok=True)
 
     def deal(self, paths):
         """Yield the scenes that no other device has taken."""
         for path in paths:
+            if self._stopped.is_set():
+                return
+            self._check()
             with suppress(FileExistsError):
                 (self._claims / path.stem).touch(exist_ok=False)
                 yield path
+
+    def stop(self):
+        """Deal no more scenes to the devices of this process."""
+        self._stopped.set()
 
     def write(self, path, mask, probability, row, **attributes):
         """Write the mask of a scene, whole or not at all.
@@ -38,7 +48,7 @@ class MaskFolder:
             path: Scene file.
             mask: uint8 (H, W), 1 is cloud.
             probability: float32 (H, W), or None to leave it out.
-            row: Dictionary of scenes.csv; the seconds of writing are added.
+            row: Dictionary of scenes.csv; the seconds of writing, not of flushing, are added.
             attributes: More to say of the mask.
         """
         with replacing(self._file(path)) as temporary:

@@ -32,7 +32,7 @@ def inference_results(rows, seconds):
         "seconds_per_scene": seconds / len(rows),
         "seconds_per_scene_parts": {
             part: float(np.mean([row[f"{part}_seconds"] for row in rows]))
-            for part in ("read", "network", "stitch", "write")
+            for part in ("read", "network", "stitch", "score", "write")
         },
         "devices": [
             {

@@ -85,14 +85,18 @@ class Run:
     def __init__(self, config, devices, mode, folder):
         self.is_chief = devices.is_chief
         self.folder = folder
-        self.model_file = self.path(config.model_file)
+        # An input of inference, and named from where one stands; else a result of the run.
+        trains = mode != "inference"
+        self.model_file = self.path(config.model_file) if trains else config.model_file.absolute()
         self._log_file = self.path(config.log_file)
-        self._started = None
-        self._run_start = None
+        self._opened = time.perf_counter()
+        self._has_started = False
         self._rank_log = _log_to(self.folder / f"rank-{devices.rank}.log")
         mlperf_file = self.path(config.mlperf_logfile) if self.is_chief else None
         self.mllog = open_mlperf_log(mlperf_file, REPOSITORY)
         if self.is_chief:
+            self._log_file.parent.mkdir(parents=True, exist_ok=True)
+            self._log_file.touch()  # now rather than after hours
             write_text(self.folder / "config.yaml", dump_config(config, self.folder.name))
         self.results = {
             "status": "running",
@@ -124,46 +128,48 @@ class Run:
 
     def start(self):
         """Mark the begin of the timed run."""
-        self._run_start = time.perf_counter()
+        self._has_started = True
         self.mllog.start(keys.RUN_START)
 
     def write_line(self, text):
         """Append a result line to log_file, and show it."""
         log.info("%s", text)
         if self.is_chief:
-            self._log_file.parent.mkdir(parents=True, exist_ok=True)
             with self._log_file.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
     def __enter__(self):
-        self._started = time.perf_counter()
         return self
 
     def __exit__(self, kind, error, traceback):
         status = keys.SUCCESS if error is None else keys.ABORTED
-        if self._run_start is not None:
-            self.mllog.end(keys.RUN_STOP, metadata={"status": status})
-        if self.is_chief:
-            self.results |= {
-                "status": status,
-                "error": None if error is None else f"{kind.__name__}: {error}"[:2000],
-                "seconds": time.perf_counter() - self._started,
-                "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            }
-            with contextlib.suppress(OSError):  # the first error is the one to tell
-                self.save_results()
-        if error is not None:
-            text = f"Aborted: {kind.__name__}: {error}"
-            self._rank_log.handle(log.makeRecord(log.name, logging.ERROR, "", 0, text, (), None))
-        for handler in (*self.mllog.logger.handlers, self._rank_log):
-            handler.close()
-        logging.getLogger().removeHandler(self._rank_log)
+        try:
+            if self.is_chief:
+                self._end_results(status, None if error is None else f"{kind.__name__}: {error}")
+        except OSError:
+            status = keys.ABORTED
+            if error is None:  # the first error is the one to tell
+                raise
+        finally:
+            if self._has_started:
+                self.mllog.end(keys.RUN_STOP, metadata={"status": status})
+            if error is not None:
+                text = f"Aborted: {kind.__name__}: {error}"
+                record = log.makeRecord(log.name, logging.ERROR, "", 0, text, (), None)
+                self._rank_log.handle(record)
+            for handler in (*self.mllog.logger.handlers, self._rank_log):
+                handler.close()
+            logging.getLogger().removeHandler(self._rank_log)
 
-    def save_results(self):
-        """Write results.json as it stands."""
-        write_text(
-            self.folder / "results.json", json.dumps(jsonable(self.results), indent=2) + "\n"
-        )
+    def _end_results(self, status, error):
+        self.results |= {
+            "status": status,
+            "error": error and error[:2000],
+            "seconds": time.perf_counter() - self._opened,
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+        text = json.dumps(jsonable(self.results), indent=2)
+        write_text(self.folder / "results.json", text + "\n")
 
 
 def make_folder(config):

@@ -136,14 +136,8 @@ class Trainer:
         return [g + poison for g in gradients]
 
 
-def cast_model(model, policy, input_shape=None):
-    """Copy a model to another Keras dtype policy, its last layer in float32, and input shape.
-
-    Args:
-        model: keras.Model of one input.
-        policy: Keras dtype policy.
-        input_shape: (rows, cols, channels), or None to keep it.
-    """
+def cast_model(model, policy):
+    """Copy a model of one input to another Keras dtype policy, its last layer in float32."""
 
     def convert(layer):
         values = layer.get_config()
@@ -151,7 +145,7 @@ def cast_model(model, policy, input_shape=None):
             values["dtype"] = policy
         return type(layer).from_config(values)
 
-    inputs = keras.Input(input_shape or model.input_shape[1:], dtype="float32")
+    inputs = keras.Input(model.input_shape[1:], dtype="float32")
     copy = keras.models.clone_model(model, input_tensors=inputs, clone_function=convert)
     copy.set_weights(model.get_weights())
     return copy

@@ -1,7 +1,10 @@
 """Scenes for the tests, and runs of the program on them."""
 
 import json
+import os
 from types import SimpleNamespace
+
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # what a test says must not depend on the machine
 
 import harness.quiet_tensorflow  # noqa: F401
 

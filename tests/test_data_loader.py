@@ -49,6 +49,16 @@ def test_missing_data_names_the_directory(tmp_path, name):
         data_loader.find_scenes(tmp_path / name)
 
 
+def test_linked_folders_are_searched_and_circles_end(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "S3A_a.hdf").touch()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "night").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "circle").symlink_to(tmp_path / "data")
+    found = data_loader.find_scenes(tmp_path / "data")
+    assert found == [tmp_path / "data" / "night" / "S3A_a.hdf"]
+
+
 def test_two_scenes_of_one_name_are_refused(tmp_path):
     for name in ("night", "day"):
         (tmp_path / name).mkdir()

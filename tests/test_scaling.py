@@ -6,9 +6,10 @@ import pytest
 from tools import scaling
 
 
-def write_run(folder, replicas, speed, batch_size=32, ranks=1, epochs=3):
+def write_run(folder, replicas, speed, batch_size=32, ranks=1, epochs=3, status="success"):
     folder.mkdir(parents=True)
     results = {
+        "status": status,
         "devices": {"replicas": replicas, "ranks": ranks, "nodes": ranks},
         "config": {"batch_size": batch_size},
         "training": {
@@ -70,11 +71,12 @@ def test_plan_repeats_outermost_and_makes_no_run_twice():
     assert len(set(runs)) == len(runs) == 10
 
 
-@pytest.mark.parametrize("what", ["absent", "one epoch", "one count"])
+@pytest.mark.parametrize("what", ["absent", "one epoch", "one count", "aborted"])
 def test_what_shows_no_scaling_is_refused(tmp_path, capsys, caplog, what):
     folder = tmp_path / "run"
     if what != "absent":
-        write_run(folder, 1, 10, epochs=1 if what == "one epoch" else 3)
+        status = "aborted" if what == "aborted" else "success"
+        write_run(folder, 1, 10, epochs=1 if what == "one epoch" else 3, status=status)
     assert scaling.main([str(folder), "-o", str(tmp_path / "out")]) == 2
     assert "Error: " in caplog.text
 

@@ -1,4 +1,5 @@
 import csv
+import errno
 import os
 import shutil
 import signal
@@ -197,6 +198,7 @@ def test_events_say_what_ran(finished):
     assert values["train_samples"] == 60 and values["eval_samples"] == 24
     assert values["number_of_ranks"] == 1 and values["accelerators_per_node"] == 0
     assert values["result"]["accuracy"] == results(finished)["inference"]["accuracy"]
+    assert set(results(finished)["inference"]) >= {"day", "night"}
     epochs = [line.value["metadata"]["epoch_num"] for line in lines if line.key == "eval_accuracy"]
     assert epochs == [1, 2]
 
@@ -344,9 +346,53 @@ def test_diverging_loss_stops_training(settings, tmp_path, capsys):
     assert results(run.folder)["status"] == "aborted"
 
 
-def test_read_only_output_is_named(settings, tmp_path, capsys, monkeypatch):
+def test_bad_scene_aborts_masking_alone(finished, dataset, settings, tmp_path):
+    shutil.copytree(dataset / "ssts", tmp_path / "ssts")
+    sorted((tmp_path / "ssts").rglob("S3A*.hdf"))[1].write_bytes(b"")
+    changed = {
+        "inference_dir": str(tmp_path / "ssts"), "model_file": str(finished / "model.keras"),
+        "cpu_devices": 2,
+    }  # fmt: skip
+    run = start(tmp_path / "out", {**settings, **changed}, "--mode", "inference")
+    assert run.status == 2 and results(run.folder)["status"] == "aborted"
+    (objection,) = objections_to(run.folder / "mlperf_cloudmask.log")
+    assert "run_stop" in objection
+
+
+def test_unusable_tf_config_is_one_line(settings, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", "{")
+    run = start(tmp_path, settings)
+    error = capsys.readouterr().err
+    assert run.status == 2 and run.folder is None
+    assert len(error.splitlines()) == 1 and "TF_CONFIG cannot be used" in error
+
+
+def test_results_that_cannot_be_written_are_no_success(settings, tmp_path, monkeypatch):
+    from harness import run as module
+
+    write = module.write_text
+
+    def full(path, text):
+        if path.name == "results.json":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, text)
+
+    monkeypatch.setattr(module, "write_text", full)
+    run = start(tmp_path, {**settings, "epochs": 1}, "--mode", "train")
+    assert run.status == 1 and not (run.folder / "results.json").exists()
+    (objection,) = objections_to(run.folder / "mlperf_cloudmask.log")
+    assert "run_stop" in objection
+
+
+def test_verbose_shows_where(settings, tmp_path, capsys):
+    run = start(tmp_path, {**settings, "train_dir": "/nowhere/at/all"}, "--verbose")
+    assert run.status == 2 and "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_read_only_output_is_named(settings, tmp_path, capsys, monkeypatch, number):
     def refuse(*arguments, **options):
-        raise PermissionError(13, "Permission denied", str(tmp_path / "run"))
+        raise OSError(number, os.strerror(number), str(tmp_path / "run"))
 
     monkeypatch.setattr("pathlib.Path.mkdir", refuse)  # root may write anywhere
     config = load_config("config.yaml", [f"{key}={value}" for key, value in settings.items()])

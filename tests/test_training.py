@@ -177,8 +177,7 @@ def test_predictor_equals_the_model_for_a_part_of_a_batch():
 
 def test_cast_model_keeps_weights_and_ends_in_float32():
     model = unet((P, P, 9))
-    half = cast_model(model, "mixed_bfloat16", (2 * P, P, 9))
-    assert half.output_shape == (None, 2 * P, P, 1)
+    half = cast_model(model, "mixed_bfloat16")
     assert half.layers[1].compute_dtype == "bfloat16"
     assert half.layers[-1].compute_dtype == "float32"
     for a, b in zip(model.get_weights(), half.get_weights(), strict=True):

@@ -5,12 +5,14 @@ r"""How training scales over replicas: runs the benchmark at several counts, or 
         --launch 'sbatch --wait --nodes={ranks} target/rivanna.sh'
     python tools/scaling.py -o scaling RUN_DIR [RUN_DIR ...]
 
-Writes scaling.csv and scaling.png. Throughput is that of the training steps of all epochs but the
+Writes scaling.csv, scaling.txt (the same for people, with the fitted serial share) and scaling.png.
+Throughput and seconds_per_epoch are that of the training steps of all epochs but the
 first, as results.json gives it.
 """
 
 import argparse
 import csv
+import hashlib
 import json
 import logging
 import os
@@ -67,26 +69,30 @@ def plan(replicas, ranks, kinds, batch_size, repeats):
 def make_run(run, output, arguments):
     """Make one run; return its folder."""
     n, ranks, batch_size, repeat = run
-    name = f"replicas{n}-ranks{ranks}-batch{batch_size}-{repeat}"
+    same = repr((arguments.config, arguments.set, arguments.launch))
+    work = hashlib.sha256(same.encode()).hexdigest()[:8]  # a run of other settings is another run
+    name = f"{work}-replicas{n}-ranks{ranks}-batch{batch_size}-{repeat}"
     folder = output / "runs" / name
-    if (folder / "results.json").exists():
+    if folder.exists():
         log.info("%s is there already", name)
         return folder
     settings = [*arguments.set, f"batch_size={batch_size}", f"output_dir={output / 'runs'}"]
     settings += [f"run_name={name}"]
     if not arguments.launch:
         settings += [f"cpu_devices={n if ranks == 1 else 1}"]
+        settings += ["gpu=0"] if arguments.replicas else []
     options = ["--config", arguments.config, "--mode", "train", "--set", *settings]
     log.info("%s ...", name)
     if arguments.launch:
         command = arguments.launch.format(ranks=ranks, replicas=n)
         subprocess.run([*shlex.split(command), *options], check=True)
     else:
-        _run_here([sys.executable, str(REPOSITORY / "slstr_cloud.py"), *options], ranks)
+        command = [sys.executable, str(REPOSITORY / "slstr_cloud.py"), *options]
+        _run_here(command, ranks, output / "runs" / f"{name}.log")
     return folder
 
 
-def _run_here(command, ranks):
+def _run_here(command, ranks, log_file):
     environments = [os.environ]
     if ranks > 1:
         sockets = [reserve_port() for _ in range(ranks)]
@@ -98,13 +104,12 @@ def _run_here(command, ranks):
                 {"cluster": {"worker": workers}, "task": {"type": "worker", "index": rank}})}
             for rank in range(ranks)
         ]  # fmt: skip
-    processes = [
-        subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
-        for env in environments
-    ]
-    for process, error in [(p, p.communicate()[1]) for p in processes]:
-        if process.returncode:
-            raise ScalingError(f"A run ended with {process.returncode}: {error.strip()[-500:]}")
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with log_file.open("w", encoding="utf-8") as file:
+        processes = [subprocess.Popen(command, env=env, stderr=file) for env in environments]
+        statuses = [process.wait() for process in processes]
+    if any(statuses):
+        raise ScalingError(f"A run ended with {statuses}; {log_file} says why.")
 
 
 # --- reading them ---------------------------------------------------------------------------
@@ -120,6 +125,8 @@ def read_run(folder):
         results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ScalingError(f"{folder} is no folder of a run: {error}.") from None
+    if results["status"] != "success":
+        raise ScalingError(f"{folder} holds a run that ended as '{results['status']}'. Remove it.")
     training = results.get("training")
     if not training or training["epochs_run"] < 2:
         raise ScalingError(
@@ -307,8 +314,9 @@ def main(argv=None):
         log.error("Error: %s", error)
         return 2
     write_table(rows, output / "scaling.csv")
+    (output / "scaling.txt").write_text(text_table(rows) + "\n", encoding="utf-8")
     draw(rows, output / "scaling.png")
-    log.info("%s\nTable and plot are in %s", text_table(rows), output)
+    log.info("%s\nTables and plot are in %s", text_table(rows), output)
     return 0
 
 
