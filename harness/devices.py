@@ -152,12 +152,12 @@ def open_devices(
             f"{launch.n_ranks} rank(s) and {len(used)} GPU(s). Set it to 1, or gpu: 0 in one rank."
         )
     local = tuple(f"/{kind}:{i}" for i in range(len(used) or cpu_devices))
-    reserved = reserve_port()
     cards = [{}]
     if meeting:
-        address = f"{socket.gethostname()}:{reserved.getsockname()[1]}"
-        meeting.show(address=address, node=launch.node, devices=len(local), kind=kind, **card)
-        cards = meeting.wait_for_all()
+        with reserve_port() as reserved:  # TensorFlow takes the port over below
+            address = f"{socket.gethostname()}:{reserved.getsockname()[1]}"
+            meeting.show(address=address, node=launch.node, devices=len(local), kind=kind, **card)
+            cards = meeting.wait_for_all()
     _check_demands(gpu, nodes, len(used), cards)
 
     tf.config.set_visible_devices(used, "GPU")
@@ -175,7 +175,6 @@ def open_devices(
     if deterministic:
         _make_deterministic(kind)
 
-    reserved.close()  # TensorFlow takes the port over at once
     if meeting:
         strategy = _many_workers(launch, cards, kind)
     else:

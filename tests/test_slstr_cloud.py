@@ -281,7 +281,7 @@ def copy_of_training_scenes(dataset, tmp_path):
         ({"train_split": 0.01}, "train_split 0.01 of 7 scenes leaves 0"),
         ({"batch_size": 2, "cpu_devices": 3}, "batch_size 2"),
         ({"gpu": 3}, "gpu: 3 demands 3 GPU(s) a node, TensorFlow sees 0"),
-        ({"nodes": 2}, "nodes: 2 demands 2 nodes"),
+        ({"nodes": 2}, "nodes: 2 demands 2 node(s), the scheduler started 1"),
         ({"output_dir": "/proc/nowhere"}, "/proc/nowhere"),
         ({"IMAGE_H": 120}, "dataset 'refs' has shape (100, 135, 6)"),
         ({"N_CHANNELS": 8}, "dataset 'refs' has shape (100, 135, 6)"),
