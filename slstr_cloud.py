@@ -277,7 +277,7 @@ def load_model(path, config):
     try:
         model = keras.models.load_model(path, compile=False, safe_mode=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{path} cannot be read as a Keras model: {reason}") from error
     wanted = (None, config.patch_size, config.patch_size, config.n_channels)
     if model.input_shape != wanted:

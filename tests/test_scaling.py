@@ -71,6 +71,12 @@ def test_plan_repeats_outermost_and_makes_no_run_twice():
     assert len(set(runs)) == len(runs) == 10
 
 
+def test_slower_replicas_have_no_serial_share():
+    row = {"scaling": "strong", "replicas": 2, "ranks": 1, "nodes": 1, "batch_size": 8,
+           "speed_up": 0.7, "efficiency": 0.35, "min": 1.0, "median": 1.0, "max": 1.0}  # fmt: skip
+    assert "none fits" in scaling.text_table([row])
+
+
 @pytest.mark.parametrize("what", ["absent", "one epoch", "one count", "aborted"])
 def test_what_shows_no_scaling_is_refused(tmp_path, capsys, caplog, what):
     folder = tmp_path / "run"

@@ -228,7 +228,8 @@ def text_table(rows):
     for scaling, law in (("strong", "Amdahl"), ("weak", "Gustafson")):
         share = serial_share([row for row in rows if row["scaling"] == scaling])
         if share is not None:
-            lines.append(f"{law}'s serial share, {scaling} scaling: {share:.1%}")
+            words = f"{share:.1%}" if share <= 1 else "none fits, more replicas are slower here"
+            lines.append(f"{law}'s serial share, {scaling} scaling: {words}")
     return "\n".join(lines)
 
 
