@@ -155,10 +155,17 @@ def read_scene(path, shape, rows=slice(None), cols=slice(None)):
             refs, bts, bayes = (_dataset(file, path, name) for name in ("refs", "bts", "bayes"))
             _check_shapes(path, shape, refs, bts, bayes)
             return _read_datasets(refs, bts, bayes, rows, cols)
-    except OSError as error:
+    except SceneError:
+        raise
+    except (
+        OSError,
+        RuntimeError,
+        KeyError,
+        ValueError,
+    ) as error:  # all of them mean damage in h5py
+        reason = str(error).partition("\n")[0]
         raise SceneError(
-            f"{path} cannot be read as a scene (HDF5): {str(error).partition(chr(10))[0]}. "
-            "Download it again or remove it."
+            f"{path} cannot be read as a scene (HDF5): {reason}. Download it again or remove it."
         ) from error
 
 
@@ -233,7 +240,8 @@ def _row_blocks(dataset, rows, cols, fold=1):
     first_col, stop_col, _ = cols.indices(width)
     read = _contiguous_reader(dataset) or (lambda r: dataset[r])
     # A compressed chunk is decoded whole: blocks of whole chunks decode each of them once.
-    step = BLOCK_ROWS if not dataset.chunks else max(BLOCK_ROWS, -(-dataset.chunks[0] // fold))
+    chunk_rows = -(-dataset.chunks[0] // fold) if dataset.chunks else 1
+    step = -(-BLOCK_ROWS // chunk_rows) * chunk_rows
     for row in range(first_row - first_row % step, stop_row, step):
         begin, stop = max(row, first_row), min(row + step, stop_row)
         block = read(slice(begin * fold, stop * fold))[:, first_col * fold : stop_col * fold]
