@@ -94,7 +94,7 @@ class Trainer:
 
     def _micro_batches(self, weight):
         """Numbers of the micro-batches that hold a patch; padding stands at the end."""
-        n_used = tf.reduce_max(tf.where(weight > 0, tf.range(1, len(weight) + 1), 0))
+        n_used = tf.reduce_max(tf.where(weight > 0, tf.range(1, weight.shape[0] + 1), 0))
         return tf.range(-(-n_used // self.micro_batch))
 
     def _cut(self, i, *arrays):
