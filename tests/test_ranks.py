@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 from conftest import results
 from lsf_standin import parse_arguments, rank_environments
-from test_slstr_cloud import copy_of_training_scenes, objections_to, rows
+from test_slstr_cloud import (
+    assert_same_losses_and_scores,
+    copy_of_training_scenes,
+    objections_to,
+    rows,
+)
 
 from harness.run import REPOSITORY
 
@@ -67,14 +72,7 @@ def test_ranks_change_neither_losses_nor_scores(finished, settings, tmp_path, n)
     with Ranks(n, settings, tmp_path) as ranks:
         assert ranks.wait() == [0] * n, ranks.error(0)
     assert results(ranks.folder)["devices"]["ranks"] == n
-    one, many = rows(finished / "history.csv"), rows(ranks.folder / "history.csv")
-    for a, b in zip(one, many, strict=True):
-        for name in ("loss", "val_loss"):
-            assert float(a[name]) == pytest.approx(float(b[name]), abs=1e-4)
-    one, many = rows(finished / "scenes.csv"), rows(ranks.folder / "scenes.csv")
-    for a, b in zip(one, many, strict=True):
-        assert a["scene"] == b["scene"]
-        assert float(a["accuracy"]) == pytest.approx(float(b["accuracy"]), abs=2e-3)
+    assert_same_losses_and_scores(finished, ranks.folder)
     assert objections_to(ranks.folder / "mlperf_cloudmask.log") == []
     assert all((ranks.folder / f"rank-{rank}.log").exists() for rank in range(n))
     assert not list(tmp_path.glob(".ranks-*"))
