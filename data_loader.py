@@ -18,7 +18,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
@@ -133,7 +133,7 @@ def day_or_night(path):
 # --- scene file -> normalised channels ------------------------------------------------------
 
 
-def read_scene(path, shape, rows=slice(None), cols=slice(None)):
+def read_scene(path, shape, rows=slice(None), cols=slice(None), padding=((0, 0), (0, 0))):
     """Read a scene, or a rectangle of it, and normalise its channels.
 
     Not-a-number and infinity count as missing and become the fill value 0 before normalisation.
@@ -143,6 +143,7 @@ def read_scene(path, shape, rows=slice(None), cols=slice(None)):
         shape: (H, W, C) that the configuration demands of every scene.
         rows: Rows of the 1 km grid to read.
         cols: Columns of the 1 km grid to read.
+        padding: ((above, below), (left, right)), pixels of 0 around the normalised channels only.
 
     Returns:
         Scene.
@@ -154,7 +155,8 @@ def read_scene(path, shape, rows=slice(None), cols=slice(None)):
         with h5py.File(path, "r") as file:
             refs, bts, bayes = (_dataset(file, path, name) for name in ("refs", "bts", "bayes"))
             _check_shapes(path, shape, refs, bts, bayes)
-            return _read_datasets(refs, bts, bayes, rows, cols)
+            scene = _read_datasets(refs, bts, bayes, rows, cols)
+            return replace(scene, channels=np.pad(scene.channels, [*padding, (0, 0)]))
     except SceneError:
         raise
     except (
@@ -303,11 +305,24 @@ def training_crop(height, width, patch_size):
     )
 
 
-def patch_of(array, index, patch_size):
-    """View one patch of a cropped scene (H, W, C); patches count along rows first."""
-    n_cols = array.shape[1] // patch_size
-    row, col = (patch_size * i for i in divmod(index, n_cols))
-    return array[row : row + patch_size, col : col + patch_size]
+def read_patches(path, shape, patch_size):
+    """Read the training patches of a scene; they count along rows first.
+
+    Args:
+        path: Scene file.
+        shape: (H, W, C) that the configuration demands of every scene.
+        patch_size: Rows and columns of a patch.
+
+    Returns:
+        List of (channels, cloud): float32 (P, P, C), normalised, and uint8 (P, P, 1).
+
+    Raises:
+        SceneError: As `read_scene`.
+    """
+    scene = read_scene(path, shape, *training_crop(*shape[:2], patch_size))
+    corners = itertools.product(*(range(0, n, patch_size) for n in scene.cloud.shape[:2]))
+    cuts = [np.s_[row : row + patch_size, col : col + patch_size] for row, col in corners]
+    return [(scene.channels[cut], scene.cloud[cut]) for cut in cuts]
 
 
 def epoch_steps(n_scenes, patches_per_scene, batch_size, n_lanes, seed, epoch=None):
@@ -384,7 +399,7 @@ class PatchBatches:
 
     Attributes:
         paths: Scene files.
-        read: Function from a path to the cropped Scene.
+        read: Function from a path to a list of patches, as `read_patches` returns it.
         patch_size: Rows and columns of a patch.
         patches_per_scene: Patches in a cropped scene.
         n_channels: Channels of a scene.
@@ -486,9 +501,7 @@ class PatchBatches:
         for i, (scene, patch) in enumerate(picks):
             while (epoch, scene) not in held:
                 held.update([next(scenes)])
-            source = held[epoch, scene]
-            channels[i] = patch_of(source.channels, patch, p)
-            cloud[i] = patch_of(source.cloud, patch, p)
+            channels[i], cloud[i] = held[epoch, scene][patch]
             weight[i] = 1
             uses[scene] -= 1
             if not uses[scene]:
@@ -512,13 +525,13 @@ def read_ahead(read, items, n_ahead=SCENES_AHEAD):
 
 
 def cached(read, cache_dir, key):
-    """Let `read` keep the scenes it decodes on a local disk and take them from there.
+    """Let `read` keep the patches it makes on a local disk and take them from there.
 
     A scene's file is written under a temporary name and renamed, so that it is whole or absent;
-    one that cannot be read is dropped and made again. It holds `channels`, then `cloud`.
+    one that cannot be read is dropped and made again. It holds all channels, then all clouds.
 
     Args:
-        read: Function from a path to a Scene.
+        read: Function from a path to a list of (channels, cloud).
         cache_dir: Local directory, made if absent.
         key: Whatever the result depends on besides the file: the crop, say.
     """
@@ -529,11 +542,11 @@ def cached(read, cache_dir, key):
         stat = path.stat()
         identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {key}"
         copy = cache_dir / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npy"
-        scene = _load(copy)
-        if scene is None:
-            scene = read(path)
-            _store(scene, copy)
-        return scene
+        patches = _load(copy)
+        if patches is None:
+            patches = read(path)
+            _store(patches, copy)
+        return patches
 
     return read_cached
 
@@ -541,7 +554,7 @@ def cached(read, cache_dir, key):
 def _load(copy):
     try:
         with copy.open("rb") as file:
-            return Scene(np.load(file), np.load(file), valid=None, bt_12um=None)
+            return list(zip(np.load(file), np.load(file), strict=True))
     except FileNotFoundError:
         return None
     except (ValueError, EOFError, OSError) as error:
@@ -550,12 +563,12 @@ def _load(copy):
         return None
 
 
-def _store(scene, copy):
+def _store(patches, copy):
     temporary = copy.with_suffix(f".{os.getpid()}-{threading.get_ident()}.part")
     try:
         with temporary.open("wb") as file:
-            np.save(file, scene.channels)
-            np.save(file, scene.cloud)
+            for part in zip(*patches, strict=True):
+                np.save(file, np.stack(part))
         temporary.replace(copy)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -575,11 +588,17 @@ def same_padding(length, patch_size, stride):
     return n, total // 2, total - total // 2
 
 
-def overlapping_patches(channels, patch_size, crop_size):
-    """Cut a normalised scene, padded with zeros, into overlapping patches.
+def scene_padding(height, width, patch_size, crop_size):
+    """What `overlapping_patches` needs around a scene: ((above, below), (left, right)) [pixels]."""
+    stride = patch_size - crop_size
+    return tuple(same_padding(length, patch_size, stride)[1:] for length in (height, width))
+
+
+def overlapping_patches(padded, patch_size, crop_size):
+    """Cut a normalised scene into overlapping patches.
 
     Args:
-        channels: float32 (H, W, C).
+        padded: float32 (H, W, C), the scene with zeros around it as `scene_padding` says.
         patch_size: Rows and columns of a patch.
         crop_size: Pixels by which neighbours overlap, even; half of it is trimmed from each side
             of a prediction.
@@ -589,8 +608,6 @@ def overlapping_patches(channels, patch_size, crop_size):
         63 patches of 256 x 256 of one scene take no memory of their own.
     """
     stride = patch_size - crop_size
-    padding = [same_padding(length, patch_size, stride)[1:] for length in channels.shape[:2]]
-    padded = np.pad(channels, [*padding, (0, 0)])
     windows = np.lib.stride_tricks.sliding_window_view(
         padded, (patch_size, patch_size), axis=(0, 1)
     )

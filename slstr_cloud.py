@@ -143,10 +143,9 @@ def train(config, devices, run, train_paths, test_paths):
 def training_batches(config, devices, micro_batch):
     """How training and validation read their scenes; what they do differently is left."""
     shape = (config.image_h, config.image_w, config.n_channels)
-    rows, cols = data_loader.training_crop(config.image_h, config.image_w, config.patch_size)
-    read = functools.partial(data_loader.read_scene, shape=shape, rows=rows, cols=cols)
+    read = functools.partial(data_loader.read_patches, shape=shape, patch_size=config.patch_size)
     if config.cache_dir:
-        read = data_loader.cached(read, config.cache_dir, f"{shape} {rows} {cols}")
+        read = data_loader.cached(read, config.cache_dir, f"{shape} {config.patch_size}")
     return functools.partial(
         PatchBatches,
         read=read,
@@ -207,10 +206,12 @@ def infer(config, devices, run, paths, starts_run):
 def mask_scenes(config, devices, run, masks, paths, predictor):
     """Mask scenes with one device; the next one is read while the present one is masked."""
     shape = (config.image_h, config.image_w, config.n_channels)
+    padding = data_loader.scene_padding(*shape[:2], config.patch_size, config.crop_size)
 
     def read(path):
         begin = time.perf_counter()
-        return path, data_loader.read_scene(path, shape), time.perf_counter() - begin
+        scene = data_loader.read_scene(path, shape, padding=padding)
+        return path, scene, time.perf_counter() - begin
 
     last = time.perf_counter()
     for path, scene, read_seconds in data_loader.read_ahead(read, masks.deal(paths), n_ahead=1):
@@ -247,7 +248,7 @@ def mask_scenes(config, devices, run, masks, paths, predictor):
 
 
 def predict_patches(predictor, channels, patch_size, crop_size):
-    """Predict a scene's overlapping patches and trim their borders.
+    """Predict the overlapping patches of a padded scene and trim their borders.
 
     Returns:
         float32 (n_rows, n_cols, p, p, 1) with p = patch_size - crop_size, and the seconds that the

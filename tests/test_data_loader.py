@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_loader
-from data_loader import PatchBatches, Scene, SceneError
+from data_loader import PatchBatches, SceneError
 from tools.make_scenes import make_scene, write_scene
 
 SHAPE = (100, 135, 9)
@@ -198,17 +198,19 @@ def test_cache_gives_what_was_read_and_drops_what_is_incomplete(tmp_path, arrays
 
     def read(path):
         reads.append(path)
-        return data_loader.read_scene(path, SHAPE)
+        return data_loader.read_patches(path, SHAPE, 32)
 
     cached = data_loader.cached(read, cache, "crop")
     first, second = cached(path), cached(path)
     assert len(reads) == 1
-    np.testing.assert_array_equal(first.channels, second.channels)
-    np.testing.assert_array_equal(first.cloud, second.cloud)
+    assert len(first) == len(second) == 12
+    for patch, copied in zip(first, second, strict=True):
+        for array, same in zip(patch, copied, strict=True):
+            np.testing.assert_array_equal(array, same)
 
     (copy,) = cache.iterdir()
     copy.write_bytes(copy.read_bytes()[:-5])
-    np.testing.assert_array_equal(cached(path).cloud, first.cloud)
+    np.testing.assert_array_equal(cached(path)[-1][1], first[-1][1])
     assert len(reads) == 2
     data_loader.cached(read, cache, "another crop")(path)
     assert len(reads) == 3
@@ -231,11 +233,18 @@ def test_training_scene_yields_20_patches():
     assert (rows, cols) == (slice(88, 1112), slice(110, 1390))  # 4 x 5 patches of 256
 
 
-def test_patch_is_its_rectangle():
-    array = np.arange(96 * 128).reshape(96, 128, 1)
-    for index, (row, col) in enumerate(itertools.product(range(3), range(4))):
-        wanted = array[32 * row : 32 * row + 32, 32 * col : 32 * col + 32]
-        np.testing.assert_array_equal(data_loader.patch_of(array, index, 32), wanted)
+def test_patches_are_the_rectangles_of_a_plain_loop(tmp_path, arrays):
+    path = tmp_path / "S3A_x.hdf"
+    write_scene(path, arrays)
+    patches = iter(data_loader.read_patches(path, SHAPE, 32))
+    channels, cloud = expected(arrays), arrays["bayes"] != 0
+    for row in (2, 34, 66):  # 100 rows: 3 patches of 32 from row 4 // 2
+        for col in (3, 35, 67, 99):  # 135 columns: 4 from column 7 // 2
+            found_channels, found_cloud = next(patches)
+            here = np.s_[row : row + 32, col : col + 32]
+            np.testing.assert_allclose(found_channels, channels[here], rtol=1e-5, atol=1e-5)
+            np.testing.assert_array_equal(found_cloud, cloud[here])
+    assert next(patches, None) is None
 
 
 @given(
@@ -287,10 +296,11 @@ def test_replicas_share_the_slots_evenly(batch, n):
 
 
 def fake_scene(number, n_patches=6, p=8):
-    """A scene of 2 x 3 patches, each filled with 100 * scene + patch."""
-    cells = 100 * number + np.arange(n_patches).reshape(2, 3)
-    image = np.kron(cells, np.ones((p, p)))[..., None]
-    return Scene(image.astype(np.float32), (image % 2).astype(np.uint8), None, None)
+    """Patches of a scene, each filled with 100 * scene + patch."""
+    values = 100 * number + np.arange(n_patches)
+    return [
+        (np.full((p, p, 1), v, np.float32), np.full((p, p, 1), v % 2, np.uint8)) for v in values
+    ]
 
 
 def feed(replicas, n_replicas, **options):
@@ -339,10 +349,10 @@ def test_scenes_in_memory_do_not_grow_with_their_number(n_scenes):
     alive = peak = 0
     lock = threading.Lock()
 
-    class Counted:
-        def __init__(self, scene):
+    class Counted(list):
+        def __init__(self, patches):
             nonlocal alive, peak
-            self.channels, self.cloud = scene.channels, scene.cloud
+            super().__init__(patches)
             with lock:
                 alive += 1
                 peak = max(peak, alive)
@@ -407,7 +417,8 @@ def test_patches_equal_a_plain_loop_and_reconstruct_inverts_them(sizes):
     crop = 2 * min(half_crop, (patch - 1) // 2)
     stride, trim = patch - crop, crop // 2
     image = np.random.default_rng(0).random((height, width, channels)).astype(np.float32)
-    patches = data_loader.overlapping_patches(image, patch, crop)
+    padding = data_loader.scene_padding(height, width, patch, crop)
+    patches = data_loader.overlapping_patches(np.pad(image, [*padding, (0, 0)]), patch, crop)
 
     n_rows, n_cols = -(-height // stride), -(-width // stride)
     above = ((n_rows - 1) * stride + patch - height) // 2
@@ -427,7 +438,8 @@ def test_patches_equal_a_plain_loop_and_reconstruct_inverts_them(sizes):
 
 
 def test_full_scene_has_63_patches():
-    patches = data_loader.overlapping_patches(np.zeros((1200, 1500, 1), np.float32), 256, 80)
+    assert data_loader.scene_padding(1200, 1500, 256, 80) == ((56, 56), (82, 82))
+    patches = data_loader.overlapping_patches(np.zeros((1312, 1664, 1), np.float32), 256, 80)
     assert patches.shape[:2] == (7, 9)
 
 

@@ -86,13 +86,13 @@ def test_probability_equals_a_plain_loop_over_patches(finished, settings):
 def test_validation_accuracy_equals_predict_with_the_saved_model(finished, settings):
     paths = data_loader.find_scenes(settings["train_dir"])
     _, test_paths = data_loader.split_scenes(paths, settings["train_split"])
-    rows_cols = data_loader.training_crop(HEIGHT, WIDTH, PATCH)
     x, y = [], []
     for path in test_paths:
-        scene = data_loader.read_scene(path, (HEIGHT, WIDTH, 9), *rows_cols)
-        for i in range(12):
-            x.append(data_loader.patch_of(scene.channels, i, PATCH))
-            y.append(data_loader.patch_of(scene.cloud, i, PATCH))
+        scene = data_loader.read_scene(path, (HEIGHT, WIDTH, 9))
+        for row in range(2, 98, PATCH):  # 100 rows: 3 patches of 32 from row 4 // 2
+            for col in range(3, 131, PATCH):  # 135 columns: 4 from column 7 // 2
+                x.append(scene.channels[row : row + PATCH, col : col + PATCH])
+                y.append(scene.cloud[row : row + PATCH, col : col + PATCH])
     p = keras.models.load_model(finished / "model.keras").predict(np.stack(x), verbose=0)
     clip = slice(3, PATCH - 3)
     p, y = p[:, clip, clip], np.stack(y)[:, clip, clip] != 0

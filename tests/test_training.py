@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from data_loader import PatchBatches, Scene
+from data_loader import PatchBatches
 from harness.devices import open_devices
 from harness.training import Predictor, Trainer, cast_model
 from model import unet
@@ -15,8 +15,8 @@ P = 16  # a patch; 4 a scene
 
 def scene(number):
     rng = np.random.default_rng(number)
-    channels = rng.normal(size=(2 * P, 2 * P, 9)).astype(np.float32)
-    return Scene(channels, (channels[..., :1] > 0).astype(np.uint8), None, None)
+    channels = rng.normal(size=(4, P, P, 9)).astype(np.float32)
+    return list(zip(channels, (channels[..., :1] > 0).astype(np.uint8), strict=True))
 
 
 def trainer_and_feed(n_replicas, batch_size=11, micro_batch=2, policy="float32", **options):
