@@ -13,18 +13,21 @@ import fnmatch
 import hashlib
 import itertools
 import logging
+import math
 import os
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
 import tensorflow as tf
 from sklearn.model_selection import train_test_split
+
+from harness.hdf5_rows import read_blocks
 
 SCENE_NAME = "S3A*.hdf"
 REFLECTANCE_OFFSET = 0.5  # [1], mlcommons/science v1.1
@@ -34,7 +37,6 @@ SPLIT_SEED = 42  # mlcommons/science v1.1; apart from `seed`, so that every run 
 READER_THREADS = 4
 SCENES_MIXED = 8  # in a batch, at least; 49 MB each at full size
 SCENES_AHEAD = 3  # scenes read before they are needed
-BLOCK_ROWS = 64  # 64 rows x 1500 columns x 6 channels x 8 bytes = 4.6 MB, stays in cache
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +135,27 @@ def day_or_night(path):
 # --- scene file -> normalised channels ------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of a scene that is to be read, and the arrays (h, w, ...) that receive it.
+
+    Attributes:
+        row: First row on the 1 km grid.
+        col: First column on the 1 km grid.
+        channels: float32 (h, w, C), normalised; the last axis is contiguous.
+        cloud: uint8 (h, w, 1).
+        valid: As in Scene, or None.
+        bt_12um: As in Scene, or None.
+    """
+
+    row: int
+    col: int
+    channels: np.ndarray
+    cloud: np.ndarray
+    valid: np.ndarray | None = None
+    bt_12um: np.ndarray | None = None
+
+
 def read_scene(path, shape, rows=slice(None), cols=slice(None), padding=((0, 0), (0, 0))):
     """Read a scene, or a rectangle of it, and normalise its channels.
 
@@ -151,20 +174,39 @@ def read_scene(path, shape, rows=slice(None), cols=slice(None), padding=((0, 0),
     Raises:
         SceneError: If the file is no HDF5 file or not a scene of that shape.
     """
+    (row, last_row, _), (col, last_col, _) = rows.indices(shape[0]), cols.indices(shape[1])
+    n_rows, n_cols = last_row - row, last_col - col
+    (above, below), (left, right) = padding
+    channels = np.zeros((above + n_rows + below, left + n_cols + right, shape[2]), np.float32)
+    scene = Scene(
+        channels=channels,
+        cloud=np.empty((n_rows, n_cols, 1), np.uint8),
+        valid=np.empty((n_rows, n_cols), bool),
+        bt_12um=np.empty((n_rows, n_cols), np.float32),
+    )
+    inside = channels[above : above + n_rows, left : left + n_cols]
+    read_tiles(path, shape, [Tile(row, col, inside, scene.cloud, scene.valid, scene.bt_12um)])
+    return scene
+
+
+def read_tiles(path, shape, tiles):
+    """Read rectangles of a scene into their arrays, in one pass over the rows that they need.
+
+    A block of rows is read, freed of missing values and normalised while it is in the cache of a
+    core, and goes from there to the tiles: no array of the whole scene comes into being.
+
+    Raises:
+        SceneError: As `read_scene`.
+    """
     try:
         with h5py.File(path, "r") as file:
             refs, bts, bayes = (_dataset(file, path, name) for name in ("refs", "bts", "bayes"))
             _check_shapes(path, shape, refs, bts, bayes)
-            scene = _read_datasets(refs, bts, bayes, rows, cols)
-            return replace(scene, channels=np.pad(scene.channels, [*padding, (0, 0)]))
+            _read_datasets(refs, bts, bayes, tiles)
     except SceneError:
         raise
-    except (
-        OSError,
-        RuntimeError,
-        KeyError,
-        ValueError,
-    ) as error:  # all of them mean damage in h5py
+    # All of these mean damage in h5py.
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise SceneError(
             f"{path} cannot be read as a scene (HDF5): {reason}. Download it again or remove it."
@@ -202,57 +244,46 @@ def _check_shapes(path, shape, refs, bts, bayes):
             )
 
 
-def _read_datasets(refs, bts, bayes, rows, cols):
-    n_rows, n_cols = (
-        len(range(*cut.indices(n))) for cut, n in zip((rows, cols), bts.shape, strict=False)
-    )
+def _read_datasets(refs, bts, bayes, tiles):
     n_refs, n_bts = refs.shape[2], bts.shape[2]
-    scene = Scene(
-        channels=np.empty((n_rows, n_cols, n_refs + n_bts), np.float32),
-        cloud=np.empty((n_rows, n_cols, 1), np.uint8),
-        valid=np.empty((n_rows, n_cols), bool),
-        bt_12um=np.empty((n_rows, n_cols), np.float32),
-    )
-    for here, block in _row_blocks(refs, rows, cols, fold=refs.shape[0] // bts.shape[0]):
-        np.subtract(
-            block, REFLECTANCE_OFFSET, out=scene.channels[here, :, :n_refs], casting="same_kind"
-        )
-    for here, block in _row_blocks(bts, rows, cols):
-        scene.valid[here] = (block != 0).all(axis=-1)
-        scene.bt_12um[here] = block[..., -1]
-        np.divide(
-            block - BT_OFFSET, BT_SCALE, out=scene.channels[here, :, n_refs:], casting="same_kind"
-        )
-    for here, block in _row_blocks(bayes, rows, cols):
-        scene.cloud[here] = block != 0
-    return scene
+    # Pixels are moved as one piece of bytes each, 24 and 12: twice as fast as float by float.
+    pixel = np.dtype([("refs", f"V{4 * n_refs}"), ("bts", f"V{4 * n_bts}")])
+    pixels = [tile.channels.view(pixel)[..., 0] for tile in tiles]  # (h, w)
+    fold = refs.shape[0] // bts.shape[0]  # 2 where reflectances are on the 500 m grid
+
+    for first, col, _, values in _normalised(_blocks(refs, tiles, fold), REFLECTANCE_OFFSET):
+        _share(tiles, first, col, values.view(pixel["refs"])[..., 0], [p["refs"] for p in pixels])
+    for first, col, block, values in _normalised(_blocks(bts, tiles), BT_OFFSET, BT_SCALE):
+        _share(tiles, first, col, values.view(pixel["bts"])[..., 0], [p["bts"] for p in pixels])
+        _share(tiles, first, col, block[..., -1], [tile.bt_12um for tile in tiles])
+        if any(tile.valid is not None for tile in tiles):
+            valid = np.logical_and.reduce([block[..., i] != 0 for i in range(n_bts)])
+            _share(tiles, first, col, valid, [tile.valid for tile in tiles])
+    for first, col, block in _blocks(bayes, tiles):
+        _share(tiles, first, col, block[..., 0] != 0, [tile.cloud[..., 0] for tile in tiles])
 
 
-def _row_blocks(dataset, rows, cols, fold=1):
-    """Yield (slice of output rows, block) over a rectangle of a dataset, missing values as 0.
+def _blocks(dataset, tiles, fold=1):
+    """Yield (first row, first column, block (n, m, C)) of what tiles need, missing values as 0.
 
     Args:
         dataset: h5py.Dataset (fold * H, fold * W, C).
-        rows: Rows of the 1 km grid.
-        cols: Columns of the 1 km grid.
+        tiles: List of Tile, all on the 1 km grid.
         fold: 2 for a dataset on the 500 m grid, of which 2 x 2 pixels are averaged; else 1.
     """
-    height, width = (length // fold for length in dataset.shape[:2])
-    first_row, stop_row, _ = rows.indices(height)
-    first_col, stop_col, _ = cols.indices(width)
-    read = _contiguous_reader(dataset) or (lambda r: dataset[r])
-    # A compressed chunk is decoded whole: blocks of whole chunks decode each of them once.
-    chunk_rows = -(-dataset.chunks[0] // fold) if dataset.chunks else 1
-    step = -(-BLOCK_ROWS // chunk_rows) * chunk_rows
-    for row in range(first_row - first_row % step, stop_row, step):
-        begin, stop = max(row, first_row), min(row + step, stop_row)
-        block = read(slice(begin * fold, stop * fold))[:, first_col * fold : stop_col * fold]
-        missing = ~np.isfinite(block)
-        if fold == 1:
-            block = np.where(missing, 0, block) if missing.any() else block
-        else:
-            block = _average(block, ~missing, fold)
-        yield slice(begin - first_row, stop - first_row), block
+    row, col = min(tile.row for tile in tiles), min(tile.col for tile in tiles)
+    last_row = max(tile.row + tile.cloud.shape[0] for tile in tiles)
+    last_col = max(tile.col + tile.cloud.shape[1] for tile in tiles)
+    rows, cols = slice(fold * row, fold * last_row), slice(fold * col, fold * last_col)
+    for first, block in read_blocks(dataset, rows, cols, fold):
+        # One sum tells of anything missing in a block, at a tenth of the cost of a look at each.
+        with np.errstate(over="ignore", invalid="ignore"):
+            complete = dataset.dtype.kind != "f" or np.isfinite(block.sum())
+        if fold > 1:
+            block = _average(block, True if complete else np.isfinite(block), fold)
+        elif not complete:
+            block = np.where(np.isfinite(block), block, 0)
+        yield first // fold, col, block
 
 
 def _average(block, present, fold):
@@ -260,32 +291,36 @@ def _average(block, present, fold):
     h, w, c = block.shape
     cells = (h // fold, fold, w // fold, fold, c)
     total = np.where(present, block, 0).reshape(cells).sum(axis=(1, 3))
-    count = present.reshape(cells).sum(axis=(1, 3))
+    count = np.broadcast_to(present, block.shape).reshape(cells).sum(axis=(1, 3))
     return total / np.maximum(count, 1)
 
 
-def _contiguous_reader(dataset):
-    """A function that reads rows of a contiguous dataset with plain file reads, or None.
+def _normalised(blocks, offset, scale=1):
+    """Add float32 (block - offset) / scale to `_blocks`; the next block overwrites it."""
+    space = np.empty(0, np.float32)
+    for first, col, block in blocks:
+        if space.size < block.size:  # one space for all blocks: new memory costs more than the sums
+            space = np.empty(block.size, np.float32)
+        values = space[: block.size].reshape(block.shape)
+        # The difference has the file's own precision, or that of float32 if this is better.
+        precision = np.result_type(block.dtype, np.float32)
+        np.subtract(block, offset, out=values, dtype=precision, casting="same_kind")
+        if scale != 1:
+            values /= np.float32(scale)
+        yield first, col, block, values
 
-    HDF5 reads under one lock per process; a positioned read of the bytes needs none, so that
-    several threads read at once. Anything but plain bytes in this file is left to h5py.
-    """
-    plan = dataset.id.get_create_plist()
-    offset = dataset.id.get_offset()
-    if dataset.chunks or dataset.is_virtual or plan.get_external_count() or offset is None:
-        return None
-    row_shape = dataset.shape[1:]
-    row_bytes = int(np.prod(row_shape)) * dataset.dtype.itemsize
-    fd = dataset.file.id.get_vfd_handle()
 
-    def read(rows):
-        block = np.empty((rows.stop - rows.start, *row_shape), dataset.dtype)
-        n_read = os.preadv(fd, [block.reshape(-1).view(np.uint8)], offset + rows.start * row_bytes)
-        if n_read != block.nbytes:
-            raise OSError(f"'{dataset.name}' ends early: the file is truncated")
-        return block
-
-    return read
+def _share(tiles, first, col, values, targets):
+    """Put values (n, m) from a row and column on into those targets (h, w) that want them."""
+    for tile, target in zip(tiles, targets, strict=True):
+        if target is None:
+            continue
+        begin, stop = max(first, tile.row), min(first + len(values), tile.row + len(target))
+        if begin < stop:
+            west = tile.col - col
+            target[begin - tile.row : stop - tile.row] = values[
+                begin - first : stop - first, west : west + target.shape[1]
+            ]
 
 
 # --- patches of training --------------------------------------------------------------------
@@ -305,24 +340,26 @@ def training_crop(height, width, patch_size):
     )
 
 
-def read_patches(path, shape, patch_size):
-    """Read the training patches of a scene; they count along rows first.
+def read_patches(path, patches, shape, patch_size):
+    """Read training patches of a scene to where they belong; patches count along rows first.
 
     Args:
         path: Scene file.
+        patches: Arrays by number of patch, (channels, cloud): float32 (P, P, C), which become
+            normalised, and uint8 (P, P, 1).
         shape: (H, W, C) that the configuration demands of every scene.
         patch_size: Rows and columns of a patch.
-
-    Returns:
-        List of (channels, cloud): float32 (P, P, C), normalised, and uint8 (P, P, 1).
 
     Raises:
         SceneError: As `read_scene`.
     """
-    scene = read_scene(path, shape, *training_crop(*shape[:2], patch_size))
-    corners = itertools.product(*(range(0, n, patch_size) for n in scene.cloud.shape[:2]))
-    cuts = [np.s_[row : row + patch_size, col : col + patch_size] for row, col in corners]
-    return [(scene.channels[cut], scene.cloud[cut]) for cut in cuts]
+    rows, cols = training_crop(*shape[:2], patch_size)
+    corners = itertools.product(*(range(cut.start, cut.stop, patch_size) for cut in (rows, cols)))
+    read_tiles(
+        path,
+        shape,
+        [Tile(*corner, *patches[i]) for i, corner in enumerate(corners) if i in patches],
+    )
 
 
 def epoch_steps(n_scenes, patches_per_scene, batch_size, n_lanes, seed, epoch=None):
@@ -385,6 +422,31 @@ def replica_slots(batch_size, n_replicas, replica):
 
 
 @dataclass
+class Batch:
+    """What feeds one replica for one step; see PatchBatches."""
+
+    channels: np.ndarray
+    cloud: np.ndarray
+    weight: np.ndarray
+    n_missing: int  # patches that are still to be read
+
+    @classmethod
+    def of(cls, size, patch_size, n_channels, n_patches):
+        """A batch of `size` places, of which the first `n_patches` are to be filled."""
+        channels = aligned((size, patch_size, patch_size, n_channels), np.float32)
+        cloud = aligned((size, patch_size, patch_size, 1), np.uint8)
+        channels[n_patches:], cloud[n_patches:] = 0, 0
+        return cls(channels, cloud, (np.arange(size) < n_patches).astype(np.float32), n_patches)
+
+
+def aligned(shape, dtype):
+    """An empty array on a border of 64 bytes: TensorFlow copies all others."""
+    n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    space = np.empty(n_bytes + 63, np.uint8)
+    return space[-space.ctypes.data % 64 :][:n_bytes].view(dtype).reshape(shape)
+
+
+@dataclass
 class PatchBatches:
     """Batches of training patches for the replicas of one process, in the order of `epoch_steps`.
 
@@ -394,12 +456,13 @@ class PatchBatches:
         weight: float32 (S,), 1 for a patch and 0 for padding, which comes last.
     S is fixed: the largest share of the global batch, rounded up to whole micro-batches.
 
-    Scenes are read ahead in threads, in the order in which steps need them, and are forgotten
-    after their last patch: the number in memory depends on `n_lanes` alone.
+    Threads read ahead, scene after scene in the order in which steps need them, each patch straight
+    into its place in its batch. Memory depends on `n_lanes` and the batch size alone: a batch comes
+    into being with its first patch and is handed on with its last.
 
     Attributes:
         paths: Scene files.
-        read: Function from a path to a list of patches, as `read_patches` returns it.
+        read: Function of a path and of places for patches, which it fills as `read_patches` does.
         patch_size: Rows and columns of a patch.
         patches_per_scene: Patches in a cropped scene.
         n_channels: Channels of a scene.
@@ -459,8 +522,9 @@ class PatchBatches:
             self.error = error
             raise
 
-    def _epoch(self, epoch):
-        return epoch_steps(
+    def _shares(self, epoch):
+        """The patches of each element of an epoch: list of int64 (s, 2), scene and patch."""
+        steps = epoch_steps(
             len(self.paths),
             self.patches_per_scene,
             self.batch_size,
@@ -468,45 +532,47 @@ class PatchBatches:
             self.seed,
             epoch if self.shuffle else None,
         )
+        shares = (step[slots] for step in steps for slots in self.slots)
+        return [share[share[:, 0] >= 0] for share in shares]
 
     def _batches(self):
-        wanted = (  # (epoch, scene) in the order of first use by this process
-            (epoch, scene)
-            for epoch in itertools.count()
-            for scene in dict.fromkeys(
-                int(scene)
-                for step in self._epoch(epoch)
-                for slots in self.slots
-                for scene in step[slots, 0]
-                if scene >= 0
-            )
-        )
-        scenes = read_ahead(lambda key: (key, self.read(self.paths[key[1]])), wanted)
-        held = {}
-        with contextlib.closing(scenes):
+        begun = {}  # batches by (epoch, number), from the first patch read to the last
+        scenes = itertools.chain.from_iterable(self._scenes(e, begun) for e in itertools.count())
+        with contextlib.closing(read_ahead(self._read, scenes)) as done:
             for epoch in itertools.count():
-                steps = self._epoch(epoch)
-                uses = Counter(
-                    int(scene) for slots in self.slots for scene in steps[:, slots, 0].ravel()
-                )
-                for step, slots in itertools.product(steps, self.slots):
-                    yield self._batch(epoch, step[slots], held, scenes, uses)
+                for number, share in enumerate(self._shares(epoch)):
+                    if not len(share):
+                        begun[epoch, number] = self._batch(0)
+                    while (epoch, number) not in begun or begun[epoch, number].n_missing:
+                        for key in next(done):
+                            begun[key].n_missing -= 1
+                    batch = begun.pop((epoch, number))
+                    yield batch.channels, batch.cloud, batch.weight
+                    del batch  # or it would wait in memory for the next one
 
-    def _batch(self, epoch, picks, held, scenes, uses):
-        picks = [(int(scene), int(patch)) for scene, patch in picks if scene >= 0]
-        p = self.patch_size
-        channels = np.zeros((self.replica_batch, p, p, self.n_channels), np.float32)
-        cloud = np.zeros((self.replica_batch, p, p, 1), np.uint8)
-        weight = np.zeros(self.replica_batch, np.float32)
-        for i, (scene, patch) in enumerate(picks):
-            while (epoch, scene) not in held:
-                held.update([next(scenes)])
-            channels[i], cloud[i] = held[epoch, scene][patch]
-            weight[i] = 1
-            uses[scene] -= 1
-            if not uses[scene]:
-                del held[epoch, scene]
-        return channels, cloud, weight
+    def _scenes(self, epoch, begun):
+        """Yield (path, keys of batches, places of patches) of scenes in the order of first use."""
+        shares = self._shares(epoch)
+        scenes = {}
+        for number, share in enumerate(shares):
+            for slot, (scene, patch) in enumerate(share.tolist()):
+                scenes.setdefault(scene, []).append((number, slot, patch))
+        for scene, uses in scenes.items():
+            patches = {}
+            for number, slot, patch in uses:
+                key = epoch, number
+                if key not in begun:
+                    begun[key] = self._batch(len(shares[number]))
+                patches[patch] = begun[key].channels[slot], begun[key].cloud[slot]
+            yield self.paths[scene], patches, [(epoch, number) for number, _, _ in uses]
+
+    def _batch(self, n_patches):
+        return Batch.of(self.replica_batch, self.patch_size, self.n_channels, n_patches)
+
+    def _read(self, job):
+        path, patches, keys = job
+        self.read(path, patches)
+        return keys
 
 
 def read_ahead(read, items, n_ahead=SCENES_AHEAD):
@@ -527,48 +593,51 @@ def read_ahead(read, items, n_ahead=SCENES_AHEAD):
 def cached(read, cache_dir, key):
     """Let `read` keep the patches it makes on a local disk and take them from there.
 
-    A scene's file is written under a temporary name and renamed, so that it is whole or absent;
-    one that cannot be read is dropped and made again. It holds all channels, then all clouds.
+    A patch's file holds its channels, then its cloud. It is written under a temporary name and
+    renamed, so that it is whole or absent; one that cannot be read is dropped and made again.
 
     Args:
-        read: Function from a path to a list of (channels, cloud).
+        read: Function of a path and of places for patches, as `read_patches` is.
         cache_dir: Local directory, made if absent.
         key: Whatever the result depends on besides the file: the crop, say.
     """
     cache_dir = Path(cache_dir)
     cache_dir.mkdir(parents=True, exist_ok=True)
 
-    def read_cached(path):
+    def read_cached(path, patches):
         stat = path.stat()
         identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {key}"
-        copy = cache_dir / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npy"
-        patches = _load(copy)
-        if patches is None:
-            patches = read(path)
-            _store(patches, copy)
-        return patches
+        name = f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+        copies = {i: cache_dir / f"{name}-{i}.raw" for i in patches}
+        absent = {i: patch for i, patch in patches.items() if not _load(copies[i], patch)}
+        if absent:
+            read(path, absent)
+        for i, patch in absent.items():
+            _store(copies[i], patch)
 
     return read_cached
 
 
-def _load(copy):
+def _load(copy, patch):
+    """Fill a patch from its cache file; False if that does not work."""
     try:
-        with copy.open("rb") as file:
-            return list(zip(np.load(file), np.load(file), strict=True))
+        with copy.open("rb", buffering=0) as file:
+            if sum(file.readinto(part) for part in patch) != sum(part.nbytes for part in patch):
+                raise EOFError("it ends early")
+        return True
     except FileNotFoundError:
-        return None
-    except (ValueError, EOFError, OSError) as error:
+        return False
+    except (EOFError, OSError) as error:
         log.warning("Dropped the damaged cache file %s: %s", copy, error)
         copy.unlink(missing_ok=True)
-        return None
+        return False
 
 
-def _store(patches, copy):
+def _store(copy, patch):
     temporary = copy.with_suffix(f".{os.getpid()}-{threading.get_ident()}.part")
     try:
         with temporary.open("wb") as file:
-            for part in zip(*patches, strict=True):
-                np.save(file, np.stack(part))
+            file.writelines(patch)
         temporary.replace(copy)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -586,6 +655,79 @@ def same_padding(length, patch_size, stride):
     n = -(-length // stride)
     total = (n - 1) * stride + patch_size - length
     return n, total // 2, total - total // 2
+
+
+class PatchGrid:
+    """The overlapping patches that a scene is predicted in: `inference_mode: patches`.
+
+    Args:
+        height: Rows of the scene.
+        width: Columns of the scene.
+        patch_size: Rows and columns of a patch.
+        crop_size: Pixels by which neighbours overlap, even; half of it is trimmed from each side
+            of a prediction.
+
+    Attributes:
+        padding: Zeros that the scene needs around it, ((above, below), (left, right)).
+        window: (rows, cols) of a patch.
+        corners: int (n, 2), first row and column of each patch in the padded scene; 63 patches.
+    """
+
+    def __init__(self, height, width, patch_size, crop_size):
+        stride = patch_size - crop_size
+        (n_rows, *above_below), (n_cols, *left_right) = (
+            same_padding(length, patch_size, stride) for length in (height, width)
+        )
+        self.padding = (tuple(above_below), tuple(left_right))
+        self.window = (patch_size, patch_size)
+        self.corners = stride * np.mgrid[:n_rows, :n_cols].reshape(2, -1).T
+        self._shape, self._grid, self._trim = (height, width), (n_rows, n_cols), crop_size // 2
+
+    def stitch(self, patches):
+        """Put predictions (n, patch_size, patch_size) together: (height, width)."""
+        kept = slice(self._trim, self.window[0] - self._trim)
+        trimmed = patches[:, kept, kept, None]  # (63, 176, 176, 1)
+        return reconstruct(trimmed.reshape(*self._grid, *trimmed.shape[1:]), *self._shape)
+
+
+class StripGrid:
+    """The strips of all columns that a scene is predicted in: `inference_mode: scene`.
+
+    Strips overlap by twice what the network sees around a pixel, so that they agree with the whole
+    scene; one strip is the whole scene.
+
+    Args:
+        height: Rows of the scene.
+        width: Columns of the scene.
+        n_strips: Number of strips.
+        radius: How far the network sees from a pixel; a multiple of `multiple`.
+        multiple: What the rows and columns of the network's input divide by.
+
+    Attributes:
+        As those of PatchGrid.
+    """
+
+    def __init__(self, height, width, n_strips, radius, multiple):
+        missing = (-height % multiple, -width % multiple)  # 1500 columns: 4 to 1504
+        self.padding = tuple((n // 2, n - n // 2) for n in missing)
+        padded, cols = height + missing[0], width + missing[1]
+        n = n_strips
+        rows = multiple * -(-(padded + 2 * radius * (n - 1)) // (multiple * n))
+        first = [multiple * (i * (padded - rows) // (multiple * max(n - 1, 1))) for i in range(n)]
+        self.window, self.corners = (rows, cols), np.array([(row, 0) for row in first])
+        # Each strip is used up to the middle of its overlap with the next.
+        borders = [0, *((a + rows + b) // 2 for a, b in itertools.pairwise(first)), padded]
+        self._used = [
+            slice(begin - row, stop - row)
+            for row, (begin, stop) in zip(first, itertools.pairwise(borders), strict=True)
+        ]
+        self._shape = (height, width)
+
+    def stitch(self, strips):
+        """Put predictions (n_strips, rows, cols) together: (height, width)."""
+        whole = np.concatenate([s[used] for s, used in zip(strips, self._used, strict=True)])
+        (above, _), (left, _) = self.padding
+        return whole[above : above + self._shape[0], left : left + self._shape[1]]
 
 
 def scene_padding(height, width, patch_size, crop_size):

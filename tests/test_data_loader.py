@@ -2,6 +2,7 @@ import itertools
 import re
 import threading
 import time
+import tracemalloc
 
 import h5py
 import numpy as np
@@ -22,6 +23,14 @@ def arrays():
     scene["bts"][40:44, 50:60] = np.nan
     scene["refs"][10:14, 20:30] = np.nan
     return scene
+
+
+def places(n_patches, p, n_channels=9):
+    """Where patches are read to."""
+    return {
+        i: (np.empty((p, p, n_channels), np.float32), np.empty((p, p, 1), np.uint8))
+        for i in range(n_patches)
+    }
 
 
 def expected(arrays):
@@ -154,12 +163,44 @@ def test_500_m_reflectances_are_averaged_without_the_missing(tmp_path, arrays):
         np.testing.assert_allclose(refs[row, col], wanted, atol=1e-6)
 
 
+def test_padding_surrounds_the_channels_alone(tmp_path, arrays):
+    write_scene(tmp_path / "S3A_x.hdf", arrays)
+    plain = data_loader.read_scene(tmp_path / "S3A_x.hdf", SHAPE)
+    padded = data_loader.read_scene(tmp_path / "S3A_x.hdf", SHAPE, padding=((3, 4), (5, 6)))
+    wanted = np.pad(plain.channels, [(3, 4), (5, 6), (0, 0)])
+    np.testing.assert_array_equal(padded.channels, wanted)
+    for name in ("cloud", "valid", "bt_12um"):
+        np.testing.assert_array_equal(getattr(padded, name), getattr(plain, name))
+
+
 def test_infinity_counts_as_missing(tmp_path, arrays):
     bts = arrays["bts"].copy()
     bts[0, 0, 1] = np.inf
     write_scene(tmp_path / "S3A_x.hdf", {**arrays, "bts": bts})
     scene = data_loader.read_scene(tmp_path / "S3A_x.hdf", SHAPE)
     assert not scene.valid[0, 0] and np.isfinite(scene.channels).all()
+
+
+@pytest.mark.parametrize("compression", [None, "gzip"])
+def test_scenes_are_read_without_h5py_where_their_bytes_allow(
+    tmp_path, arrays, compression, monkeypatch
+):
+    def refuse(*arguments):
+        raise AssertionError("h5py was asked for numbers")
+
+    write_scene(tmp_path / "S3A_x.hdf", arrays, compression=compression)
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", refuse)
+    scene = data_loader.read_scene(tmp_path / "S3A_x.hdf", SHAPE)
+    np.testing.assert_allclose(scene.channels, expected(arrays), rtol=1e-5, atol=1e-5)
+
+
+def test_damaged_chunk_names_the_file(tmp_path, arrays):
+    path = tmp_path / "S3A_x.hdf"
+    write_scene(path, arrays, compression="gzip")
+    with h5py.File(path, "r+") as file:
+        file["bts"].id.write_direct_chunk((0, 0, 0), b"no zlib")
+    with pytest.raises(SceneError, match="S3A_x.hdf cannot be read as a scene.*damaged chunk"):
+        data_loader.read_scene(path, SHAPE)
 
 
 @pytest.mark.parametrize("content", [b"", b"not HDF5", 400_000])
@@ -196,24 +237,31 @@ def test_cache_gives_what_was_read_and_drops_what_is_incomplete(tmp_path, arrays
     write_scene(path, arrays)
     reads = []
 
-    def read(path):
-        reads.append(path)
-        return data_loader.read_patches(path, SHAPE, 32)
+    def read(path, patches):
+        reads.append(list(patches))
+        data_loader.read_patches(path, patches, SHAPE, 32)
 
-    cached = data_loader.cached(read, cache, "crop")
-    first, second = cached(path), cached(path)
-    assert len(reads) == 1
-    assert len(first) == len(second) == 12
-    for patch, copied in zip(first, second, strict=True):
-        for array, same in zip(patch, copied, strict=True):
-            np.testing.assert_array_equal(array, same)
+    def read_cached(key="crop", wanted=range(12)):
+        patches = places(12, 32)
+        patches = {i: patches[i] for i in wanted}
+        data_loader.cached(read, cache, key)(path, patches)
+        for i, patch in patches.items():
+            for array, same in zip(patch, plain[i], strict=True):
+                np.testing.assert_array_equal(array, same)
 
-    (copy,) = cache.iterdir()
-    copy.write_bytes(copy.read_bytes()[:-5])
-    np.testing.assert_array_equal(cached(path)[-1][1], first[-1][1])
+    data_loader.read_patches(path, plain := places(12, 32), SHAPE, 32)
+    read_cached(wanted=[3, 11])
+    read_cached()
+    assert reads == [[3, 11], [0, 1, 2, 4, 5, 6, 7, 8, 9, 10]]
+    read_cached()
     assert len(reads) == 2
-    data_loader.cached(read, cache, "another crop")(path)
-    assert len(reads) == 3
+
+    copy = next(cache.glob("*-7.raw"))
+    copy.write_bytes(copy.read_bytes()[:-5])
+    read_cached()
+    assert reads[2:] == [[7]]
+    read_cached("another crop")
+    assert len(reads[3]) == 12 and len(reads) == 4
 
 
 # --- patches of training
@@ -236,15 +284,29 @@ def test_training_scene_yields_20_patches():
 def test_patches_are_the_rectangles_of_a_plain_loop(tmp_path, arrays):
     path = tmp_path / "S3A_x.hdf"
     write_scene(path, arrays)
-    patches = iter(data_loader.read_patches(path, SHAPE, 32))
+    patches = places(12, 32)
+    data_loader.read_patches(path, patches, SHAPE, 32)
+    found = iter(patches.values())
     channels, cloud = expected(arrays), arrays["bayes"] != 0
     for row in (2, 34, 66):  # 100 rows: 3 patches of 32 from row 4 // 2
         for col in (3, 35, 67, 99):  # 135 columns: 4 from column 7 // 2
-            found_channels, found_cloud = next(patches)
+            found_channels, found_cloud = next(found)
             here = np.s_[row : row + 32, col : col + 32]
             np.testing.assert_allclose(found_channels, channels[here], rtol=1e-5, atol=1e-5)
             np.testing.assert_array_equal(found_cloud, cloud[here])
-    assert next(patches, None) is None
+    assert next(found, None) is None
+
+
+def test_wanted_patches_alone_are_read(tmp_path, arrays):
+    path = tmp_path / "S3A_x.hdf"
+    write_scene(path, {**arrays, "refs": np.random.default_rng(0).random((200, 270, 6))})
+    every, some = places(12, 32), places(12, 32)
+    data_loader.read_patches(path, every, SHAPE, 32)
+    some = {i: some[i] for i in (2, 5, 7)}
+    data_loader.read_patches(path, some, SHAPE, 32)
+    for i, patch in some.items():
+        for array, same in zip(patch, every[i], strict=True):
+            np.testing.assert_array_equal(array, same)
 
 
 @given(
@@ -295,12 +357,10 @@ def test_replicas_share_the_slots_evenly(batch, n):
     assert max(sizes) - min(sizes) <= 1
 
 
-def fake_scene(number, n_patches=6, p=8):
-    """Patches of a scene, each filled with 100 * scene + patch."""
-    values = 100 * number + np.arange(n_patches)
-    return [
-        (np.full((p, p, 1), v, np.float32), np.full((p, p, 1), v % 2, np.uint8)) for v in values
-    ]
+def fake_scene(number, patches):
+    """Fill each patch with 100 * scene + patch."""
+    for i, (channels, cloud) in patches.items():
+        channels[:], cloud[:] = 100 * number + i, (100 * number + i) % 2
 
 
 def feed(replicas, n_replicas, **options):
@@ -345,34 +405,29 @@ def test_tf_dataset_gives_the_batches_and_no_end():
 
 
 @pytest.mark.parametrize("n_scenes", [20, 80])
-def test_scenes_in_memory_do_not_grow_with_their_number(n_scenes):
-    alive = peak = 0
-    lock = threading.Lock()
+def test_batches_in_memory_do_not_grow_with_the_scenes(n_scenes):
+    options = {"patch_size": 64, "n_lanes": 4, "paths": range(n_scenes)}
+    source = feed(range(1), 1, **options)
+    batch_bytes = 11 * 64 * 64 * 5  # 11 batches in an epoch of 20 scenes, 44 in one of 80
+    tracemalloc.start()
+    try:
+        for _ in itertools.islice(source, 2 * source.n_steps):
+            pass
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # 11 slots in 4 lanes: a scene of 6 patches is spread over 4 batches at most; four scenes that
+    # are read ahead can begin as many batches later; and one is in our hands.
+    assert peak < (4 + 4 + 1) * batch_bytes + 1_000_000
 
-    class Counted(list):
-        def __init__(self, patches):
-            nonlocal alive, peak
-            super().__init__(patches)
-            with lock:
-                alive += 1
-                peak = max(peak, alive)
 
-        def __del__(self):
-            nonlocal alive
-            with lock:
-                alive -= 1
-
-    source = feed(
-        range(1), 1, paths=range(n_scenes), read=lambda i: Counted(fake_scene(i)), n_lanes=4
-    )
-    for _ in itertools.islice(source, 2 * source.n_steps):
-        pass
-    # 4 lanes, each at the turn from one scene to the next, and what is read ahead
-    assert peak <= 4 + 4 + data_loader.SCENES_AHEAD + 1
+def test_batches_are_on_borders_of_64_bytes():
+    for channels, cloud, _ in itertools.islice(feed(range(1), 1, batch_size=5), 3):
+        assert channels.ctypes.data % 64 == 0 and cloud.ctypes.data % 64 == 0
 
 
 def test_an_error_of_reading_is_kept():
-    def read(path):
+    def read(path, patches):
         raise SceneError("scene 3 is bad")
 
     source = feed(range(1), 1, read=read)

@@ -1,0 +1,184 @@
+import itertools
+import os
+import zlib
+
+import h5py
+import numpy as np
+import pytest
+
+from harness import hdf5_rows
+
+SHAPE = (50, 61, 4)  # chunks of (16, 20, 3) divide no side of it
+CHUNKS = (16, 20, 3)
+CHUNKED = {"chunks": CHUNKS}
+
+
+@pytest.fixture
+def numbers():
+    return np.random.default_rng(5).integers(-99, 99, SHAPE).astype(np.float64)
+
+
+def read(dataset, rows=slice(0, 50), cols=slice(0, 61), multiple=1):
+    """Put the blocks together again; they must follow one another."""
+    parts, row = [], rows.start
+    for first, block in hdf5_rows.read_blocks(dataset, rows, cols, multiple):
+        assert first == row and len(block) % multiple == 0 and block.dtype == dataset.dtype
+        parts.append(block.copy())
+        row += len(block)
+    assert row == rows.stop
+    return np.concatenate(parts)
+
+
+@pytest.fixture
+def without_h5py(monkeypatch):
+    """Let any reading of numbers by h5py itself fail."""
+
+    def refuse(*arguments):
+        raise AssertionError("h5py was asked for numbers")
+
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", refuse)
+    monkeypatch.setattr(h5py.Dataset, "read_direct", refuse)
+
+
+@pytest.mark.parametrize("dtype", ["<f8", ">f8", "<f4", ">f4", "<f2", "u1", "<i2", ">i4", "<u8"])
+@pytest.mark.parametrize(
+    ("options", "storage"),
+    [
+        ({}, "contiguous"),
+        (CHUNKED, "chunked"),
+        (CHUNKED | {"compression": "gzip"}, "chunked"),
+        (CHUNKED | {"shuffle": True}, "chunked"),
+        (CHUNKED | {"compression": "gzip", "shuffle": True}, "chunked"),
+    ],
+    ids=["contiguous", "chunks", "gzip", "shuffle", "shuffle-gzip"],
+)
+def test_fast_ways_equal_h5py_and_do_without_it(
+    tmp_path, numbers, options, storage, dtype, monkeypatch, request
+):
+    monkeypatch.setattr(hdf5_rows, "BLOCK_BYTES", 5000)  # several blocks
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file.create_dataset("x", data=np.abs(numbers).astype(dtype), **options)
+    with h5py.File(tmp_path / "x.h5") as file:
+        dataset, wanted = file["x"], file["x"][:]
+        assert hdf5_rows.storage(dataset) == storage
+        request.getfixturevalue("without_h5py")
+        np.testing.assert_array_equal(read(dataset), wanted)
+        for rows, cols, multiple in itertools.product(
+            [slice(0, 50), slice(6, 42), slice(16, 32), slice(48, 50)],
+            [slice(0, 61), slice(7, 53), slice(20, 40), slice(60, 61)],
+            [1, 2],
+        ):
+            found = read(dataset, rows, cols, multiple)
+            np.testing.assert_array_equal(found, wanted[rows, cols])
+
+
+def make_compact(file, numbers):
+    plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plan.set_layout(h5py.h5d.COMPACT)
+    space = h5py.h5s.create_simple(SHAPE)
+    h5py.h5d.create(file.id, b"x", h5py.h5t.NATIVE_INT8, space, plan)
+    file["x"][...] = numbers
+
+
+def make_virtual(file, numbers):
+    with h5py.File(file.filename + ".source", "w") as source:
+        source["x"] = numbers
+    layout = h5py.VirtualLayout(SHAPE, np.float64)
+    layout[:] = h5py.VirtualSource(file.filename + ".source", "x", SHAPE)
+    file.create_virtual_dataset("x", layout)
+
+
+def make_external(file, numbers):
+    file.create_dataset("x", data=numbers, external=file.filename + ".bin")
+
+
+def make_with(**options):
+    return lambda file, numbers: file.create_dataset("x", data=numbers, **options)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        make_compact,
+        make_virtual,
+        make_external,
+        make_with(**CHUNKED, compression="lzf"),
+        make_with(**CHUNKED, fletcher32=True),
+        make_with(**CHUNKED, scaleoffset=0, dtype="i4"),
+        lambda file, numbers: file.create_dataset("x", SHAPE, "f4", fillvalue=7),
+    ],
+    ids=["compact", "virtual", "external", "lzf", "fletcher32", "scaleoffset", "unwritten"],
+)
+def test_h5py_reads_all_else(tmp_path, numbers, make):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        make(file, numbers)
+    with h5py.File(tmp_path / "x.h5") as file:
+        assert hdf5_rows.storage(file["x"]) == "h5py"
+        rows, cols = slice(6, 42), slice(7, 53)
+        np.testing.assert_array_equal(read(file["x"], rows, cols, 2), file["x"][rows, cols])
+
+
+@pytest.mark.parametrize("options", [{}, CHUNKED])
+@pytest.mark.parametrize("opening", [{"userblock_size": 512}, {"driver": "core"}])
+def test_h5py_reads_user_blocks_and_files_in_memory(tmp_path, numbers, options, opening):
+    with h5py.File(tmp_path / "x.h5", "w", **opening) as file:
+        file.create_dataset("x", data=numbers, **options)
+    with h5py.File(tmp_path / "x.h5", driver=opening.get("driver")) as file:
+        assert hdf5_rows.storage(file["x"]) == "h5py"
+        np.testing.assert_array_equal(read(file["x"]), numbers)
+
+
+@pytest.mark.parametrize("compression", [None, "gzip"])
+def test_absent_chunks_hold_the_fill_value(tmp_path, numbers, compression, without_h5py):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        dataset = file.create_dataset(
+            "x", SHAPE, "f8", chunks=CHUNKS, compression=compression, fillvalue=7.5
+        )
+        dataset[16:32, 20:61] = numbers[16:32, 20:61]
+    wanted = np.full(SHAPE, 7.5)
+    wanted[16:32, 20:61] = numbers[16:32, 20:61]
+    with h5py.File(tmp_path / "x.h5") as file:
+        assert hdf5_rows.storage(file["x"]) == "chunked"
+        np.testing.assert_array_equal(read(file["x"]), wanted)
+
+
+@pytest.mark.parametrize("mask", [0b01, 0b10, 0b11])
+def test_filters_that_a_chunk_skips_are_skipped(tmp_path, mask, request):
+    block = np.arange(16 * 20 * 3, dtype=np.float64).reshape(CHUNKS)
+    data = np.frombuffer(block.tobytes(), np.uint8)
+    if not mask & 0b01:  # the first filter is shuffle
+        data = data.reshape(-1, 8).T
+    data = data.tobytes()
+    if not mask & 0b10:
+        data = zlib.compress(data)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        dataset = file.create_dataset(
+            "x", SHAPE, "f8", chunks=CHUNKS, compression="gzip", shuffle=True
+        )
+        dataset.id.write_direct_chunk((16, 20, 0), data, mask)
+    with h5py.File(tmp_path / "x.h5") as file:
+        wanted = file["x"][:]
+        np.testing.assert_array_equal(wanted[16:32, 20:40, :3], block)
+        request.getfixturevalue("without_h5py")
+        np.testing.assert_array_equal(read(file["x"]), wanted)
+
+
+@pytest.mark.parametrize("damage", [b"\0", b"no zlib", "short"])
+def test_damaged_chunk_is_an_error(tmp_path, numbers, damage):
+    data = zlib.compress(numbers[:3].tobytes()) if damage == "short" else damage
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        dataset = file.create_dataset("x", data=numbers, chunks=CHUNKS, compression="gzip")
+        dataset.id.write_direct_chunk((16, 20, 0), data)
+    with h5py.File(tmp_path / "x.h5") as file, pytest.raises(OSError, match="'/x' has a"):
+        read(file["x"])
+
+
+@pytest.mark.parametrize("options", [{}, CHUNKED])
+def test_truncated_file_is_an_error(tmp_path, numbers, options):
+    path = tmp_path / "x.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("x", data=numbers, **options)
+    with h5py.File(path) as file:  # HDF5 itself refuses to open a truncated file
+        os.truncate(path, 20_000)
+        with pytest.raises(OSError, match="truncated"):
+            read(file["x"])
