@@ -5,6 +5,7 @@ from keras import layers
 
 FILTERS = (32, 64, 128, 256)  # per stage going down; mlcommons/science v1.1
 DOWNSCALING = 2 ** (len(FILTERS) - 1)  # rows and columns of an input divide by 8
+RECEPTIVE_RADIUS = 56  # pixels that the network sees around one: 51, up to a multiple of 8
 
 
 def conv_block(x, filters, dtype):

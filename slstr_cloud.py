@@ -32,11 +32,14 @@ from harness.devices import open_devices, watch_ranks
 from harness.launch import Meeting, detect_launch
 from harness.masks import MaskFolder
 from harness.mlperf_log import keys
+from harness.prediction import Predictor, predictor_that_fits
 from harness.run import Run, log_to_screen, make_folder, progress, replacing, write_csv
-from harness.training import POLICIES, Predictor, Trainer, translated_errors
-from model import unet
+from harness.training import POLICIES, Trainer, translated_errors
+from model import DOWNSCALING, RECEPTIVE_RADIUS, unet
 
 THRESHOLD = 0.5  # cloud where the probability is above
+STRIPS_TRIED = (1, 2, 4, 8)  # of a scene, until they fit the memory; 8 predict most rows twice
+COMPARED_BATCH = 4  # patches; for one scene
 HISTORY_COLUMNS = (
     "epoch", "loss", "accuracy", "val_loss", "val_accuracy", "seconds", "patches_per_second",
 )  # fmt: skip
@@ -75,6 +78,7 @@ def train(config, devices, run, train_paths, test_paths):
     mlperf_log.log_hyperparameters(
         config, devices, run.mllog, training.n_patches, validation.n_patches
     )
+    warm_up_seconds = trainer.warm_up(training.replica_batch, validation.replica_batch)
     run.mllog.end(keys.INIT_STOP)
 
     run.start()
@@ -127,7 +131,7 @@ def train(config, devices, run, train_paths, test_paths):
                 with replacing(run.model_file) as temporary:
                     trainer.model.save(temporary)
         run.results["training"] = results.training_results(
-            history, best, (train_paths, test_paths), (training, validation)
+            history, best, (train_paths, test_paths), (training, validation), warm_up_seconds
         )
         if config.target_accuracy and history[-1]["val_accuracy"] >= config.target_accuracy:
             log.info("Reached target_accuracy %s.", config.target_accuracy)
@@ -167,13 +171,10 @@ def infer(config, devices, run, paths, starts_run):
     """Mask scenes with the model of the run's model file, and score the masks."""
     devices.gather(0)  # the chief has written the model
     model = load_model(run.model_file, config)
-    batch = devices.micro_batch(config.micro_batch, config.batch_size, replicas=1)
-    predictors = [
-        Predictor(model, device, batch, POLICIES[config.precision], config.xla)
-        for device in devices.local
-    ]
-    for predictor in predictors:  # traced here, so that no scene waits for it
-        predictor(np.zeros((batch, *model.input_shape[1:]), np.float32))
+    predictors = [open_predictor(config, devices, model, device) for device in devices.local]
+    modes = {"inference_mode": config.inference_mode, "windows": len(predictors[0].grid.corners)}
+    if config.inference_mode == "scene" and devices.is_chief:
+        modes["differs"] = compare_with_patches(config, model, predictors[0], paths[0])
     if starts_run:
         mlperf_log.log_hyperparameters(config, devices, run.mllog, 0, len(paths))
         run.mllog.end(keys.INIT_STOP)
@@ -199,27 +200,23 @@ def infer(config, devices, run, paths, starts_run):
     if run.is_chief:
         rows = masks.collect(paths)
         write_csv(run.path("scenes.csv"), scores.SCENE_COLUMNS, rows)
-        run.results["inference"] = results.inference_results(rows, max(seconds))
+        run.results["inference"] = modes | results.inference_results(rows, max(seconds))
         run.write_line(results.inference_line(config, devices, run.results["inference"]))
 
 
 def mask_scenes(config, devices, run, masks, paths, predictor):
     """Mask scenes with one device; the next one is read while the present one is masked."""
     shape = (config.image_h, config.image_w, config.n_channels)
-    padding = data_loader.scene_padding(*shape[:2], config.patch_size, config.crop_size)
 
     def read(path):
         begin = time.perf_counter()
-        scene = data_loader.read_scene(path, shape, padding=padding)
+        scene = data_loader.read_scene(path, shape, padding=predictor.grid.padding)
         return path, scene, time.perf_counter() - begin
 
     last = time.perf_counter()
     for path, scene, read_seconds in data_loader.read_ahead(read, masks.deal(paths), n_ahead=1):
         clock = time.perf_counter()
-        patches, network_seconds = predict_patches(
-            predictor, scene.channels, config.patch_size, config.crop_size
-        )
-        probability = data_loader.reconstruct(patches, config.image_h, config.image_w)
+        probability, network_seconds = predictor(scene.channels)
         mask = (probability > THRESHOLD).astype(np.uint8)
         stitched = time.perf_counter()
         row = scores.score_scene(
@@ -247,26 +244,37 @@ def mask_scenes(config, devices, run, masks, paths, predictor):
         last = time.perf_counter()
 
 
-def predict_patches(predictor, channels, patch_size, crop_size):
-    """Predict the overlapping patches of a padded scene and trim their borders.
+def open_predictor(config, devices, model, device):
+    """The model on one device, ready to predict scenes as `inference_mode` says."""
+    height, width, policy = config.image_h, config.image_w, POLICIES[config.precision]
+    if config.inference_mode == "patches":
+        grid = data_loader.PatchGrid(height, width, config.patch_size, config.crop_size)
+        batch = devices.micro_batch(config.micro_batch, config.batch_size, replicas=1)
+        return Predictor(model, device, grid, batch, policy, config.xla)
+    grids = (
+        data_loader.StripGrid(height, width, n, RECEPTIVE_RADIUS, DOWNSCALING) for n in STRIPS_TRIED
+    )
+    return predictor_that_fits(model, device, grids, policy, config.xla)
 
-    Returns:
-        float32 (n_rows, n_cols, p, p, 1) with p = patch_size - crop_size, and the seconds that the
-        network took.
-    """
-    patches = data_loader.overlapping_patches(channels, patch_size, crop_size)
-    n_rows, n_cols = patches.shape[:2]
-    trimmed = slice(crop_size // 2, patch_size - crop_size // 2)
-    p = patch_size - crop_size
-    probability = np.empty((n_rows * n_cols, p, p, 1), np.float32)
-    network_seconds = 0.0
-    for first in range(0, len(probability), predictor.batch):
-        cells = range(first, min(first + predictor.batch, len(probability)))
-        batch = np.stack([patches[divmod(cell, n_cols)] for cell in cells])
-        begin = time.perf_counter()
-        probability[cells.start : cells.stop] = predictor(batch)[:, trimmed, trimmed]
-        network_seconds += time.perf_counter() - begin
-    return probability.reshape(n_rows, n_cols, p, p, 1), network_seconds
+
+def compare_with_patches(config, model, predictor, path):
+    """Say how many pixels of a scene `inference_mode: patches` in float32 calls otherwise."""
+    grid = data_loader.PatchGrid(
+        config.image_h, config.image_w, config.patch_size, config.crop_size
+    )
+    masks = []
+    for each in (predictor, Predictor(model, predictor.device, grid, COMPARED_BATCH)):
+        scene = data_loader.read_scene(
+            path, (config.image_h, config.image_w, config.n_channels), padding=each.grid.padding
+        )
+        masks.append(each(scene.channels)[0] > THRESHOLD)
+    n_pixels = int(np.count_nonzero(masks[0] != masks[1]))
+    share = n_pixels / masks[0].size
+    log.info(
+        "inference_mode scene differs from patches (float32) in %d pixels of %s, %.3f %%.",
+        *(n_pixels, path.stem, 100 * share),
+    )
+    return {"scene": path.stem, "pixels": n_pixels, "share": share}
 
 
 def load_model(path, config):

@@ -161,7 +161,6 @@ class Config(BaseModel):
         for key, only in (
             ("on_bad_scene", "stop"),
             ("checkpoint_every", 1),
-            ("inference_mode", "patches"),
         ):
             if getattr(self, key) != only:
                 problems.append(f"{key}: {getattr(self, key)} is not available yet; set {only}")

@@ -79,6 +79,12 @@ class Devices:
         """GPUs a node, as found."""
         return self.n_gpus // self.n_nodes
 
+    def peak_gpu_memory(self):
+        """Most bytes that TensorFlow took on each GPU of this process; empty on CPUs."""
+        if self.kind == "CPU":
+            return []
+        return [tf.config.experimental.get_memory_info(gpu)["peak"] for gpu in self.local]
+
     def check_ranks(self):
         """Raise RankError if another rank is known to have failed; for long times without steps."""
         if self.meeting and (failure := self.meeting.failure()):

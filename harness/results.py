@@ -5,10 +5,10 @@ import numpy as np
 from harness import scores
 
 
-def training_results(history, best, paths, batches):
+def training_results(history, best, paths, batches, warm_up_seconds):
     """The part `training` of results.json."""
     seconds = [row["train_seconds"] for row in history]
-    later = seconds[1:] or seconds  # the first epoch traces and warms up
+    later = seconds[1:] or seconds  # the first epoch finds cold caches
     return {
         "scenes_train": len(paths[0]),
         "scenes_test": len(paths[1]),
@@ -19,6 +19,7 @@ def training_results(history, best, paths, batches):
         "seconds": sum(row["seconds"] for row in history),
         "seconds_per_epoch": [row["seconds"] for row in history],
         "train_seconds_per_epoch": seconds,
+        "warm_up_seconds": warm_up_seconds,  # tracing and compiling, before the run starts
         "patches_per_second": batches[0].n_patches * len(later) / sum(later),
         **{name: best[name] for name in ("loss", "accuracy", "val_loss", "val_accuracy")},
     }

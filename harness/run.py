@@ -83,7 +83,7 @@ class Run:
     """
 
     def __init__(self, config, devices, mode, folder):
-        self.is_chief = devices.is_chief
+        self._devices, self.is_chief = devices, devices.is_chief
         self.folder = folder
         # An input of inference, and named from where one stands; else a result of the run.
         trains = mode != "inference"
@@ -166,7 +166,8 @@ class Run:
             "status": status,
             "error": error and error[:2000],
             "seconds": time.perf_counter() - self._opened,
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # [bytes]
+            "peak_gpu_memory": self._devices.peak_gpu_memory(),
         }
         text = json.dumps(jsonable(self.results), indent=2)
         write_text(self.folder / "results.json", text + "\n")

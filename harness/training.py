@@ -5,9 +5,13 @@ which makes means n/(n+1) too small, and it fails on several workers (keras issu
 """
 
 import contextlib
+import time
 
 import keras
+import numpy as np
 import tensorflow as tf
+
+from harness.forward import without_upsampling
 
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 
@@ -42,6 +46,7 @@ class Trainer:
         self.clip_offset, self.cloud_weight = clip_offset, cloud_weight
         with strategy.scope():
             self.model = build_model()
+            self._network = without_upsampling(self.model)
             self.optimizer = keras.optimizers.Adam(learning_rate)
             if loss_scaling:
                 self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
@@ -65,6 +70,39 @@ class Trainer:
     def eval_step(self, batch):
         """Add a distributed batch to the totals, without training."""
         self.strategy.run(self._eval_replica, args=batch)
+
+    def warm_up(self, train_patches, eval_patches):
+        """Trace and compile both steps, so that no epoch waits for it; nothing else is changed.
+
+        Args:
+            train_patches: Patches in a replica's batch of training.
+            eval_patches: Patches in a replica's batch of validation.
+
+        Returns:
+            Seconds that it took.
+        """
+        begin = time.perf_counter()
+        variables = [*self.model.variables, *self.optimizer.variables]
+        state = [variable.numpy() for variable in variables]
+        self.train_step(self._empty_batch(train_patches))
+        self.eval_step(self._empty_batch(eval_patches))
+        self.take_totals()
+        with self.strategy.scope():
+            for variable, value in zip(variables, state, strict=True):
+                variable.assign(value)
+        return time.perf_counter() - begin
+
+    def _empty_batch(self, n_patches):
+        """A distributed batch of zeros, of which the first patch counts."""
+        p, _, n_channels = self.model.input_shape[1:]
+        weight = np.eye(1, n_patches, dtype=np.float32)[0]
+        arrays = (
+            np.zeros((n_patches, p, p, n_channels), np.float32),
+            np.zeros((n_patches, p, p, 1), np.uint8),
+            weight,
+        )
+        same = tf.data.Dataset.from_tensors(arrays).repeat()
+        return next(iter(self.strategy.distribute_datasets_from_function(lambda context: same)))
 
     def take_totals(self):
         """Return {'loss', 'accuracy'} of the steps since the last call, and start anew."""
@@ -115,7 +153,7 @@ class Trainer:
     def _forward(self, channels, cloud, weight, training):
         """Return float64 (3,) sums over pixels, and the float32 loss per patch of a full batch."""
         clip = slice(self.clip_offset, channels.shape[1] - self.clip_offset)
-        probability = self.model(channels, training=training)[:, clip, clip]
+        probability = self._network(channels, training=training)[:, clip, clip]
         label = tf.cast(cloud[:, clip, clip], tf.float32)
         loss = keras.losses.binary_crossentropy(label, probability)  # (m, p, p)
         loss *= 1 + (self.cloud_weight - 1) * label[..., 0]
@@ -134,40 +172,6 @@ class Trainer:
         n_overflows = context.all_reduce("sum", tf.cast(~finite, tf.float32))
         poison = tf.where(n_overflows > 0, float("nan"), 0.0)
         return [g + poison for g in gradients]
-
-
-def cast_model(model, policy):
-    """Copy a model of one input to another Keras dtype policy, its last layer in float32."""
-
-    def convert(layer):
-        values = layer.get_config()
-        if layer is not model.layers[-1]:
-            values["dtype"] = policy
-        return type(layer).from_config(values)
-
-    inputs = keras.Input(model.input_shape[1:], dtype="float32")
-    copy = keras.models.clone_model(model, input_tensors=inputs, clone_function=convert)
-    copy.set_weights(model.get_weights())
-    return copy
-
-
-class Predictor:
-    """A model on one device, predicting batches of one shape."""
-
-    def __init__(self, model, device, batch, policy, xla=False):
-        self.batch, self.device = batch, device
-        with tf.device(device):
-            self.model = cast_model(model, policy)
-            self._predict = tf.function(
-                lambda x: self.model(x, training=False), jit_compile=xla or None
-            )
-
-    def __call__(self, patches):
-        """Predict float32 (n, P, P, C), n at most `batch`: (n, P, P, 1). Padded to one shape."""
-        missing = self.batch - len(patches)
-        with tf.device(self.device):
-            x = tf.pad(tf.constant(patches), [[0, missing], [0, 0], [0, 0], [0, 0]])
-            return self._predict(x).numpy()[: len(patches)]
 
 
 @contextlib.contextmanager

@@ -94,7 +94,7 @@ def test_all_faults_are_told_at_once_with_key_and_value(tmp_path):
         ("run_name: .hidden", "run_name: should be a plain folder name"),
         ("model_file: model", "model_file model must end in .keras or .h5"),
         ("log_file: ''", "log_file must name a file"),
-        ("inference_mode: scene", "inference_mode: scene is not available yet"),
+        ("inference_mode: fast", "inference_mode: "),
         ("epochs: 0\nCROP_SIZE: 256", "CROP_SIZE 256 must be smaller"),
         ("train_dir: $NOT_SET_ANYWHERE/x", "NOT_SET_ANYWHERE"),
         ("seed: 1\nseed: 2", "the key seed stands twice"),

@@ -114,9 +114,37 @@ def test_history_and_results_tell_the_same(finished):
     assert (training["patches_train"], training["patches_test"]) == (60, 24)
     best = history[training["best_epoch"] - 1]
     assert training["val_loss"] == pytest.approx(float(best["val_loss"]))
+    assert training["warm_up_seconds"] > 0
     assert found["status"] == "success" and found["inference"]["scenes"] == 2
+    assert found["inference"]["inference_mode"] == "patches"
+    assert 1e8 < found["peak_rss"] < 24e9 and found["peak_gpu_memory"] == []
     parts = found["inference"]["seconds_per_scene_parts"]
     assert set(parts) == {"read", "network", "stitch", "write", "score"}
+
+
+def test_scene_mode_masks_in_one_pass_and_counts_what_differs(finished, settings, tmp_path):
+    once = {**settings, "model_file": str(finished / "model.keras"), "inference_mode": "scene"}
+    folder = start(tmp_path, {**once, "keep_probability": True}, "--mode", "inference").folder
+    model = keras.models.load_model(finished / "model.keras")
+    whole = keras.models.clone_model(model, input_tensors=keras.Input((104, 136, 9)))
+    whole.set_weights(model.get_weights())
+    differing = {}
+    for path in data_loader.find_scenes(settings["inference_dir"]):
+        scene = data_loader.read_scene(path, (HEIGHT, WIDTH, 9))
+        padded = np.pad(scene.channels, [(2, 2), (0, 1), (0, 0)])  # to multiples of 8
+        expected = whole(padded[None]).numpy()[0, 2:102, :135, 0]
+        with h5py.File(folder / "masks" / f"{path.stem}.h5") as file:
+            np.testing.assert_allclose(file["probability"], expected, atol=1e-5)
+            with h5py.File(finished / "masks" / f"{path.stem}.h5") as patches:
+                differing[path.stem] = np.count_nonzero(file["mask"][:] != patches["mask"][:])
+    inference = results(folder)["inference"]
+    assert (inference["inference_mode"], inference["windows"]) == ("scene", 1)
+    first = sorted(differing)[0]
+    assert inference["differs"] == {
+        "scene": first,
+        "pixels": differing[first],
+        "share": differing[first] / (HEIGHT * WIDTH),
+    }
 
 
 def test_log_has_the_two_lines_of_v1_1(finished):

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from data_loader import PatchBatches
 from harness.devices import open_devices
-from harness.training import Predictor, Trainer, cast_model
+from harness.training import Trainer
 from model import unet
 
 P = 16  # a patch; 4 a scene
@@ -168,17 +168,14 @@ def test_training_repeats_bit_for_bit():
         np.testing.assert_array_equal(a, b)
 
 
-def test_predictor_equals_the_model_for_a_part_of_a_batch():
-    model = unet((P, P, 9))
-    x = np.random.default_rng(0).normal(size=(3, P, P, 9)).astype(np.float32)
-    predictor = Predictor(model, "/CPU:1", 5, "float32")
-    np.testing.assert_allclose(predictor(x), model(x).numpy(), atol=1e-6)
-
-
-def test_cast_model_keeps_weights_and_ends_in_float32():
-    model = unet((P, P, 9))
-    half = cast_model(model, "mixed_bfloat16")
-    assert half.layers[1].compute_dtype == "bfloat16"
-    assert half.layers[-1].compute_dtype == "float32"
-    for a, b in zip(model.get_weights(), half.get_weights(), strict=True):
-        np.testing.assert_array_equal(a, b)
+def test_warm_up_traces_both_steps_and_changes_nothing():
+    trainer, batches, feed = trainer_and_feed(2)
+    variables = [*trainer.model.variables, *trainer.optimizer.variables]
+    before = [variable.numpy() for variable in variables]
+    assert trainer.warm_up(batches.replica_batch, batches.replica_batch) > 0
+    for old, variable in zip(before, variables, strict=True):
+        np.testing.assert_array_equal(old, variable.numpy())
+    trainer.eval_step(next(feed))
+    trainer.train_step(next(feed))
+    for step in (trainer.train_step, trainer.eval_step):
+        assert step.experimental_get_tracing_count() == 1
