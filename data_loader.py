@@ -497,23 +497,34 @@ class PatchBatches:
         self.error = None  # what ended the reading: tf.data would keep only its text
 
     def dataset(self):
-        """The batches of all epochs, without end, as a prefetching tf.data.Dataset."""
+        """The batches of all epochs, without end, as a prefetching tf.data.Dataset.
+
+        It is a mapped counter and no `from_generator`: that sets the C library's M_TRIM_THRESHOLD
+        for the whole process, after which every large array is new memory from the system: 120
+        instead of 50 page faults a patch.
+        """
         p = self.patch_size
-        signature = (
-            tf.TensorSpec((self.replica_batch, p, p, self.n_channels), tf.float32),
-            tf.TensorSpec((self.replica_batch, p, p, 1), tf.uint8),
-            tf.TensorSpec((self.replica_batch,), tf.float32),
-        )
-        batches = tf.data.Dataset.from_generator(lambda: self, output_signature=signature)
+        shapes = (self.replica_batch, p, p, self.n_channels), (self.replica_batch, p, p, 1)
+        shapes = *shapes, (self.replica_batch,)
+        elements = iter(())
+
+        def element(number):
+            nonlocal elements
+            if number == 0:  # the dataset is iterated anew
+                elements = iter(self)
+            return next(elements)
+
+        def tensors(number):
+            kinds = tf.float32, tf.uint8, tf.float32
+            arrays = tf.numpy_function(element, [number], kinds)
+            return tuple(map(tf.ensure_shape, arrays, shapes))
+
         options = tf.data.Options()
         # Its own threads: `deterministic` leaves TensorFlow's common pool a single one.
         options.threading.private_threadpool_size = 2
-        # One file per process is a share already; and the data must not end before the steps do.
+        # One file per process is a share already.
         options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-        batches = batches.apply(
-            tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
-        )
-        return batches.with_options(options).prefetch(2)
+        return tf.data.Dataset.counter().map(tensors).with_options(options).prefetch(1)
 
     def __iter__(self):
         try:

@@ -404,6 +404,12 @@ def test_tf_dataset_gives_the_batches_and_no_end():
             np.testing.assert_array_equal(a, b)
 
 
+def test_tf_dataset_begins_anew_when_it_is_iterated_again():
+    dataset = feed(range(1), 1).dataset()
+    first, again = (next(iter(dataset)) for _ in range(2))
+    np.testing.assert_array_equal(first[0], again[0])
+
+
 @pytest.mark.parametrize("n_scenes", [20, 80])
 def test_batches_in_memory_do_not_grow_with_the_scenes(n_scenes):
     options = {"patch_size": 64, "n_lanes": 4, "paths": range(n_scenes)}
