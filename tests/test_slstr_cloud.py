@@ -250,12 +250,12 @@ def test_h5_model_file_works(settings, tmp_path):
     assert run.status == 0 and (run.folder / "model.h5").is_file()
 
 
-def assert_same_losses_and_scores(first, second, tolerance=1e-4):
+def assert_same_losses_and_scores(first, second):
     """Compare two runs' folders within the tolerance that README.md states."""
     one, many = rows(first / "history.csv"), rows(second / "history.csv")
     for a, b in zip(one, many, strict=True):
         for name in ("loss", "val_loss"):
-            assert float(a[name]) == pytest.approx(float(b[name]), abs=tolerance)
+            assert float(a[name]) == pytest.approx(float(b[name]), abs=1e-4)
     one, many = rows(first / "scenes.csv"), rows(second / "scenes.csv")
     for a, b in zip(one, many, strict=True):
         assert a["scene"] == b["scene"]
