@@ -66,6 +66,7 @@ from tools.make_scenes import make_scene, product_name, write_scene  # noqa: E40
 GEMM_SIZE = {"CPU": 3072, "GPU": 16384}  # rows of the matrices; 2048 was 5 % slower on two cores
 HALF_FLAGS = {"avx512_fp16", "amx_fp16", "fphp"}  # of CPUs that compute in float16
 SCENE_CYCLE = 5  # steps of 32 patches in which 8 lanes use up a scene of 20 patches each
+MEMORY_SCENES = (16, 64)  # in the directory; 0.8 of them train
 READ = ("refs", "bts", "bayes")
 TABLE_LINE = "{:34} {:9} {:>7} {:15} {:>5}  {:18} {:>5}"
 MAX_DIFFERENCE = 1e-4  # of probabilities, between PyTorch's network and ours in float32
@@ -857,13 +858,15 @@ def inference_gflop(bench):
 def measure_memory(bench):
     """Peak memory of the program, each time in a process of its own, and four times the scenes.
 
-    The smaller number fills all lanes and all that is read ahead: fewer scenes would be fewer in
-    memory. Three steps of training, of validation and no more.
+    Three steps of training and three of validation. Not all of the smaller number's 12 training
+    scenes are in memory at once, but they are few for 8 lanes and what is read ahead: on two cores
+    16 scenes took 2.10 to 2.13 GB in three runs, 24, 32, 64, 128 and 256 scenes 2.18, 2.28, 2.25,
+    2.24 and 2.20 GB in one (64 scenes up to 2.35 in others).
     """
     if bench.quick and not bench.arguments.only:
         return
     peaks = {}
-    for n_scenes in (16, 64):
+    for n_scenes in MEMORY_SCENES:
         log.info("    %d scenes ...", n_scenes)
         folder = bench.links(f"memory-{n_scenes}", n_scenes)
         settings = [f"train_dir={folder}", f"run_name=memory-{n_scenes}", "epochs=1"]
