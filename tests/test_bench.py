@@ -1,5 +1,7 @@
 import importlib.util
 import json
+import threading
+import time
 from dataclasses import fields
 
 import pytest
@@ -110,6 +112,26 @@ def test_loader_is_compared_with_h5py_and_the_textbook_pipeline(tmp_path):
     assert ours["limit_share"] == pytest.approx(ours["value"] / rows["raw_read"]["value"])
     assert {"raw_read/gzip", "raw_read/cold"} <= set(rows)
     assert any(name.startswith("loader/gzip/") for name in rows)
+
+
+def test_nothing_is_read_when_a_gate_has_closed():
+    gate, events = bench.Gate(), []
+    begun = threading.Event()
+
+    def read(path):
+        begun.set()
+        time.sleep(0.2)
+        events.append(path)
+
+    read = gate.around(read)
+    thread = threading.Thread(target=read, args=["under way"])
+    thread.start()
+    begun.wait()
+    gate.close()
+    assert events == ["under way"]  # waited for
+    with pytest.raises(RuntimeError, match="closed"):
+        read("late")
+    thread.join()
 
 
 def test_training_states_its_share_of_the_matrix_product(tmp_path, capsys):
