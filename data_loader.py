@@ -741,32 +741,6 @@ class StripGrid:
         return whole[above : above + self._shape[0], left : left + self._shape[1]]
 
 
-def scene_padding(height, width, patch_size, crop_size):
-    """What `overlapping_patches` needs around a scene: ((above, below), (left, right)) [pixels]."""
-    stride = patch_size - crop_size
-    return tuple(same_padding(length, patch_size, stride)[1:] for length in (height, width))
-
-
-def overlapping_patches(padded, patch_size, crop_size):
-    """Cut a normalised scene into overlapping patches.
-
-    Args:
-        padded: float32 (H, W, C), the scene with zeros around it as `scene_padding` says.
-        patch_size: Rows and columns of a patch.
-        crop_size: Pixels by which neighbours overlap, even; half of it is trimmed from each side
-            of a prediction.
-
-    Returns:
-        float32 (n_rows, n_cols, patch_size, patch_size, C), a view of the padded scene: the
-        63 patches of 256 x 256 of one scene take no memory of their own.
-    """
-    stride = patch_size - crop_size
-    windows = np.lib.stride_tricks.sliding_window_view(
-        padded, (patch_size, patch_size), axis=(0, 1)
-    )
-    return windows[::stride, ::stride].transpose(0, 1, 3, 4, 2)  # (7, 9, 256, 256, 9)
-
-
 def reconstruct(patches, height, width):
     """Stitch a grid of trimmed patches into one scene and crop the padding.
 

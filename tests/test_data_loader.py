@@ -478,10 +478,13 @@ def test_patches_equal_a_plain_loop_and_reconstruct_inverts_them(sizes):
     crop = 2 * min(half_crop, (patch - 1) // 2)
     stride, trim = patch - crop, crop // 2
     image = np.random.default_rng(0).random((height, width, channels)).astype(np.float32)
-    padding = data_loader.scene_padding(height, width, patch, crop)
-    patches = data_loader.overlapping_patches(np.pad(image, [*padding, (0, 0)]), patch, crop)
-
+    grid = data_loader.PatchGrid(height, width, patch, crop)
+    padded = np.pad(image, [*grid.padding, (0, 0)])
     n_rows, n_cols = -(-height // stride), -(-width // stride)
+    patches = np.stack([padded[r : r + patch, c : c + patch] for r, c in grid.corners])
+    stitched = grid.stitch(patches[..., 0])
+    patches = patches.reshape(n_rows, n_cols, *patches.shape[1:])
+
     above = ((n_rows - 1) * stride + patch - height) // 2
     left = ((n_cols - 1) * stride + patch - width) // 2
     assert patches.shape == (n_rows, n_cols, patch, patch, channels)
@@ -496,12 +499,13 @@ def test_patches_equal_a_plain_loop_and_reconstruct_inverts_them(sizes):
     trimmed = patches[:, :, trim : patch - trim, trim : patch - trim, :1]
     back = data_loader.reconstruct(trimmed, height, width)
     np.testing.assert_array_equal(back, image[..., 0])
+    np.testing.assert_array_equal(stitched, image[..., 0])
 
 
 def test_full_scene_has_63_patches():
-    assert data_loader.scene_padding(1200, 1500, 256, 80) == ((56, 56), (82, 82))
-    patches = data_loader.overlapping_patches(np.zeros((1312, 1664, 1), np.float32), 256, 80)
-    assert patches.shape[:2] == (7, 9)
+    grid = data_loader.PatchGrid(1200, 1500, 256, 80)
+    assert grid.padding == ((56, 56), (82, 82))
+    assert grid.corners.reshape(7, 9, 2)[-1, -1].tolist() == [1312 - 256, 1664 - 256]
 
 
 def test_reconstruct_refuses_a_grid_smaller_than_the_scene():
