@@ -39,7 +39,6 @@ from model import DOWNSCALING, RECEPTIVE_RADIUS, unet
 
 THRESHOLD = 0.5  # cloud where the probability is above
 STRIPS_TRIED = (1, 2, 4, 8)  # of a scene, until they fit the memory; 8 predict most rows twice
-COMPARED_BATCH = 4  # patches; for one scene
 HISTORY_COLUMNS = (
     "epoch", "loss", "accuracy", "val_loss", "val_accuracy", "seconds", "patches_per_second",
 )  # fmt: skip
@@ -49,21 +48,7 @@ log = logging.getLogger("cloudmask")
 
 def train(config, devices, run, train_paths, test_paths):
     """Train on scenes; keep the model with the best validation loss in the run's model file."""
-    trainer = Trainer(
-        devices.strategy,
-        functools.partial(
-            unet,
-            (config.patch_size, config.patch_size, config.n_channels),
-            POLICIES[config.precision],
-        ),
-        config.learning_rate,
-        config.batch_size,
-        devices.micro_batch(config.micro_batch, config.batch_size),
-        config.clip_offset,
-        config.cloud_weight,
-        loss_scaling=config.precision == "float16",
-        xla=config.xla,
-    )
+    trainer = open_trainer(config, devices)
     batches = training_batches(config, devices, trainer.micro_batch)
     training = batches(train_paths, shuffle=True, batch_size=config.batch_size)
     # The sums of validation are the same for any batch; a small one leaves memory to training.
@@ -144,6 +129,22 @@ def train(config, devices, run, train_paths, test_paths):
     )
 
 
+def open_trainer(config, devices):
+    """A new network on all devices, ready to be trained as the configuration says."""
+    shape = (config.patch_size, config.patch_size, config.n_channels)
+    return Trainer(
+        devices.strategy,
+        functools.partial(unet, shape, POLICIES[config.precision]),
+        config.learning_rate,
+        config.batch_size,
+        devices.micro_batch(config.micro_batch, config.batch_size),
+        config.clip_offset,
+        config.cloud_weight,
+        loss_scaling=config.precision == "float16",
+        xla=config.xla,
+    )
+
+
 def training_batches(config, devices, micro_batch):
     """How training and validation read their scenes; what they do differently is left."""
     shape = (config.image_h, config.image_w, config.n_channels)
@@ -174,7 +175,7 @@ def infer(config, devices, run, paths, starts_run):
     predictors = [open_predictor(config, devices, model, device) for device in devices.local]
     modes = {"inference_mode": config.inference_mode, "windows": len(predictors[0].grid.corners)}
     if config.inference_mode == "scene" and devices.is_chief:
-        modes["differs"] = compare_with_patches(config, model, predictors[0], paths[0])
+        modes["differs"] = compare_with_patches(config, devices, model, predictors[0], paths[0])
     if starts_run:
         mlperf_log.log_hyperparameters(config, devices, run.mllog, 0, len(paths))
         run.mllog.end(keys.INIT_STOP)
@@ -257,16 +258,14 @@ def open_predictor(config, devices, model, device):
     return predictor_that_fits(model, device, grids, policy, config.xla)
 
 
-def compare_with_patches(config, model, predictor, path):
+def compare_with_patches(config, devices, model, predictor, path):
     """Say how many pixels of a scene `inference_mode: patches` in float32 calls otherwise."""
-    grid = data_loader.PatchGrid(
-        config.image_h, config.image_w, config.patch_size, config.crop_size
-    )
+    reference = {"inference_mode": "patches", "precision": "float32", "xla": False}
+    patches = open_predictor(config.model_copy(update=reference), devices, model, predictor.device)
+    shape = (config.image_h, config.image_w, config.n_channels)
     masks = []
-    for each in (predictor, Predictor(model, predictor.device, grid, COMPARED_BATCH)):
-        scene = data_loader.read_scene(
-            path, (config.image_h, config.image_w, config.n_channels), padding=each.grid.padding
-        )
+    for each in (predictor, patches):
+        scene = data_loader.read_scene(path, shape, padding=each.grid.padding)
         masks.append(each(scene.channels)[0] > THRESHOLD)
     n_pixels = int(np.count_nonzero(masks[0] != masks[1]))
     share = n_pixels / masks[0].size

@@ -20,14 +20,14 @@ def model_with_strong_weights(shape=(32, 32, 9)):
 
 def padded_scene(grid, height, width):
     scene = np.random.default_rng(0).normal(size=(height, width, 9)).astype(np.float32)
-    return scene, np.pad(scene, [*grid.padding, (0, 0)])
+    return np.pad(scene, [*grid.padding, (0, 0)])
 
 
 @pytest.mark.parametrize("batch", [1, 5, 100])
 def test_patches_equal_a_plain_loop_over_the_model(batch):
     model = model_with_strong_weights()
     grid = PatchGrid(50, 70, 32, 8)  # stride 24: 3 x 3 patches of 32, padded to 80 x 80
-    _, padded = padded_scene(grid, 50, 70)
+    padded = padded_scene(grid, 50, 70)
     expected = np.zeros((72, 72))
     for row in range(3):
         for col in range(3):
@@ -43,7 +43,7 @@ def test_one_pass_equals_the_model_on_the_padded_scene():
     model = model_with_strong_weights((None, None, 9))
     grid = StripGrid(50, 70, 1, RECEPTIVE_RADIUS, DOWNSCALING)
     assert grid.window == (56, 72)
-    _, padded = padded_scene(grid, 50, 70)
+    padded = padded_scene(grid, 50, 70)
     probability, _ = Predictor(model, "/CPU:0", grid, 1)(padded)
     np.testing.assert_allclose(probability, model(padded[None])[0, 3:53, 1:71, 0], atol=1e-4)
 
@@ -51,7 +51,7 @@ def test_one_pass_equals_the_model_on_the_padded_scene():
 def test_strips_agree_with_the_whole_scene():
     model = model_with_strong_weights((None, None, 9))
     whole = StripGrid(400, 30, 1, RECEPTIVE_RADIUS, DOWNSCALING)
-    _, padded = padded_scene(whole, 400, 30)
+    padded = padded_scene(whole, 400, 30)
     expected, _ = Predictor(model, "/CPU:0", whole, 1)(padded)
     for n in (2, 3):
         grid = StripGrid(400, 30, n, RECEPTIVE_RADIUS, DOWNSCALING)

@@ -60,8 +60,7 @@ from harness.config import load_config  # noqa: E402
 from harness.devices import open_devices  # noqa: E402
 from harness.forward import without_upsampling  # noqa: E402
 from harness.run import git_commit, write_text  # noqa: E402
-from harness.training import POLICIES, Trainer  # noqa: E402
-from model import DOWNSCALING, unet  # noqa: E402
+from model import DOWNSCALING, RECEPTIVE_RADIUS, unet  # noqa: E402
 from tools.make_scenes import make_scene, product_name, write_scene  # noqa: E402
 
 GEMM_SIZE = {"CPU": 3072, "GPU": 16384}  # rows of the matrices; 2048 was 5 % slower on two cores
@@ -333,20 +332,9 @@ def forward_gflop(n_rows, n_cols, n_channels=9):
 
 
 def make_trainer(bench, precision, batch_size, xla=False):
-    """A Trainer as `slstr_cloud.train` makes it."""
-    config, devices = bench.config, bench.devices
-    return Trainer(
-        devices.strategy,
-        functools.partial(
-            unet, (bench.patch, bench.patch, config.n_channels), POLICIES[precision]
-        ),
-        config.learning_rate,
-        batch_size,
-        devices.micro_batch(config.micro_batch, batch_size),
-        config.clip_offset,
-        loss_scaling=precision == "float16",
-        xla=xla,
-    )  # fmt: skip
+    """The program's Trainer."""
+    changed = {"precision": precision, "batch_size": batch_size, "xla": xla}
+    return slstr_cloud.open_trainer(bench.config.model_copy(update=changed), bench.devices)
 
 
 def train_on(trainer, batch):
@@ -880,14 +868,11 @@ def add_inference_rows(bench, measured):
 
 def inference_gflop(bench):
     """Operations for one scene by mode, 10^9: whole, and as overlapping patches."""
-    n_patches = math.prod(
-        data_loader.same_padding(n, bench.patch, bench.patch - bench.crop)[0]
-        for n in (bench.height, bench.width)
-    )
-    padded = [-(-n // DOWNSCALING) * DOWNSCALING for n in (bench.height, bench.width)]
+    patches = data_loader.PatchGrid(bench.height, bench.width, bench.patch, bench.crop)
+    whole = data_loader.StripGrid(bench.height, bench.width, 1, RECEPTIVE_RADIUS, DOWNSCALING)
     return {
-        "patches": n_patches * forward_gflop(bench.patch, bench.patch),
-        "scene": forward_gflop(*padded),
+        "patches": len(patches.corners) * forward_gflop(*patches.window),
+        "scene": forward_gflop(*whole.window),
     }
 
 
