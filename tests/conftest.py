@@ -48,7 +48,8 @@ def settings(dataset):
         "epochs": 2,
         "batch_size": 11,
         "train_split": 0.75,
-        "learning_rate": 0.0003,
+        # Weights that differ by a rounding at first end 2e-5 apart in losses; at 3e-4, 2e-3 apart.
+        "learning_rate": 0.00001,
         "organisation": "tests",
         "platform": "pytest",
     }
