@@ -47,7 +47,7 @@ class SceneError(ValueError):
 
 @dataclass(frozen=True)
 class Scene:
-    """One scene, or the part of it that was read.
+    """One scene.
 
     Attributes:
         channels: float32 (H, W, 9), normalised; reflectances first.
@@ -156,16 +156,14 @@ class Tile:
     bt_12um: np.ndarray | None = None
 
 
-def read_scene(path, shape, rows=slice(None), cols=slice(None), padding=((0, 0), (0, 0))):
-    """Read a scene, or a rectangle of it, and normalise its channels.
+def read_scene(path, shape, padding=((0, 0), (0, 0))):
+    """Read a scene and normalise its channels.
 
     Not-a-number and infinity count as missing and become the fill value 0 before normalisation.
 
     Args:
         path: Scene file (HDF5) with the datasets `refs`, `bts` and `bayes`.
         shape: (H, W, C) that the configuration demands of every scene.
-        rows: Rows of the 1 km grid to read.
-        cols: Columns of the 1 km grid to read.
         padding: ((above, below), (left, right)), pixels of 0 around the normalised channels only.
 
     Returns:
@@ -174,18 +172,15 @@ def read_scene(path, shape, rows=slice(None), cols=slice(None), padding=((0, 0),
     Raises:
         SceneError: If the file is no HDF5 file or not a scene of that shape.
     """
-    (row, last_row, _), (col, last_col, _) = rows.indices(shape[0]), cols.indices(shape[1])
-    n_rows, n_cols = last_row - row, last_col - col
-    (above, below), (left, right) = padding
-    channels = np.zeros((above + n_rows + below, left + n_cols + right, shape[2]), np.float32)
+    (height, width, n_channels), ((above, below), (left, right)) = shape, padding
     scene = Scene(
-        channels=channels,
-        cloud=np.empty((n_rows, n_cols, 1), np.uint8),
-        valid=np.empty((n_rows, n_cols), bool),
-        bt_12um=np.empty((n_rows, n_cols), np.float32),
+        channels=np.zeros((above + height + below, left + width + right, n_channels), np.float32),
+        cloud=np.empty((height, width, 1), np.uint8),
+        valid=np.empty((height, width), bool),
+        bt_12um=np.empty((height, width), np.float32),
     )
-    inside = channels[above : above + n_rows, left : left + n_cols]
-    read_tiles(path, shape, [Tile(row, col, inside, scene.cloud, scene.valid, scene.bt_12um)])
+    inside = scene.channels[above : above + height, left : left + width]
+    read_tiles(path, shape, [Tile(0, 0, inside, scene.cloud, scene.valid, scene.bt_12um)])
     return scene
 
 
@@ -458,7 +453,8 @@ class PatchBatches:
 
     Threads read ahead, scene after scene in the order in which steps need them, each patch straight
     into its place in its batch. Memory depends on `n_lanes` and the batch size alone: a batch comes
-    into being with its first patch and is handed on with its last.
+    into being with its first patch and is handed on with its last. Leaving it as a context, or
+    `close`, ends the reading.
 
     Attributes:
         paths: Scene files.
@@ -495,6 +491,17 @@ class PatchBatches:
         self.n_patches = len(self.paths) * self.patches_per_scene
         self.n_steps = -(-self.n_patches // self.batch_size)
         self.error = None  # what ended the reading: tf.data would keep only its text
+        self._readers = ThreadPoolExecutor(READER_THREADS)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def close(self):
+        """Read no more, and wait for what is being read: tf.data reads on after it is dropped."""
+        self._readers.shutdown(cancel_futures=True)
 
     def dataset(self):
         """The batches of all epochs, without end, as a prefetching tf.data.Dataset.
@@ -549,7 +556,7 @@ class PatchBatches:
     def _batches(self):
         begun = {}  # batches by (epoch, number), from the first patch read to the last
         scenes = itertools.chain.from_iterable(self._scenes(e, begun) for e in itertools.count())
-        with contextlib.closing(read_ahead(self._read, scenes)) as done:
+        with contextlib.closing(read_ahead(self._readers, self._read, scenes)) as done:
             for epoch in itertools.count():
                 for number, share in enumerate(self._shares(epoch)):
                     if not len(share):
@@ -586,19 +593,18 @@ class PatchBatches:
         return keys
 
 
-def read_ahead(read, items, n_ahead=SCENES_AHEAD):
-    """Yield read(item) in the order of items, computed by threads up to `n_ahead` items early."""
+def read_ahead(pool, read, items, n_ahead=SCENES_AHEAD):
+    """Yield read(item) in the order of items, computed in a pool up to `n_ahead` items early."""
     items = iter(items)
-    with ThreadPoolExecutor(min(READER_THREADS, n_ahead)) as pool:
-        pending = deque(pool.submit(read, item) for item in itertools.islice(items, n_ahead))
-        try:
-            while pending:
-                result = pending.popleft().result()
-                pending.extend(pool.submit(read, item) for item in itertools.islice(items, 1))
-                yield result
-        finally:
-            for future in pending:
-                future.cancel()
+    pending = deque(pool.submit(read, item) for item in itertools.islice(items, n_ahead))
+    try:
+        while pending:
+            result = pending.popleft().result()
+            pending.extend(pool.submit(read, item) for item in itertools.islice(items, 1))
+            yield result
+    finally:
+        for future in pending:
+            future.cancel()
 
 
 def cached(read, cache_dir, key):

@@ -50,23 +50,33 @@ def train(config, devices, run, train_paths, test_paths):
     """Train on scenes; keep the model with the best validation loss in the run's model file."""
     trainer = open_trainer(config, devices)
     batches = training_batches(config, devices, trainer.micro_batch)
-    training = batches(train_paths, shuffle=True, batch_size=config.batch_size)
-    # The sums of validation are the same for any batch; a small one leaves memory to training.
-    validation = batches(
-        test_paths,
-        shuffle=False,
-        batch_size=trainer.micro_batch * devices.n_replicas,
-        n_lanes=devices.n_ranks,
-    )
+    with (
+        batches(train_paths, shuffle=True, batch_size=config.batch_size) as training,
+        # The sums of validation are the same for any batch; a small one leaves memory to training.
+        batches(
+            test_paths,
+            shuffle=False,
+            batch_size=trainer.micro_batch * devices.n_replicas,
+            n_lanes=devices.n_ranks,
+        ) as validation,
+    ):
+        n_patches = training.n_patches, validation.n_patches
+        mlperf_log.log_hyperparameters(config, devices, run.mllog, *n_patches)
+        warm_up_seconds = trainer.warm_up(training.replica_batch, validation.replica_batch)
+        run.mllog.end(keys.INIT_STOP)
+        run.start()
+        for history, best in train_epochs(config, devices, run, trainer, training, validation):
+            run.results["training"] = results.training_results(
+                history, best, (train_paths, test_paths), (training, validation), warm_up_seconds
+            )
+    n_scenes = len(train_paths) + len(test_paths)
+    run.write_line(results.training_line(config, devices, history, best, n_scenes))
+
+
+def train_epochs(config, devices, run, trainer, training, validation):
+    """Yield after each epoch the rows of all so far, and the best of them."""
     training_feed = devices.distribute(training.dataset)
     validation_feed = devices.distribute(validation.dataset)
-    mlperf_log.log_hyperparameters(
-        config, devices, run.mllog, training.n_patches, validation.n_patches
-    )
-    warm_up_seconds = trainer.warm_up(training.replica_batch, validation.replica_batch)
-    run.mllog.end(keys.INIT_STOP)
-
-    run.start()
     history, best = [], None
     for epoch in range(1, config.epochs + 1):
         numbered = {"epoch_num": epoch}
@@ -115,18 +125,13 @@ def train(config, devices, run, train_paths, test_paths):
             if run.is_chief:
                 with replacing(run.model_file) as temporary:
                     trainer.model.save(temporary)
-        run.results["training"] = results.training_results(
-            history, best, (train_paths, test_paths), (training, validation), warm_up_seconds
-        )
+        yield history, best
         if config.target_accuracy and history[-1]["val_accuracy"] >= config.target_accuracy:
             log.info("Reached target_accuracy %s.", config.target_accuracy)
             break
         if config.patience and epoch - best["epoch"] >= config.patience:
             log.info("No better validation loss for %d epochs.", config.patience)
             break
-    run.write_line(
-        results.training_line(config, devices, history, best, len(train_paths) + len(test_paths))
-    )
 
 
 def open_trainer(config, devices):
@@ -215,34 +220,35 @@ def mask_scenes(config, devices, run, masks, paths, predictor):
         return path, scene, time.perf_counter() - begin
 
     last = time.perf_counter()
-    for path, scene, read_seconds in data_loader.read_ahead(read, masks.deal(paths), n_ahead=1):
-        clock = time.perf_counter()
-        probability, network_seconds = predictor(scene.channels)
-        mask = (probability > THRESHOLD).astype(np.uint8)
-        stitched = time.perf_counter()
-        row = scores.score_scene(
-            mask, scene.cloud[..., 0], scene.valid, scene.bt_12um, config.min_sst
-        )
-        scored = time.perf_counter()
-        row |= {
-            "scene": path.stem,
-            "day_night": data_loader.day_or_night(path),
-            "seconds": scored - last,
-            "read_seconds": read_seconds,
-            "network_seconds": network_seconds,
-            "stitch_seconds": stitched - clock - network_seconds,
-            "score_seconds": scored - stitched,
-            "device": f"rank {devices.rank}, {predictor.device}",
-        }
-        masks.write(
-            path,
-            mask,
-            probability if config.keep_probability else None,
-            row,
-            threshold=THRESHOLD,
-            model=str(run.model_file),
-        )
-        last = time.perf_counter()
+    with ThreadPoolExecutor(1) as reader:
+        for path, scene, read_seconds in data_loader.read_ahead(reader, read, masks.deal(paths), 1):
+            clock = time.perf_counter()
+            probability, network_seconds = predictor(scene.channels)
+            mask = (probability > THRESHOLD).astype(np.uint8)
+            stitched = time.perf_counter()
+            row = scores.score_scene(
+                mask, scene.cloud[..., 0], scene.valid, scene.bt_12um, config.min_sst
+            )
+            scored = time.perf_counter()
+            row |= {
+                "scene": path.stem,
+                "day_night": data_loader.day_or_night(path),
+                "seconds": scored - last,
+                "read_seconds": read_seconds,
+                "network_seconds": network_seconds,
+                "stitch_seconds": stitched - clock - network_seconds,
+                "score_seconds": scored - stitched,
+                "device": f"rank {devices.rank}, {predictor.device}",
+            }
+            masks.write(
+                path,
+                mask,
+                probability if config.keep_probability else None,
+                row,
+                threshold=THRESHOLD,
+                model=str(run.model_file),
+            )
+            last = time.perf_counter()
 
 
 def open_predictor(config, devices, model, device):

@@ -23,12 +23,12 @@ with contextlib.suppress(ImportError):  # no wheel for this processor
 # 30 ms a scene of 1200 x 1500; 256 KiB took 43, for calls cost more than caches give.
 BLOCK_BYTES = 1 << 20
 FILTERS = {h5py.h5z.FILTER_DEFLATE: "gzip", h5py.h5z.FILTER_SHUFFLE: "shuffle"}
+PIPELINES = ([], ["gzip"], ["shuffle", "gzip"])  # of filters; h5py reads what has others
 
 
 def storage(dataset):
     """How a dataset is read: "contiguous", "chunked" or "h5py"."""
     plan = dataset.id.get_create_plist()
-    filters = [plan.get_filter(i)[0] for i in range(plan.get_nfilters())]
     if (
         dataset.file.driver != "sec2"  # bytes of one file, which it has open
         or dataset.file.userblock_size  # HDF5's versions disagree on whether offsets count it
@@ -36,12 +36,17 @@ def storage(dataset):
         or plan.get_external_count()
         or dataset.dtype.kind not in "fiu"
         or 0 in dataset.shape
-        or not set(filters) <= set(FILTERS)
+        or _filters(plan) not in PIPELINES
     ):
         return "h5py"
     if plan.get_layout() == h5py.h5d.CHUNKED:
         return "chunked"
     return "h5py" if dataset.id.get_offset() is None else "contiguous"  # compact, never written
+
+
+def _filters(plan):
+    """Names of the filters that chunks pass when they are written; None for an unknown one."""
+    return [FILTERS.get(plan.get_filter(i)[0]) for i in range(plan.get_nfilters())]
 
 
 def read_blocks(dataset, rows, cols, multiple=1):
@@ -125,13 +130,9 @@ def _chunked_blocks(dataset, rows, cols, multiple):
 
 
 def _chunk_decoder(dataset):
-    """A function from the corner of a chunk to its numbers, an array of the chunks' shape."""
-    fd, plan, shape = (
-        dataset.file.id.get_vfd_handle(),
-        dataset.id.get_create_plist(),
-        dataset.chunks,
-    )
-    filters = [FILTERS[plan.get_filter(i)[0]] for i in range(plan.get_nfilters())]
+    """A function from the corner of a chunk to its numbers inside the dataset."""
+    fd, shape = dataset.file.id.get_vfd_handle(), dataset.chunks
+    filters = _filters(dataset.id.get_create_plist())
     n_bytes = math.prod(shape) * dataset.dtype.itemsize
     places = {}
     dataset.id.chunk_iter(lambda chunk: places.update({chunk.chunk_offset: chunk}))
@@ -140,6 +141,10 @@ def _chunk_decoder(dataset):
         if corner not in places:  # nobody wrote to it
             return np.full(shape, dataset.fillvalue, dataset.dtype)
         chunk = places[corner]
+        reach = tuple(slice(c, c + n) for c, n in zip(corner, shape, strict=True))
+        at_edge = any(r.stop > n for r, n in zip(reach, dataset.shape, strict=True))
+        if filters and at_edge and chunk.size == n_bytes:
+            return dataset[reach]  # it may have passed no filter, which HDF5 alone knows
         data = os.pread(fd, chunk.size, chunk.byte_offset)
         if len(data) != chunk.size:
             raise OSError(f"'{dataset.name}' ends early: the file is truncated")

@@ -3,6 +3,7 @@ import re
 import threading
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import h5py
 import numpy as np
@@ -141,13 +142,19 @@ def test_scene_is_read_from_every_kind_of_storage(tmp_path, arrays, storage):
 
 
 @pytest.mark.parametrize("chunks", [None, (33, 50, 1)])
-def test_rectangle_is_a_part_of_the_whole(tmp_path, arrays, chunks):
+def test_tile_is_a_part_of_the_whole(tmp_path, arrays, chunks):
     path = tmp_path / "S3A_x.hdf"
     write_scene(path, arrays, chunks=chunks)
     whole = data_loader.read_scene(path, SHAPE)
-    part = data_loader.read_scene(path, SHAPE, slice(7, 93), slice(11, 120))
-    for name in ("channels", "cloud", "valid", "bt_12um"):
-        np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[7:93, 11:120])
+    parts = {
+        "channels": np.empty((86, 109, 9), np.float32),
+        "cloud": np.empty((86, 109, 1), np.uint8),
+        "valid": np.empty((86, 109), bool),
+        "bt_12um": np.empty((86, 109), np.float32),
+    }
+    data_loader.read_tiles(path, SHAPE, [data_loader.Tile(7, 11, **parts)])
+    for name, part in parts.items():
+        np.testing.assert_array_equal(part, getattr(whole, name)[7:93, 11:120])
 
 
 def test_500_m_reflectances_are_averaged_without_the_missing(tmp_path, arrays):
@@ -156,7 +163,7 @@ def test_500_m_reflectances_are_averaged_without_the_missing(tmp_path, arrays):
     fine[2:4, 2:4] = np.nan  # all of four
     path = tmp_path / "S3A_x.hdf"
     write_scene(path, {**arrays, "refs": fine})
-    refs = data_loader.read_scene(path, SHAPE, slice(0, 70), slice(0, 90)).channels[..., :6] + 0.5
+    refs = data_loader.read_scene(path, SHAPE).channels[..., :6] + 0.5
     for row, col in itertools.product(range(70), range(90)):
         cell = fine[2 * row : 2 * row + 2, 2 * col : 2 * col + 2].reshape(4, 6)
         wanted = 0 if np.isnan(cell).all() else np.nanmean(cell, axis=0)
@@ -456,8 +463,26 @@ def test_read_ahead_keeps_the_order_and_reads_side_by_side():
             running -= 1
         return item
 
-    assert list(data_loader.read_ahead(read, range(20), 3)) == list(range(20))
+    with ThreadPoolExecutor(4) as pool:
+        assert list(data_loader.read_ahead(pool, read, range(20), 3)) == list(range(20))
     assert peak == 3
+
+
+def test_nothing_is_read_once_batches_are_closed():
+    begun, done = [], []
+
+    def read(path, patches):
+        begun.append(path)
+        time.sleep(0.01)
+        fake_scene(path, patches)
+        done.append(path)
+
+    with feed(range(1), 1, read=read) as source:
+        next(iter(source.dataset()))
+    n_done = len(done)
+    assert len(begun) == n_done  # what was under way is waited for
+    time.sleep(0.1)
+    assert len(begun) == n_done
 
 
 # --- patches of inference

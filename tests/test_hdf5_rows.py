@@ -1,6 +1,9 @@
+import ctypes
 import itertools
 import os
+import re
 import zlib
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -11,6 +14,7 @@ from harness import hdf5_rows
 SHAPE = (50, 61, 4)  # chunks of (16, 20, 3) divide no side of it
 CHUNKS = (16, 20, 3)
 CHUNKED = {"chunks": CHUNKS}
+DONT_FILTER_PARTIAL_CHUNKS = 2  # H5D_CHUNK_DONT_FILTER_PARTIAL_CHUNKS
 
 
 @pytest.fixture
@@ -47,10 +51,9 @@ def without_h5py(monkeypatch):
         ({}, "contiguous"),
         (CHUNKED, "chunked"),
         (CHUNKED | {"compression": "gzip"}, "chunked"),
-        (CHUNKED | {"shuffle": True}, "chunked"),
         (CHUNKED | {"compression": "gzip", "shuffle": True}, "chunked"),
     ],
-    ids=["contiguous", "chunks", "gzip", "shuffle", "shuffle-gzip"],
+    ids=["contiguous", "chunks", "gzip", "shuffle-gzip"],
 )
 def test_fast_ways_equal_h5py_and_do_without_it(
     tmp_path, numbers, options, storage, dtype, monkeypatch, request
@@ -104,10 +107,20 @@ def make_with(**options):
         make_external,
         make_with(**CHUNKED, compression="lzf"),
         make_with(**CHUNKED, fletcher32=True),
+        make_with(**CHUNKED, shuffle=True),
         make_with(**CHUNKED, scaleoffset=0, dtype="i4"),
         lambda file, numbers: file.create_dataset("x", SHAPE, "f4", fillvalue=7),
     ],
-    ids=["compact", "virtual", "external", "lzf", "fletcher32", "scaleoffset", "unwritten"],
+    ids=[
+        "compact",
+        "virtual",
+        "external",
+        "lzf",
+        "fletcher32",
+        "shuffle",
+        "scaleoffset",
+        "unwritten",
+    ],
 )
 def test_h5py_reads_all_else(tmp_path, numbers, make):
     with h5py.File(tmp_path / "x.h5", "w") as file:
@@ -161,6 +174,32 @@ def test_filters_that_a_chunk_skips_are_skipped(tmp_path, mask, request):
         np.testing.assert_array_equal(wanted[16:32, 20:40, :3], block)
         request.getfixturevalue("without_h5py")
         np.testing.assert_array_equal(read(file["x"]), wanted)
+
+
+@pytest.mark.parametrize("filters", [["deflate"], ["shuffle", "deflate"]])
+def test_chunks_at_the_edges_may_pass_no_filter(tmp_path, numbers, filters):
+    """H5Pset_chunk_opts is not in h5py: HDF5's own is called."""
+    plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plan.set_chunk(CHUNKS)
+    for name in filters:
+        getattr(plan, f"set_{name}")()
+    set_chunk_opts = hdf5_library().H5Pset_chunk_opts
+    assert set_chunk_opts(ctypes.c_int64(plan.id), DONT_FILTER_PARTIAL_CHUNKS) == 0
+    with h5py.File(tmp_path / "x.h5", "w", libver="latest") as file:
+        space = h5py.h5s.create_simple(SHAPE)
+        h5py.h5d.create(file.id, b"x", h5py.h5t.IEEE_F64LE, space, plan)
+        file["x"][...] = numbers
+    with h5py.File(tmp_path / "x.h5") as file:
+        assert file["x"].id.get_chunk_info(0).size < np.prod(CHUNKS) * 8
+        assert file["x"].id.get_chunk_info_by_coord((48, 0, 0)).size == np.prod(CHUNKS) * 8
+        assert hdf5_rows.storage(file["x"]) == "chunked"
+        np.testing.assert_array_equal(read(file["x"]), numbers)
+
+
+def hdf5_library():
+    """The HDF5 that h5py brought along."""
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    return ctypes.CDLL(re.search(r"/\S*/libhdf5[-.]\S*", maps)[0])
 
 
 @pytest.mark.parametrize("damage", [b"\0", b"no zlib", "short"])

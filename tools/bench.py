@@ -22,7 +22,6 @@ Rows torch/... are ours, beside PyTorch's as their baseline: eager or by torch.c
 import argparse
 import contextlib
 import functools
-import gc
 import importlib.util
 import json
 import logging
@@ -34,7 +33,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -66,7 +64,7 @@ from tools.make_scenes import make_scene, product_name, write_scene  # noqa: E40
 GEMM_SIZE = {"CPU": 3072, "GPU": 16384}  # rows of the matrices; 2048 was 5 % slower on two cores
 HALF_FLAGS = {"avx512_fp16", "amx_fp16", "fphp"}  # of CPUs that compute in float16
 SCENE_CYCLE = 5  # steps of 32 patches in which 8 lanes use up a scene of 20 patches each
-MEMORY_SCENES = (16, 64)  # in the directory; 0.8 of them train
+MEMORY_SCENES = (32, 128)  # in the directory; 0.8 of them train
 READ = ("refs", "bts", "bayes")
 TABLE_LINE = "{:34} {:9} {:>7} {:15} {:>5}  {:18} {:>5}"
 MAX_DIFFERENCE = 1e-4  # of probabilities, between PyTorch's network and ours in float32
@@ -343,52 +341,12 @@ def train_on(trainer, batch):
     trainer.take_totals()
 
 
-@contextlib.contextmanager
 def open_batches(bench, paths, batch_size, wrap_read=lambda read: read):
-    """The batches that the program trains on; at the end nothing is read any more.
-
-    The program's readers work ahead, and do so for seconds after their data are dropped: they
-    would slow down what is measured next.
-    """
-    gate = Gate()
+    """The batches that the program trains on, to be closed: they read ahead."""
     micro_batch = bench.devices.micro_batch(bench.config.micro_batch, batch_size)
     batches = slstr_cloud.training_batches(bench.config, bench.devices, micro_batch)
-    read = gate.around(wrap_read(batches.keywords["read"]))
-    try:
-        yield batches(paths, shuffle=True, batch_size=batch_size, read=read)
-    finally:
-        gate.close()
-        gc.collect()
-
-
-class Gate:
-    """Lets calls of a function through, until it is closed."""
-
-    def __init__(self):
-        self._changed, self._is_closed, self._n_inside = threading.Condition(), False, 0
-
-    def around(self, function):
-        """A function that does the same while the gate is open, and raises RuntimeError after."""
-
-        def call(*arguments):
-            with self._changed:
-                if self._is_closed:
-                    raise RuntimeError("closed: nothing more is read")
-                self._n_inside += 1
-            try:
-                return function(*arguments)
-            finally:
-                with self._changed:
-                    self._n_inside -= 1
-                    self._changed.notify_all()
-
-        return call
-
-    def close(self):
-        """Let no more calls in, and wait for those that are."""
-        with self._changed:
-            self._is_closed = True
-            self._changed.wait_for(lambda: self._n_inside == 0)
+    read = wrap_read(batches.keywords["read"])
+    return batches(paths, shuffle=True, batch_size=batch_size, read=read)
 
 
 @contextlib.contextmanager
@@ -882,10 +840,9 @@ def inference_gflop(bench):
 def measure_memory(bench):
     """Peak memory of the program, each time in a process of its own, and four times the scenes.
 
-    Three steps of training and three of validation. Not all of the smaller number's 12 training
-    scenes are in memory at once, but they are few for 8 lanes and what is read ahead: on two cores
-    16 scenes took 2.10 to 2.13 GB in three runs, 24, 32, 64, 128 and 256 scenes 2.18, 2.28, 2.25,
-    2.24 and 2.20 GB in one (64 scenes up to 2.35 in others).
+    Three steps of training and three of validation. The smaller number is enough to fill 8 lanes
+    and what is read ahead: on two cores 16 scenes, of which 12 train, took 2.10 to 2.13 GB in three
+    runs, 24, 32, 64, 128 and 256 scenes 2.18, 2.28, 2.25, 2.24 and 2.20 GB in one.
     """
     if bench.quick and not bench.arguments.only:
         return
