@@ -469,6 +469,7 @@ class PatchBatches:
         seed: Of the run.
         shuffle: Another order each epoch; else the order of `paths`, epoch after epoch.
         multiple: S is a multiple of this (the micro-batch).
+        first: Epoch and step to begin with, both counted from 0.
     """
 
     paths: list
@@ -483,6 +484,7 @@ class PatchBatches:
     seed: int = 0
     shuffle: bool = True
     multiple: int = 1
+    first: tuple = (0, 0)
 
     def __post_init__(self):
         self.slots = [replica_slots(self.batch_size, self.n_replicas, r) for r in self.replicas]
@@ -540,9 +542,12 @@ class PatchBatches:
             self.error = error
             raise
 
-    def _shares(self, epoch):
-        """The patches of each element of an epoch: list of int64 (s, 2), scene and patch."""
-        steps = epoch_steps(
+    def scenes_of(self, epoch, step):
+        """The scenes of a global batch, all replicas together."""
+        return [self.paths[i] for i in np.unique(self._steps(epoch)[step][:, 0]) if i >= 0]
+
+    def _steps(self, epoch):
+        return epoch_steps(
             len(self.paths),
             self.patches_per_scene,
             self.batch_size,
@@ -550,14 +555,22 @@ class PatchBatches:
             self.seed,
             epoch if self.shuffle else None,
         )
+
+    def _shares(self, epoch):
+        """The patches of each element of an epoch: list of int64 (s, 2), scene and patch."""
+        first_epoch, first_step = self.first
+        steps = self._steps(epoch)[first_step if epoch == first_epoch else 0 :]
         shares = (step[slots] for step in steps for slots in self.slots)
         return [share[share[:, 0] >= 0] for share in shares]
 
     def _batches(self):
         begun = {}  # batches by (epoch, number), from the first patch read to the last
-        scenes = itertools.chain.from_iterable(self._scenes(e, begun) for e in itertools.count())
+        first, _ = self.first
+        scenes = itertools.chain.from_iterable(
+            self._scenes(epoch, begun) for epoch in itertools.count(first)
+        )
         with contextlib.closing(read_ahead(self._readers, self._read, scenes)) as done:
-            for epoch in itertools.count():
+            for epoch in itertools.count(first):
                 for number, share in enumerate(self._shares(epoch)):
                     if not len(share):
                         begun[epoch, number] = self._batch(0)

@@ -6,11 +6,9 @@ python slstr_cloud.py --config config.yaml
 import argparse
 import errno
 import functools
-import hashlib
-import json
 import logging
 import math
-import signal
+import shutil
 import sys
 import time
 import traceback
@@ -27,16 +25,28 @@ import numpy as np
 import data_loader
 from data_loader import PatchBatches, SceneError
 from harness import mlperf_log, results, scores
+from harness.checkpoints import digest_of_file
 from harness.config import UserError, load_config
 from harness.devices import open_devices, watch_ranks
+from harness.interrupts import Interrupted, deferred, heed_signals
 from harness.launch import Meeting, detect_launch
 from harness.masks import MaskFolder
 from harness.mlperf_log import keys
 from harness.prediction import Predictor, predictor_that_fits
-from harness.run import Run, log_to_screen, make_folder, progress, replacing, write_csv
+from harness.resume import find_requeued, load_resumed, sole_user
+from harness.run import (
+    Run,
+    digest_of,
+    log_to_screen,
+    make_folder,
+    progress,
+    replacing,
+    write_csv,
+)  # fmt: skip
 from harness.training import POLICIES, Trainer, translated_errors
 from model import DOWNSCALING, RECEPTIVE_RADIUS, unet
 
+STEPS_UNWATCHED = 50  # of training, between looks for a loss that is not finite
 THRESHOLD = 0.5  # cloud where the probability is above
 STRIPS_TRIED = (1, 2, 4, 8)  # of a scene, until they fit the memory; 8 predict most rows twice
 HISTORY_COLUMNS = (
@@ -60,78 +70,115 @@ def train(config, devices, run, train_paths, test_paths):
             n_lanes=devices.n_ranks,
         ) as validation,
     ):
-        n_patches = training.n_patches, validation.n_patches
-        mlperf_log.log_hyperparameters(config, devices, run.mllog, *n_patches)
         warm_up_seconds = trainer.warm_up(training.replica_batch, validation.replica_batch)
-        run.mllog.end(keys.INIT_STOP)
-        run.start()
-        for history, best in train_epochs(config, devices, run, trainer, training, validation):
+        state = run.restore(trainer)
+        training.first = state.epoch - 1, state.step
+        if not run.goes_on:
+            n_patches = training.n_patches, validation.n_patches
+            mlperf_log.log_hyperparameters(config, devices, run.mllog, *n_patches)
+            run.start()
+        for _ in train_epochs(config, devices, run, trainer, training, validation, state):
             run.results["training"] = results.training_results(
-                history, best, (train_paths, test_paths), (training, validation), warm_up_seconds
+                state, (train_paths, test_paths), (training, validation), warm_up_seconds
             )
+            run.save_results("running")
     n_scenes = len(train_paths) + len(test_paths)
-    run.write_line(results.training_line(config, devices, history, best, n_scenes))
+    run.write_line(results.training_line(config, devices, state, n_scenes))
 
 
-def train_epochs(config, devices, run, trainer, training, validation):
-    """Yield after each epoch the rows of all so far, and the best of them."""
+def train_epochs(config, devices, run, trainer, training, validation, state):
+    """Train to the end, yielding after each epoch; the state goes along, and is saved."""
     training_feed = devices.distribute(training.dataset)
     validation_feed = devices.distribute(validation.dataset)
-    history, best = [], None
-    for epoch in range(1, config.epochs + 1):
-        numbered = {"epoch_num": epoch}
-        run.mllog.start(keys.EPOCH_START, metadata=numbered)
-        begin = time.perf_counter()
-        with translated_errors(training):
-            for _ in progress(range(training.n_steps), f"Epoch {epoch}", training.n_steps):
-                trainer.train_step(next(training_feed))
-            trained = trainer.take_totals()
-        train_seconds = time.perf_counter() - begin
-        run.mllog.end(keys.EPOCH_STOP, metadata=numbered)
+    if state.history:
+        yield
+    while not (reason := why_training_ends(config, state)):
+        with run.saving_when_interrupted(trainer, state):
+            numbered = {"epoch_num": state.epoch}
+            if not state.step:
+                run.mllog.start(keys.EPOCH_START, metadata=numbered)
+            state.mlperf_bytes = run.mlperf_bytes()
+            begin = time.perf_counter() - state.seconds
+            train_epoch(trainer, training, training_feed, state, begin)
+            with deferred():
+                state.totals, trained = trainer.totals, trainer.take_totals()
+            train_seconds = time.perf_counter() - begin
+            run.mllog.end(keys.EPOCH_STOP, metadata=numbered)
 
-        run.mllog.start(keys.EVAL_START, metadata=numbered)
-        with translated_errors(validation):
-            for _ in progress(range(validation.n_steps), "Validation", validation.n_steps):
-                trainer.eval_step(next(validation_feed))
-            validated = trainer.take_totals()
-        run.mllog.event(keys.EVAL_ACCURACY, validated["accuracy"], metadata=numbered)
-        run.mllog.end(keys.EVAL_STOP, metadata=numbered)
-
-        history.append(
-            {
-                "epoch": epoch,
+            run.mllog.start(keys.EVAL_START, metadata=numbered)
+            with translated_errors(validation, trainer):
+                for _ in progress(range(validation.n_steps), "Validation", validation.n_steps):
+                    trainer.eval_step(next(validation_feed))
+                validated = trainer.take_totals()
+            row = {
+                "epoch": state.epoch,
                 **trained,
                 **{f"val_{name}": value for name, value in validated.items()},
                 "seconds": time.perf_counter() - begin,
                 "train_seconds": train_seconds,
                 "patches_per_second": training.n_patches / train_seconds,
             }
-        )
-        log.info(
-            "Epoch %d of %d: loss %.4f, accuracy %.4f, val_loss %.4f, val_accuracy %.4f, "
-            "%.1f s, %.1f patches/s",
-            *(epoch, config.epochs, *(history[-1][name] for name in HISTORY_COLUMNS[1:])),
-        )
-        if run.is_chief:
-            write_csv(run.path("history.csv"), HISTORY_COLUMNS, history)
-        if not math.isfinite(history[-1]["loss"] + history[-1]["val_loss"]):
+            with deferred():
+                run.mllog.event(keys.EVAL_ACCURACY, row["val_accuracy"], metadata=numbered)
+                run.mllog.end(keys.EVAL_STOP, metadata=numbered)
+                keep_epoch(config, run, trainer, state, row)
+            yield
+    log.info("%s", reason)
+
+
+def train_epoch(trainer, training, feed, state, begin):
+    """Take the steps of an epoch that are left; SIGTERM and SIGINT wait for the end of one."""
+    first, n_steps = state.step, training.n_steps
+    trainer.totals, state.totals = state.totals, None
+    for _ in progress(range(first, n_steps), f"Epoch {state.epoch}", n_steps - first):
+        with translated_errors(training, trainer), deferred():
+            trainer.train_step(next(feed))
+            state.step, state.seconds = state.step + 1, time.perf_counter() - begin
+        if state.step % STEPS_UNWATCHED and state.step < n_steps:
+            continue
+        if n := trainer.first_bad_step():
+            scenes = training.scenes_of(state.epoch - 1, first + n - 1)
             raise FloatingPointError(
-                f"The loss became {history[-1]['loss']} in epoch {epoch}, on validation "
-                f"{history[-1]['val_loss']}. Lower learning_rate ({config.learning_rate}), or set "
-                "precision: float32."
+                f"The loss was not finite in epoch {state.epoch}, step {first + n} of {n_steps}, "
+                f"with patches of {', '.join(path.name for path in scenes)}. Lower learning_rate, "
+                "or set precision: float32."
             )
-        if best is None or history[-1]["val_loss"] < best["val_loss"]:
-            best = history[-1]
-            if run.is_chief:
-                with replacing(run.model_file) as temporary:
-                    trainer.model.save(temporary)
-        yield history, best
-        if config.target_accuracy and history[-1]["val_accuracy"] >= config.target_accuracy:
-            log.info("Reached target_accuracy %s.", config.target_accuracy)
-            break
-        if config.patience and epoch - best["epoch"] >= config.patience:
-            log.info("No better validation loss for %d epochs.", config.patience)
-            break
+
+
+def keep_epoch(config, run, trainer, state, row):
+    """Tell of an epoch that has ended, and keep what it earned."""
+    log.info(
+        "Epoch %d of %d: loss %.4f, accuracy %.4f, val_loss %.4f, val_accuracy %.4f, "
+        "%.1f s, %.1f patches/s",
+        *(row["epoch"], config.epochs, *(row[name] for name in HISTORY_COLUMNS[1:])),
+    )
+    state.end_epoch(row, run.mlperf_bytes())
+    if run.is_chief:
+        write_csv(run.path("history.csv"), HISTORY_COLUMNS, state.history)
+    if not math.isfinite(row["val_loss"]):
+        raise FloatingPointError(
+            f"The loss on validation became {row['val_loss']} in epoch {row['epoch']}. "
+            f"Lower learning_rate ({config.learning_rate}), or set precision: float32."
+        )
+    if row is state.best and run.is_chief:
+        with replacing(run.model_file) as temporary:
+            trainer.model.save(temporary)
+    if row["epoch"] % config.checkpoint_every == 0 or why_training_ends(config, state):
+        run.save_checkpoint(trainer, state)
+
+
+def why_training_ends(config, state):
+    """Say that there are epochs enough, the target is reached or patience is over; else None."""
+    if not state.history:
+        return None
+    last = state.history[-1]
+    if config.target_accuracy and last["val_accuracy"] >= config.target_accuracy:
+        return f"Reached target_accuracy {config.target_accuracy}."
+    if config.patience and last["epoch"] - state.best["epoch"] >= config.patience:
+        return f"No better validation loss for {config.patience} epochs."
+    if last["epoch"] >= config.epochs:
+        return f"Trained {last['epoch']} epochs."
+    return None
 
 
 def open_trainer(config, devices):
@@ -183,10 +230,12 @@ def infer(config, devices, run, paths, starts_run):
         modes["differs"] = compare_with_patches(config, devices, model, predictors[0], paths[0])
     if starts_run:
         mlperf_log.log_hyperparameters(config, devices, run.mllog, 0, len(paths))
-        run.mllog.end(keys.INIT_STOP)
         run.start()
 
-    masks = MaskFolder(run.path("masks"), devices.check_ranks)
+    made_by = {"threshold": THRESHOLD, "model_sha256": digest_of_file(run.model_file)}
+    masks = MaskFolder(run.path("masks"), devices.check_ranks, made_by)
+    if devices.is_chief:
+        masks.forget_claims()
     devices.gather(0)  # all begin together
     run.mllog.start(mlperf_log.INFERENCE_START)
     begin = time.perf_counter()
@@ -206,7 +255,10 @@ def infer(config, devices, run, paths, starts_run):
     if run.is_chief:
         rows = masks.collect(paths)
         write_csv(run.path("scenes.csv"), scores.SCENE_COLUMNS, rows)
-        run.results["inference"] = modes | results.inference_results(rows, max(seconds))
+        # What earlier parts of the run masked took the devices this long, had they been as busy.
+        earlier = [row["seconds"] for row in rows if row["part"] != run.part]
+        total = max(seconds) + sum(earlier) / devices.n_replicas
+        run.results["inference"] = modes | results.inference_results(rows, total)
         run.write_line(results.inference_line(config, devices, run.results["inference"]))
 
 
@@ -239,13 +291,13 @@ def mask_scenes(config, devices, run, masks, paths, predictor):
                 "stitch_seconds": stitched - clock - network_seconds,
                 "score_seconds": scored - stitched,
                 "device": f"rank {devices.rank}, {predictor.device}",
+                "part": run.part,
             }
             masks.write(
                 path,
                 mask,
                 probability if config.keep_probability else None,
                 row,
-                threshold=THRESHOLD,
                 model=str(run.model_file),
             )
             last = time.perf_counter()
@@ -308,10 +360,9 @@ def load_model(path, config):
 def parse_arguments(argv):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="config.yaml", help="YAML file (default config.yaml)")
+    parser.add_argument("--config", help="YAML file (default config.yaml)")
     parser.add_argument(
         "--mode",
-        default="benchmark",
         choices=("benchmark", "train", "inference"),
         help="benchmark trains, then masks (default)",
     )
@@ -320,13 +371,24 @@ def parse_arguments(argv):
         help="override keys of the configuration",
     )  # fmt: skip
     parser.add_argument(
+        "--resume", metavar="RUN_DIR", type=Path, help="go on with the run of this folder"
+    )
+    parser.add_argument(
         "--verbose", action="store_true", help="show tracebacks and TensorFlow's messages"
     )
     return parser.parse_args(argv)
 
 
-def run_benchmark(config, mode, launch):
-    """One run, from the configuration to the results."""
+def run_benchmark(config, mode, launch, folder=None, earlier=None):
+    """One run, from the configuration to the results; or what is left of it.
+
+    Args:
+        config: Config.
+        mode: 'benchmark', 'train' or 'inference'.
+        launch: Launch of this process.
+        folder: Of the run that is resumed; None for a new one.
+        earlier: What results.json holds of that.
+    """
     meeting = Meeting(launch, config.output_dir) if launch.n_ranks > 1 else None
     with meeting or nullcontext(), watch_ranks(meeting):
         train_paths = test_paths = inference_paths = ()
@@ -336,13 +398,16 @@ def run_benchmark(config, mode, launch):
         if mode != "train":
             inference_paths = data_loader.find_scenes(config.inference_dir)
         names = [path.name for path in (*train_paths, *test_paths, *inference_paths)]
-        devices, folder = open_run(config, launch, meeting, [mode, repr(config), names])
-        end_on_sigterm()  # TensorFlow takes the signal when it connects several ranks
-        with Run(config, devices, mode, folder) as run, watch_ranks(meeting):
+        work = [mode, repr(config), names, str(folder)]
+        devices, folder = open_run(config, mode, launch, meeting, work, folder)
+        heed_signals()  # TensorFlow takes SIGTERM when it connects several ranks
+        with (
+            sole_user(folder) if devices.is_chief else nullcontext(),
+            Run(config, devices, mode, folder, earlier, digest_of(names)) as run,
+            watch_ranks(meeting),
+        ):
             log.info("Run %s on %s", run.folder, devices.describe())
-            mlperf_log.log_submission(run.mllog, config, run.results["git_commit"])
-            run.mllog.event(keys.CACHE_CLEAR, False)  # the system's file cache is as we found it
-            run.mllog.start(keys.INIT_START)
+            run.begin()
             if mode != "inference":
                 train(config, devices, run, train_paths, test_paths)
             if mode != "train":
@@ -352,15 +417,15 @@ def run_benchmark(config, mode, launch):
     log.info("Results are in %s", run.folder)
 
 
-def open_run(config, launch, meeting, work):
+def open_run(config, mode, launch, meeting, work, resumed):
     """Open the devices, and the folder that the chief names; all ranks do the same work."""
-    folder = make_folder(config) if launch.rank == 0 else None
+    folder = resumed or (make_folder(config, mode) if launch.rank == 0 else None)
     try:
         devices = open_devices(
             *(config.gpu, config.nodes, config.cpu_devices, config.deterministic),
             *(config.xla, config.seed, meeting),
             folder=str(folder),
-            work=hashlib.sha256(json.dumps(work).encode()).hexdigest(),
+            work=digest_of(work),
         )
         if config.batch_size < devices.n_replicas:
             raise UserError(
@@ -368,21 +433,50 @@ def open_run(config, launch, meeting, work):
                 f"are {devices.n_replicas}. Set it to {devices.n_replicas} at least."
             )
     except BaseException:
-        if folder:
-            folder.rmdir()
+        if folder and not resumed:
+            shutil.rmtree(folder)
         raise
     return devices, folder or Path(devices.cards[0]["folder"])
 
 
+def choose_work(arguments):
+    """What run_benchmark is to do: a new run or the rest of one; None if that has finished."""
+    folder = arguments.resume
+    if folder is None:
+        config, mode = load_config(arguments.config or "config.yaml", arguments.set), arguments.mode
+        mode = mode or "benchmark"
+        if mode == "inference":  # the model is an input, and named from where one stands
+            config = config.model_copy(update={"model_file": config.model_file.absolute()})
+        folder = find_requeued(config, mode)
+        if folder is None:
+            return {"config": config, "mode": mode}
+    config, earlier = load_resumed(folder, arguments.config, arguments.set)
+    if arguments.mode not in (None, earlier["mode"]):
+        raise UserError(f"{folder} is a run of --mode {earlier['mode']}: leave --mode out.")
+    if earlier["status"] == "success":
+        log.info("Run %s has finished: nothing is left to do.", folder)
+        return None
+    folder = folder.resolve()
+    return {"config": config, "mode": earlier["mode"], "folder": folder, "earlier": earlier}
+
+
 def main(argv=None):
-    """Run the program and return its exit status: 0, 2 for the user's mistake, 1 for the rest."""
+    """Run the program and return its exit status.
+
+    0, 2 for the user's mistake, 143 and 130 after SIGTERM and SIGINT, 1 for the rest.
+    """
     arguments = parse_arguments(argv)
     log_to_screen(arguments.verbose)
-    end_on_sigterm()
+    heed_signals()
     try:
         launch = detect_launch()
         log_to_screen(arguments.verbose, is_chief=launch.rank == 0)
-        run_benchmark(load_config(arguments.config, arguments.set), arguments.mode, launch)
+        work = choose_work(arguments)
+        if work is not None:
+            run_benchmark(launch=launch, **work)
+    except Interrupted as error:
+        log.error("Stopped: %s.", error)
+        return error.code
     except Exception as error:
         if arguments.verbose:
             traceback.print_exc()
@@ -402,19 +496,14 @@ def one_line(error):
 
 
 def is_users_mistake(error):
-    """Whether the user can mend an error: a bad value, file or permission."""
-    if isinstance(error, OSError) and error.errno == errno.EROFS:
+    """Whether the user can mend an error: a bad value, file or permission, or a full disk."""
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.ENOSPC, errno.EDQUOT):
         return True
     return isinstance(
         error,
         UserError | SceneError | FileNotFoundError | FileExistsError | NotADirectoryError
         | IsADirectoryError | PermissionError,
     )  # fmt: skip
-
-
-def end_on_sigterm():
-    """Let SIGTERM end the program in order: with an aborted run and exit status 143."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 if __name__ == "__main__":

@@ -158,12 +158,8 @@ class Config(BaseModel):
                 f"cpu_devices {self.cpu_devices} rehearses on the CPU, but gpu is {self.gpu}; "
                 "set gpu: 0"
             )
-        for key, only in (
-            ("on_bad_scene", "stop"),
-            ("checkpoint_every", 1),
-        ):
-            if getattr(self, key) != only:
-                problems.append(f"{key}: {getattr(self, key)} is not available yet; set {only}")
+        if self.on_bad_scene != "stop":
+            problems.append(f"on_bad_scene: {self.on_bad_scene} is not available yet; set stop")
         if self.model_file.suffix not in (".keras", ".h5"):
             problems.append(f"model_file {self.model_file} must end in .keras or .h5")
         for key in ("log_file", "mlperf_logfile"):
@@ -251,8 +247,8 @@ def _explain(error):
     return f"{key}: {message}, found {error['input']!r}" if key else message
 
 
-def dump_config(config, run_dir):
-    """The resolved configuration as YAML text: with absolute paths, so that it runs anywhere.
+def resolved(config):
+    """The configuration as a dictionary, with absolute paths, so that it runs anywhere.
 
     `run_name` is left to the next run, since no run writes into the folder of another.
     """
@@ -260,5 +256,10 @@ def dump_config(config, run_dir):
     for key in ("train_dir", "inference_dir", "output_dir", "cache_dir"):
         if values[key] is not None:
             values[key] = os.path.abspath(values[key])
+    return values
+
+
+def dump_config(config, run_dir):
+    """The resolved configuration as YAML text."""
     header = f"# Resolved configuration of {run_dir}; running it again repeats the run.\n"
-    return header + yaml.safe_dump(values, sort_keys=False)
+    return header + yaml.safe_dump(resolved(config), sort_keys=False)

@@ -1,6 +1,7 @@
 """The mask files of a run, and which device makes which."""
 
 import json
+import logging
 import shutil
 import threading
 import time
@@ -9,6 +10,8 @@ from contextlib import suppress
 import h5py
 
 from harness.run import replacing
+
+log = logging.getLogger(__name__)
 
 
 class MaskFolder:
@@ -20,22 +23,29 @@ class MaskFolder:
     Args:
         folder: Path; made if absent.
         check: Called before each scene is dealt; raises where no more should be.
+        made_by: Attributes of each mask: how it was made. Masks made otherwise are made again.
     """
 
-    def __init__(self, folder, check):
-        self._folder, self._claims = folder, folder / ".claims"
+    def __init__(self, folder, check, made_by):
+        self._folder, self._claims, self._made_by = folder, folder / ".claims", made_by
         self._check, self._stopped = check, threading.Event()
         self._claims.mkdir(parents=True, exist_ok=True)
 
+    def forget_claims(self):
+        """Let all scenes be dealt; before any rank begins. Ranks that were killed left claims."""
+        for claim in self._claims.iterdir():
+            claim.unlink()
+
     def deal(self, paths):
-        """Yield the scenes that no other device has taken."""
+        """Yield the scenes that no other device has taken, and that have no mask yet."""
         for path in paths:
             if self._stopped.is_set():
                 return
             self._check()
             with suppress(FileExistsError):
                 (self._claims / path.stem).touch(exist_ok=False)
-                yield path
+                if self._row(path) is None:
+                    yield path
 
     def stop(self):
         """Deal no more scenes to the devices of this process."""
@@ -57,19 +67,32 @@ class MaskFolder:
                 file.create_dataset("mask", data=mask, compression="gzip", compression_opts=1)
                 if probability is not None:
                     file.create_dataset("probability", data=probability)
-                file.attrs.update(scene=path.name, **attributes)
+                file.attrs.update(scene=path.name, **self._made_by, **attributes)
                 seconds = time.perf_counter() - begin
                 row = {**row, "write_seconds": seconds, "seconds": row["seconds"] + seconds}
                 file.attrs["row"] = json.dumps(row)
 
     def collect(self, paths):
         """Return the rows of all scenes, sorted by scene, once all are masked; end the dealing."""
-        rows = []
-        for path in paths:
-            with h5py.File(self._file(path), "r") as file:
-                rows.append(json.loads(file.attrs["row"]))
+        rows = [self._row(path) for path in paths]
+        if lost := [path.stem for path, row in zip(paths, rows, strict=True) if row is None]:
+            raise OSError(f"The masks of {len(lost)} scene(s) are damaged, {lost[0]} for one.")
         shutil.rmtree(self._claims)
         return sorted(rows, key=lambda row: row["scene"])
+
+    def _row(self, path):
+        """The row of a scene's mask; None if there is no mask, or one that is not whole."""
+        try:
+            with h5py.File(self._file(path), "r") as file:
+                if any(file.attrs[key] != value for key, value in self._made_by.items()):
+                    return None
+                _ = file["mask"][:]
+                return json.loads(file.attrs["row"])
+        except FileNotFoundError:
+            return None
+        except (OSError, KeyError, ValueError) as error:
+            log.warning("Made the mask of %s again: %s", path.stem, error)
+            return None
 
     def _file(self, path):
         return self._folder / f"{path.stem}.h5"

@@ -14,14 +14,23 @@ SUBMISSION_COMMIT = "submission_github_commit_version"
 INFERENCE_START = "inference_start"
 INFERENCE_STOP = "inference_stop"
 RESULT = "result"
+RESUMED = "resumed"  # the run was interrupted here, and goes on
 
 
-def open_mlperf_log(path, root_dir):
-    """Return an MLLogger that writes to a file; to nowhere where path is None."""
+def open_mlperf_log(path, root_dir, n_bytes=0):
+    """Return an MLLogger that writes to a file, after its first bytes; to nowhere without a path.
+
+    Args:
+        path: File, or None.
+        root_dir: Folder of the source files that events name.
+        n_bytes: So many bytes of an earlier part of the run are kept.
+    """
     logger = logging.Logger("cloudmask.mlperf", logging.INFO)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-    logger.addHandler(logging.FileHandler(path, mode="w") if path else logging.NullHandler())
+        with path.open("ab") as file:
+            file.truncate(min(n_bytes, file.tell()))
+    logger.addHandler(logging.FileHandler(path) if path else logging.NullHandler())
     return MLLogger(logger, root_dir=str(root_dir))
 
 

@@ -5,8 +5,9 @@ import numpy as np
 from harness import scores
 
 
-def training_results(history, best, paths, batches, warm_up_seconds):
+def training_results(state, paths, batches, warm_up_seconds):
     """The part `training` of results.json."""
+    history, best = state.history, state.best
     seconds = [row["train_seconds"] for row in history]
     later = seconds[1:] or seconds  # the first epoch finds cold caches
     return {
@@ -53,8 +54,9 @@ def inference_results(rows, seconds):
     }
 
 
-def training_line(config, devices, history, best, n_scenes):
+def training_line(config, devices, state, n_scenes):
     """The training line of cloudmask.log: v1.1's fields, then ours."""
+    history, best = state.history, state.best
     per_epoch = sum(row["seconds"] for row in history) / len(history)
     return (
         f"CloudMask training, samples = {n_scenes}, epochs={len(history)}, "

@@ -2,6 +2,8 @@
 
 import contextlib
 import csv
+import errno
+import hashlib
 import io
 import json
 import logging
@@ -9,14 +11,19 @@ import math
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import time
+import uuid
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
+from harness import mlperf_log
+from harness.checkpoints import Checkpoints, TrainingState
 from harness.config import UserError, dump_config
+from harness.interrupts import Interrupted
 from harness.mlperf_log import keys, open_mlperf_log
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -76,24 +83,44 @@ class Run:
     As a context it ends what it began: whatever happens inside, `run_stop` and results.json say how
     the run went. Processes other than the chief write nothing but a log of their own.
 
+    Args:
+        config: Config.
+        devices: Devices.
+        mode: 'benchmark', 'train' or 'inference'.
+        folder: The run's folder.
+        earlier: What results.json holds, of a run that is resumed; else None.
+        scenes: Digest of the scenes' names.
+
     Attributes:
         folder: The run's folder.
         results: What results.json will hold.
         mllog: MLLogger of the MLPerf log.
+        part: 0, or how often the run was resumed.
+        goes_on: Whether this part begins with a checkpoint, within the timed run.
+
+    Raises:
+        UserError: If a run is resumed with other scenes.
     """
 
-    def __init__(self, config, devices, mode, folder):
-        self._devices, self.is_chief = devices, devices.is_chief
-        self.folder = folder
-        # An input of inference, and named from where one stands; else a result of the run.
-        trains = mode != "inference"
-        self.model_file = self.path(config.model_file) if trains else config.model_file.absolute()
+    def __init__(self, config, devices, mode, folder, earlier=None, scenes=None):
+        self._config, self._devices, self.is_chief = config, devices, devices.is_chief
+        self.folder, parts = folder, earlier["parts"] if earlier else []
+        if earlier and earlier.get("scenes_sha256", scenes) != scenes:
+            raise UserError(
+                f"{folder} cannot go on: its scenes were others. Put back what train_dir and "
+                "inference_dir held, or start a new run."
+            )
+        self.part, self._checkpoints = len(parts), Checkpoints(self.path("checkpoints"))
+        self._found = self._checkpoints.newest() if parts else None
+        self._saved = None  # epochs and steps of the last checkpoint
+        self.goes_on = self._has_started = self._found is not None
+        self.model_file = self.path(config.model_file)  # absolute where it is an input
         self._log_file = self.path(config.log_file)
         self._opened = time.perf_counter()
-        self._has_started = False
         self._rank_log = _log_to(self.folder / f"rank-{devices.rank}.log")
-        mlperf_file = self.path(config.mlperf_logfile) if self.is_chief else None
-        self.mllog = open_mlperf_log(mlperf_file, REPOSITORY)
+        self._mlperf_file = self.path(config.mlperf_logfile) if self.is_chief else None
+        n_kept = self._found[1].mlperf_bytes if self._found else 0
+        self.mllog = open_mlperf_log(self._mlperf_file, REPOSITORY, n_kept)
         if self.is_chief:
             self._log_file.parent.mkdir(parents=True, exist_ok=True)
             self._log_file.touch()  # now rather than after hours
@@ -102,7 +129,11 @@ class Run:
             "status": "running",
             "run": self.folder.name,
             "mode": mode,
-            "start": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "job": scheduler_job(),
+            "start": (parts or [{"start": now()}])[0]["start"],
+            "seconds": 0.0,
+            "resumed": self.part,
+            "parts": [*parts, {"start": now(), "status": "running", "seconds": 0.0}],
             "devices": {
                 "kind": devices.kind,
                 "replicas": devices.n_replicas,
@@ -117,24 +148,77 @@ class Run:
                 **{name: metadata.version(name) for name in PACKAGES},
             },
             "git_commit": git_commit(),
+            "scenes_sha256": scenes,
             "config": config.model_dump(by_alias=True, mode="json"),
             "training": None,
             "inference": None,
         }
+        self.save_results("running")
+
+    def mlperf_bytes(self):
+        """Length of the MLPerf log so far; 0 on ranks that write none."""
+        return self._mlperf_file.stat().st_size if self.is_chief else 0
 
     def path(self, name):
         """A file of the run: inside its folder unless absolute."""
         return self.folder / name
 
+    def begin(self):
+        """Log who runs what, and that it is set up now; or that it goes on."""
+        if self.goes_on:
+            epoch = self._found[1].epoch
+            log.info("Going on in epoch %d, step %d.", epoch, self._found[1].step + 1)
+            self.mllog.event(mlperf_log.RESUMED, self.part, metadata={"epoch_num": epoch})
+            return
+        mlperf_log.log_submission(self.mllog, self._config, self.results["git_commit"])
+        self.mllog.event(keys.CACHE_CLEAR, False)  # the system's file cache is as we found it
+        if self.part:
+            self.mllog.event(mlperf_log.RESUMED, self.part, metadata={"epoch_num": 1})
+        self.mllog.start(keys.INIT_START)
+
     def start(self):
-        """Mark the begin of the timed run."""
+        """Mark the end of setting up, and the begin of the timed run."""
         self._has_started = True
+        self.mllog.end(keys.INIT_STOP)
         self.mllog.start(keys.RUN_START)
 
-    def write_line(self, text):
-        """Append a result line to log_file, and show it."""
-        log.info("%s", text)
+    def restore(self, trainer):
+        """Give a trainer what the newest checkpoint holds, and return the TrainingState."""
+        if self._found is None:
+            return TrainingState()
+        path, state = self._found
+        if self._devices.n_ranks > 1 and len(set(self._devices.gather(state.epoch))) > 1:
+            raise UserError(f"The ranks see different checkpoints in {path.parent}. Start again.")
+        self._checkpoints.restore(path, trainer, self.model_file if self.is_chief else None)
+        self._saved = len(state.history), state.step
+        return state
+
+    def save_checkpoint(self, trainer, state):
+        """Keep what `restore` needs; the chief does."""
         if self.is_chief:
+            self._checkpoints.save(state, trainer, self.model_file)
+        self._saved = len(state.history), state.step
+
+    @contextlib.contextmanager
+    def saving_when_interrupted(self, trainer, state):
+        """When Interrupted is raised inside, save a checkpoint first.
+
+        Several ranks may have been stopped at different steps: they go on from an epoch's end.
+        """
+        try:
+            yield
+        except Interrupted:
+            is_new = (len(state.history), state.step) not in (self._saved, (0, 0))
+            if is_new and self._devices.n_ranks == 1:
+                state.totals = trainer.totals if state.totals is None else state.totals
+                self.save_checkpoint(trainer, state)
+                log.info("Saved epoch %d, step %d.", state.epoch, state.step)
+            raise
+
+    def write_line(self, text):
+        """Append a result line to log_file, and show it; not again where an earlier part did."""
+        log.info("%s", text)
+        if self.is_chief and text not in self._log_file.read_text(encoding="utf-8").splitlines():
             with self._log_file.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
@@ -145,7 +229,7 @@ class Run:
         status = keys.SUCCESS if error is None else keys.ABORTED
         try:
             if self.is_chief:
-                self._end_results(status, None if error is None else f"{kind.__name__}: {error}")
+                self.save_results(status, None if error is None else f"{kind.__name__}: {error}")
         except OSError:
             status = keys.ABORTED
             if error is None:  # the first error is the one to tell
@@ -161,35 +245,75 @@ class Run:
                 handler.close()
             logging.getLogger().removeHandler(self._rank_log)
 
-    def _end_results(self, status, error):
+    def save_results(self, status, error=None):
+        """Write results.json as things stand; the chief does."""
+        if not self.is_chief:
+            return
+        part = self.results["parts"][-1]
+        part |= {"status": status, "seconds": time.perf_counter() - self._opened}
         self.results |= {
             "status": status,
             "error": error and error[:2000],
-            "seconds": time.perf_counter() - self._opened,
+            "seconds": sum(part["seconds"] for part in self.results["parts"]),
             "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # [bytes]
             "peak_gpu_memory": self._devices.peak_gpu_memory(),
         }
-        text = json.dumps(jsonable(self.results), indent=2)
-        write_text(self.folder / "results.json", text + "\n")
+        write_json(self.folder / "results.json", self.results)
 
 
-def make_folder(config):
-    """Make the folder of a new run; the chief does.
+def write_json(path, value):
+    """Write JSON, whole or not at all."""
+    write_text(path, json.dumps(jsonable(value), indent=2) + "\n")
+
+
+def digest_of(value):
+    """SHA-256 of what JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def now():
+    """The time in UTC, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def scheduler_job():
+    """The scheduler's number of this job; None where there is none."""
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("LSB_JOBID")
+
+
+def make_folder(config, mode):
+    """Make the folder of a new run, with what `--resume` needs from its first moment on.
+
+    Returns:
+        The folder's absolute path.
 
     Raises:
         UserError: If there is one of that name.
     """
-    job = os.environ.get("SLURM_JOB_ID") or os.environ.get("LSB_JOBID") or os.getpid()
-    name = config.run_name or f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{job}"
-    folder = Path(config.output_dir) / name
+    name = config.run_name or f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-"
+    name += "" if config.run_name else scheduler_job() or str(os.getpid())
+    folder = Path(config.output_dir).resolve() / name
+    temporary = folder.with_name(f".new-{uuid.uuid4().hex}")
+    temporary.mkdir(parents=True)
     try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
+        if folder.exists():  # renaming would replace an empty one
+            raise FileExistsError(errno.EEXIST, "exists")
+        write_text(temporary / "config.yaml", dump_config(config, name))
+        write_json(
+            temporary / "results.json",
+            {"status": "starting", "mode": mode, "job": scheduler_job(), "parts": []},
+        )
+        temporary.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
         raise UserError(
-            f"{folder} exists: a run never writes into the folder of another. "
-            "Choose another run_name or remove the folder."
+            f"{folder} exists: a run never writes into the folder of another. Choose another "
+            "run_name, remove the folder, or continue its run with --resume."
         ) from None
-    return folder.resolve()
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
 
 
 def git_commit():

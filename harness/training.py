@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from harness.config import UserError
 from harness.forward import without_upsampling
 
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
@@ -51,12 +52,11 @@ class Trainer:
             if loss_scaling:
                 self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
             self.optimizer.build(self.model.trainable_variables)
-            self._totals = tf.Variable(  # sums of loss, right pixels, pixels
-                tf.zeros(3, tf.float64),
-                trainable=False,
-                synchronization=tf.VariableSynchronization.ON_READ,
-                aggregation=tf.VariableAggregation.SUM,
-            )
+            # sums of loss, right pixels, pixels
+            self._totals = _counter(tf.zeros(3, tf.float64), tf.VariableAggregation.SUM)
+            # steps taken, and the first of these whose loss was not finite, or 0
+            first_replica = tf.VariableAggregation.ONLY_FIRST_REPLICA
+            self._steps = _counter(tf.zeros(2, tf.int64), first_replica)
         self._loss_scaling = loss_scaling
         self._gradients_of = tf.function(self._gradients, jit_compile=xla or None)
         self._sums_of = tf.function(self._sums, jit_compile=xla or None)
@@ -104,22 +104,42 @@ class Trainer:
         same = tf.data.Dataset.from_tensors(arrays).repeat()
         return next(iter(self.strategy.distribute_datasets_from_function(lambda context: same)))
 
+    @property
+    def totals(self):
+        """Sums over the steps since `take_totals`: loss, right pixels, pixels."""
+        return self._totals.numpy().tolist()
+
+    @totals.setter
+    def totals(self, values):
+        self._totals.assign(tf.constant(values, tf.float64))
+
     def take_totals(self):
         """Return {'loss', 'accuracy'} of the steps since the last call, and start anew."""
         loss, right, pixels = self._totals.numpy()
-        self._totals.assign(tf.zeros(3, tf.float64))
+        self.totals = [0, 0, 0]
+        self._steps.assign(tf.zeros(2, tf.int64))
         return {"loss": float(loss / pixels), "accuracy": float(right / pixels)}
+
+    def first_bad_step(self):
+        """Which training step since `take_totals` had a loss that is not finite; 0 if none had."""
+        return int(self._steps.numpy()[1])
 
     def _train_replica(self, channels, cloud, weight):
         gradients = [tf.zeros_like(v.value) for v in self.model.trainable_variables]
+        totals = tf.zeros(3, tf.float64)
         for i in self._micro_batches(weight):
             tf.autograph.experimental.set_loop_options(parallel_iterations=1)  # one's memory
             part, sums = self._gradients_of(*self._cut(i, channels, cloud, weight))
             gradients = [total + g for total, g in zip(gradients, part, strict=True)]
-            self._totals.assign_add(sums)
+            totals += sums
+        self._totals.assign_add(totals)
         # Each part is a mean over `batch_size` patches; a smaller batch counts by its true size.
         context = tf.distribute.get_replica_context()
-        n_patches = context.all_reduce("sum", tf.reduce_sum(weight))
+        mine = tf.stack([tf.reduce_sum(weight), tf.cast(totals[0], tf.float32)])
+        n_patches, loss = tf.unstack(context.all_reduce("sum", mine))
+        taken, bad = tf.unstack(self._steps + [1, 0])
+        is_first_bad = (bad == 0) & ~tf.math.is_finite(loss)
+        self._steps.assign([taken, tf.where(is_first_bad, taken, bad)])
         gradients = [g * (self.batch_size / n_patches) for g in gradients]
         if self._loss_scaling:
             gradients = self._agree_on_overflow(gradients, context)
@@ -174,11 +194,35 @@ class Trainer:
         return [g + poison for g in gradients]
 
 
+def _counter(value, aggregation):
+    """A variable that every replica counts up by itself."""
+    return tf.Variable(
+        value,
+        trainable=False,
+        synchronization=tf.VariableSynchronization.ON_READ,
+        aggregation=aggregation,
+    )
+
+
 @contextlib.contextmanager
-def translated_errors(batches):
-    """Raise what ended the reading of batches in place of TensorFlow's account of it."""
+def translated_errors(batches, trainer):
+    """Raise what ended the reading of batches, or say what fits the memory, for TensorFlow's words.
+
+    Raises:
+        UserError: If the device has too little memory.
+    """
     try:
         yield
+    except tf.errors.ResourceExhaustedError:
+        policy = trainer.model.layers[1].dtype_policy.name
+        precision = next(name for name, value in POLICIES.items() if value == policy)
+        advice = [f"micro_batch: {trainer.micro_batch // 2}"] * (trainer.micro_batch > 1)
+        advice += ["precision: bfloat16"] * (precision == "float32")
+        raise UserError(
+            f"The device has too little memory for {trainer.micro_batch} patches at once in "
+            f"{precision}. Set {' or '.join(advice) or 'a smaller PATCH_SIZE'}; results stay those "
+            f"of batch_size {trainer.batch_size}."
+        ) from None
     except tf.errors.OpError:
         if batches.error is not None:
             raise batches.error from None

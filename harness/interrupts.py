@@ -1,0 +1,45 @@
+"""SIGTERM and SIGINT: the program ends in order, and never in the middle of a step."""
+
+import contextlib
+import signal
+from types import SimpleNamespace
+
+_state = SimpleNamespace(deferred=False, received=None)
+
+
+class Interrupted(SystemExit):
+    """The program was told to stop; its exit status is 128 and the signal's number."""
+
+    def __init__(self, number):
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number)
+
+    def __str__(self):
+        return f"received {self.signal.name}"
+
+
+def heed_signals():
+    """Let SIGTERM and SIGINT raise Interrupted; TensorFlow may take SIGTERM for itself later on."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _receive)
+
+
+@contextlib.contextmanager
+def deferred():
+    """Let what is inside end before Interrupted is raised; a second signal does not wait."""
+    _state.deferred = True
+    try:
+        yield
+    finally:
+        _state.deferred = False
+        number, _state.received = _state.received, None
+    if number:
+        raise Interrupted(number)
+
+
+def _receive(number, frame):
+    if _state.deferred and _state.received is None:
+        _state.received = number
+    else:
+        _state.received = None
+        raise Interrupted(number)
