@@ -155,8 +155,8 @@ def test_file_over_a_mebibyte_is_not_parsed(tmp_path, monkeypatch):
 def test_many_keys_take_no_square_of_their_number(tmp_path):
     begin = time.monotonic()
     with pytest.raises(UserError, match="key k9999"):
-        load(tmp_path, "\n".join(f"k{i}: 1" for i in range(10_000)) + "\nk9999: 1")
-    assert time.monotonic() - begin < 10  # 1.5 s, and 5 s more with each key looked up in a list
+        load(tmp_path, "\n".join(f"k{i}: 1" for i in range(30_000)) + "\nk9999: 1")
+    assert time.monotonic() - begin < 8
 
 
 def test_missing_file_is_named(tmp_path):
