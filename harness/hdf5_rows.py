@@ -75,7 +75,10 @@ def read_blocks(dataset, rows, cols, multiple=1):
     if dataset.chunks and not (
         0 < math.prod(dataset.chunks) <= MAX_CHUNK_SHARE * math.prod(dataset.shape)
     ):
-        raise OSError(f"'{dataset.name}' of {dataset.shape} has chunks of {dataset.chunks}")
+        raise OSError(
+            f"'{dataset.name}' of {dataset.shape} has chunks of {dataset.chunks}, wanted "
+            f"{MAX_CHUNK_SHARE} times its numbers at most"
+        )
     readers = {"contiguous": _contiguous_blocks, "chunked": _chunked_blocks, "h5py": _h5py_blocks}
     return readers[storage(dataset)](dataset, rows, cols, multiple)
 
