@@ -224,7 +224,6 @@ def test_virtual_dataset_of_the_working_directory_is_refused(path, monkeypatch):
 
 
 def test_source_that_is_no_hdf5_file_is_an_error(path, monkeypatch):
-    """HDF5 would go on to the working directory."""
     (path.parent / "b.h5").write_bytes(b"no HDF5")
     monkeypatch.chdir(path.parent.parent / "other")
     shutil.copy(path, "b.h5")
