@@ -152,6 +152,12 @@ def test_file_over_a_mebibyte_is_not_parsed(tmp_path, monkeypatch):
         load_config("/dev/zero")
 
 
+def test_some_faults_of_very_many_are_told(tmp_path):
+    with pytest.raises(UserError) as error:
+        load(tmp_path, "\n".join(f"k{i}: 1" for i in range(300)))
+    assert str(error.value).count("unknown key") == 30
+
+
 def test_many_keys_take_no_square_of_their_number(tmp_path):
     begin = time.monotonic()
     with pytest.raises(UserError, match="key k9999"):

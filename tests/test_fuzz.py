@@ -126,6 +126,14 @@ def link(target):
     return replaced("bts", lambda file: file.__setitem__("bts", target))
 
 
+def of_type(kind):
+    """A dataset of a type that NumPy does not have."""
+    space = h5py.h5s.create_simple((32, 40, 3))
+    return replaced("bts", lambda file: h5py.h5d.create(file.id, b"bts", kind, space))
+
+
+THREE_BYTES = h5py.h5t.STD_I32LE.copy()
+THREE_BYTES.set_size(3)
 PETABYTE = (1 << 24, 1 << 24, 3)
 EXTENDABLE = {"shape": (32, 40, 3), "dtype": "f4", "maxshape": (None,) * 3}
 HARMFUL = {
@@ -189,6 +197,8 @@ HARMFUL = {
         f"type {i}": (dataset_of(shape=(32, 40, 3), dtype=kind), None)
         for i, kind in enumerate(TYPES)
     },
+    "times": (of_type(h5py.h5t.UNIX_D32LE), "cannot be read"),
+    "three bytes": (of_type(THREE_BYTES), "cannot be read"),
     "attributes": (large_attributes, None),
 }  # fmt: skip
 
