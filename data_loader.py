@@ -22,11 +22,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
 import tensorflow as tf
 from sklearn.model_selection import train_test_split
 
+from harness.hdf5_files import ForbiddenSource, open_dataset, open_file
 from harness.hdf5_rows import read_blocks
 
 SCENE_NAME = "S3A*.hdf"
@@ -194,14 +194,16 @@ def read_tiles(path, shape, tiles):
         SceneError: As `read_scene`.
     """
     try:
-        with h5py.File(path, "r") as file:
+        with open_file(path) as file:
             refs, bts, bayes = (_dataset(file, path, name) for name in ("refs", "bts", "bayes"))
             _check_shapes(path, shape, refs, bts, bayes)
             _read_datasets(refs, bts, bayes, tiles)
     except SceneError:
         raise
-    # All of these mean damage in h5py.
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+    except ForbiddenSource as error:
+        raise SceneError(str(error)) from error
+    # All of these mean damage in h5py; a type that NumPy lacks is a TypeError.
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise SceneError(
             f"{path} cannot be read as a scene (HDF5): {reason}. Download it again or remove it."
@@ -209,14 +211,18 @@ def read_tiles(path, shape, tiles):
 
 
 def _dataset(file, path, name):
-    dataset = file.get(name)
-    if not isinstance(dataset, h5py.Dataset):
+    dataset = open_dataset(file, name)
+    if dataset is None:
+        found = list(itertools.islice(file, 8))  # names; there may be millions
         raise SceneError(
-            f"{path} has no dataset '{name}', found {sorted(file) or 'none'}. A scene has 'refs', "
+            f"{path} has no dataset '{name}', found {found or 'none'}. A scene has 'refs', "
             "'bts' and 'bayes'; remove the file or make it again."
         )
-    if dataset.dtype.kind not in "fiu":
-        raise SceneError(f"{path}: dataset '{name}' should hold numbers, found {dataset.dtype}.")
+    if dataset.dtype.kind not in "fiu" or dataset.dtype.itemsize > 8:
+        raise SceneError(
+            f"{path}: dataset '{name}' should hold numbers of 8 bytes at most, found "
+            f"{str(dataset.dtype)[:99]}. Remove the file or make it again."
+        )
     return dataset
 
 

@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,6 +18,8 @@ from pydantic import (
     model_validator,
 )
 
+MAX_BYTES = 1 << 20  # of a configuration file; the shipped one has 3612
+MAX_FAULTS = 30  # told at once
 COMBINED = ("PATCH_SIZE", "CROP_SIZE", "IMAGE_H", "IMAGE_W", "clip_offset")
 V1_UPPER_CASE = ("patch_size", "image_h", "image_w", "n_channels", "min_sst", "crop_size")
 
@@ -170,14 +173,34 @@ class Config(BaseModel):
         return self
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader, which takes no key twice."""
+class _PlainLoader(yaml.SafeLoader):
+    """YAML's safe loader, with no key twice and no aliases: a few can stand for gigabytes."""
+
+    def compose_node(self, parent, index):
+        if anchor := self.peek_event().anchor:
+            raise UserError(f"the anchor or alias '{anchor}' is not taken; write the value out")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
+        keys = Counter(str(self.construct_object(key, deep=True)) for key, _ in node.value)
+        if twice := sorted(key for key, n in keys.items() if n > 1):
             raise UserError(f"the key {', '.join(twice)} stands twice; keep one")
         return super().construct_mapping(node, deep)
+
+
+def _parse(text):
+    """Read YAML without aliases.
+
+    Raises:
+        UserError: If it is not that.
+    """
+    try:
+        return yaml.load(text, Loader=_PlainLoader)
+    except RecursionError:
+        raise UserError("lists or keys are nested too deeply") from None
+    # A ValueError is a date or number that cannot be, 2019-13-45 say.
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from None
 
 
 def load_config(path, overrides=()):
@@ -194,15 +217,22 @@ def load_config(path, overrides=()):
         UserError: With a line for each thing that is wrong.
     """
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise UserError(
+                f"{path} is over {MAX_BYTES} bytes, more than a configuration has; name another "
+                "file with --config."
+            )
+        text = content.decode("utf-8")
     except FileNotFoundError:
         raise UserError(f"No configuration file {path}; name one with --config.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
-    except (yaml.YAMLError, UserError) as error:
-        raise UserError(
-            f"{path} is not a valid configuration: {' '.join(str(error).split())}."
-        ) from None
+    try:
+        values = _parse(text)
+    except UserError as error:
+        raise UserError(f"{path} is not a valid configuration: {error}.") from None
     if not isinstance(values or {}, dict):
         raise UserError(
             f"{path} should hold lines of 'key: value', found a {type(values).__name__}."
@@ -215,9 +245,9 @@ def _override(text):
     if not equals:
         raise UserError(f"--set takes KEY=VALUE, found '{text}'.")
     try:
-        return key.strip(), yaml.load(value, Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, UserError):
-        raise UserError(f"--set {key}: '{value}' is not a YAML value.") from None
+        return key.strip(), _parse(value)
+    except UserError as error:
+        raise UserError(f"--set {key}: '{value}' is not a YAML value: {error}.") from None
 
 
 def check(values, source):
@@ -232,8 +262,9 @@ def check(values, source):
             Config.model_validate({k: v for k, v in values.items() if k not in bad})
         except ValidationError as error:
             errors += error.errors()
-    lines = dict.fromkeys(_explain(e) for e in errors)
-    raise UserError(f"{source}: {'; '.join(lines)}.")
+    lines = dict.fromkeys(_explain(e) for e in errors[:MAX_FAULTS])
+    more = f"; and {len(errors) - MAX_FAULTS} more" if len(errors) > MAX_FAULTS else ""
+    raise UserError(f"{source}: {'; '.join(lines)}{more}.")
 
 
 def _explain(error):
@@ -242,9 +273,18 @@ def _explain(error):
         known = [field.alias for field in Config.model_fields.values()]
         folded = {name.lower(): name for name in known}
         near = difflib.get_close_matches(key.lower(), folded, n=1, cutoff=0.0)
-        return f"unknown key '{key}', the nearest known one is '{folded[near[0]]}'"
+        return f"unknown key {_shown(key)}, the nearest known one is '{folded[near[0]]}'"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}, found {error['input']!r}" if key else message
+    return f"{key}: {message}, found {_shown(error['input'])}" if key else message
+
+
+def _shown(value):
+    """A value as it stands in a message: of what is very long, the beginning."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no number of over 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def resolved(config):

@@ -4,6 +4,9 @@ HDF5 takes one lock per process for all it does, decompression included. Where a
 bytes in its file, or chunks that zlib can decompress, only the places are asked of HDF5; the
 bytes are read and decompressed here, where threads run side by side. `storage` says which way a
 dataset goes; h5py reads whatever else there is, so that every dataset can be read.
+
+Sizes in a file are claims, and memory is not taken on trust: a chunk is as large as the dataset
+and its own shape allow, stored or decompressed, or the dataset is an error.
 """
 
 import contextlib
@@ -24,6 +27,8 @@ with contextlib.suppress(ImportError):  # no wheel for this processor
 BLOCK_BYTES = 1 << 20
 FILTERS = {h5py.h5z.FILTER_DEFLATE: "gzip", h5py.h5z.FILTER_SHUFFLE: "shuffle"}
 PIPELINES = ([], ["gzip"], ["shuffle", "gzip"])  # of filters; h5py reads what has others
+MAX_CHUNKS = 1 << 16  # whose places are kept, 20 MB of them; h5py reads what has more
+MAX_CHUNK_SHARE = 4  # numbers of a chunk per number of its dataset; it may reach past its edges
 
 
 def storage(dataset):
@@ -35,12 +40,14 @@ def storage(dataset):
         or dataset.is_virtual
         or plan.get_external_count()
         or dataset.dtype.kind not in "fiu"
+        or dataset.id.get_type() != h5py.h5t.py_create(dataset.dtype)  # NumPy has no 12-bit number
         or 0 in dataset.shape
         or _filters(plan) not in PIPELINES
     ):
         return "h5py"
     if plan.get_layout() == h5py.h5d.CHUNKED:
-        return "chunked"
+        grid = (-(-n // step) for n, step in zip(dataset.shape, dataset.chunks, strict=True))
+        return "chunked" if math.prod(grid) <= MAX_CHUNKS else "h5py"
     return "h5py" if dataset.id.get_offset() is None else "contiguous"  # compact, never written
 
 
@@ -65,6 +72,13 @@ def read_blocks(dataset, rows, cols, multiple=1):
     Raises:
         OSError: If the file is truncated or damaged.
     """
+    if dataset.chunks and not (
+        0 < math.prod(dataset.chunks) <= MAX_CHUNK_SHARE * math.prod(dataset.shape)
+    ):
+        raise OSError(
+            f"'{dataset.name}' of {dataset.shape} has chunks of {dataset.chunks}, wanted "
+            f"{MAX_CHUNK_SHARE} times its numbers at most"
+        )
     readers = {"contiguous": _contiguous_blocks, "chunked": _chunked_blocks, "h5py": _h5py_blocks}
     return readers[storage(dataset)](dataset, rows, cols, multiple)
 
@@ -85,6 +99,7 @@ def _h5py_blocks(dataset, rows, cols, multiple):
     # A compressed chunk is decompressed whole: blocks of whole chunks do that once for each.
     step = math.lcm(dataset.chunks[0], multiple) if dataset.chunks else multiple
     step *= -(-_rows_in(4 * BLOCK_BYTES, dataset, 1) // step)
+    _stored_chunks(dataset, lambda chunk: None)
     for first, stop in _steps(rows, step):
         yield first, dataset[first:stop, cols]
 
@@ -93,6 +108,8 @@ def _contiguous_blocks(dataset, rows, cols, multiple):
     # Whole rows come in one call, columns outside the rectangle with them. Skipping these, 15 % of
     # the training crop, takes a call a row, and 1.2 times as long from a warm cache.
     fd, offset = dataset.file.id.get_vfd_handle(), dataset.id.get_offset()
+    if offset + dataset.nbytes > os.fstat(fd).st_size:
+        raise OSError(f"'{dataset.name}' ends after the file: it is truncated")
     step = _rows_in(BLOCK_BYTES, dataset, multiple)
     buffer = np.empty((step, *dataset.shape[1:]), dataset.dtype)
     row_bytes = buffer[0].nbytes
@@ -109,7 +126,8 @@ def _chunked_blocks(dataset, rows, cols, multiple):
     decode = _chunk_decoder(dataset)
     step = math.lcm(height, multiple)
     left = cols.start - cols.start % width
-    buffer = np.empty((step, cols.stop - cols.start, dataset.shape[2]), dataset.dtype)
+    n_rows = min(step, rows.stop - rows.start)
+    buffer = np.empty((n_rows, cols.stop - cols.start, dataset.shape[2]), dataset.dtype)
     for first, stop in _steps(rows, step):
         block = buffer[: stop - first]
         corners = itertools.product(
@@ -135,23 +153,33 @@ def _chunk_decoder(dataset):
     filters = _filters(dataset.id.get_create_plist())
     n_bytes = math.prod(shape) * dataset.dtype.itemsize
     places = {}
-    dataset.id.chunk_iter(lambda chunk: places.update({chunk.chunk_offset: chunk}))
+    _stored_chunks(dataset, lambda chunk: places.update({chunk.chunk_offset: chunk}))
+    file_bytes = os.fstat(fd).st_size
 
     def decode(corner):
         if corner not in places:  # nobody wrote to it
             return np.full(shape, dataset.fillvalue, dataset.dtype)
         chunk = places[corner]
-        reach = tuple(slice(c, c + n) for c, n in zip(corner, shape, strict=True))
-        at_edge = any(r.stop > n for r, n in zip(reach, dataset.shape, strict=True))
-        if filters and at_edge and chunk.size == n_bytes:
-            return dataset[reach]  # it may have passed no filter, which HDF5 alone knows
+        if chunk.byte_offset + chunk.size > file_bytes:
+            raise OSError(f"'{dataset.name}' ends after the file: it is truncated")
         data = os.pread(fd, chunk.size, chunk.byte_offset)
         if len(data) != chunk.size:
             raise OSError(f"'{dataset.name}' ends early: the file is truncated")
+        reach = tuple(slice(c, c + n) for c, n in zip(corner, shape, strict=True))
+        at_edge = any(r.stop > n for r, n in zip(reach, dataset.shape, strict=True))
+        if filters and at_edge and chunk.size == n_bytes:
+            # It may have passed no filter, which HDF5 alone knows. HDF5 decompresses without end.
+            with contextlib.suppress(zlib.error):
+                _inflate(dataset, data, n_bytes)
+            return dataset[reach]
         for i, name in reversed(list(enumerate(filters))):
             if chunk.filter_mask >> i & 1:  # not applied to this chunk
                 continue
-            data = _inflate(dataset, data, n_bytes) if name == "gzip" else _unshuffle(dataset, data)
+            try:
+                inflates = name == "gzip"
+                data = _inflate(dataset, data, n_bytes) if inflates else _unshuffle(dataset, data)
+            except zlib.error as error:
+                raise OSError(f"'{dataset.name}' has a damaged chunk: {error}") from error
         if len(data) != n_bytes:
             raise OSError(f"'{dataset.name}' has a chunk of {len(data)} bytes, wanted {n_bytes}")
         return np.frombuffer(data, dataset.dtype).reshape(shape)
@@ -159,11 +187,33 @@ def _chunk_decoder(dataset):
     return decode
 
 
+def _stored_chunks(dataset, visit):
+    """Call visit(chunk) with the place of every stored chunk; one of absurd size is an error."""
+    if not dataset.chunks:
+        return
+    n_bytes = math.prod(dataset.chunks) * dataset.id.get_type().get_size()
+    most = 2 * n_bytes + 4096  # what a filter cannot compress may grow a little
+
+    def check(chunk):
+        if chunk.size > most:
+            raise OSError(
+                f"'{dataset.name}' has a chunk of {chunk.size} bytes in the file, of which "
+                f"{n_bytes} should come"
+            )
+        visit(chunk)
+
+    dataset.id.chunk_iter(check)
+
+
 def _inflate(dataset, data, n_bytes):
-    try:
-        return zlib.decompress(data, bufsize=n_bytes)
-    except zlib.error as error:
-        raise OSError(f"'{dataset.name}' has a damaged chunk: {error}") from error
+    """Decompress to n_bytes at most: a little more is enough to know that there is more."""
+    decompressor = zlib.decompressobj()
+    inflated = decompressor.decompress(data, n_bytes + 1)
+    if len(inflated) > n_bytes:
+        raise OSError(f"'{dataset.name}' has a chunk that inflates to over {n_bytes} bytes")
+    if not decompressor.eof:
+        raise zlib.error("its compressed bytes end early")
+    return inflated
 
 
 def _unshuffle(dataset, data):

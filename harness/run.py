@@ -58,11 +58,12 @@ def write_text(path, text):
 
 
 def write_csv(path, columns, rows):
-    """Write dictionaries as CSV, whole or not at all; a missing number is `nan`."""
+    """Write dictionaries as CSV, a line each, whole or not at all; a missing number is `nan`."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        writer.writerow({k: printable(v) if isinstance(v, str) else v for k, v in row.items()})
     write_text(path, text.getvalue())
 
 
@@ -328,10 +329,31 @@ def git_commit():
     return None
 
 
+class PlainFormatter(logging.Formatter):
+    """A message is one line: names of files and scenes can hold whatever steers a terminal.
+
+    Newlines, escapes, marks that turn the direction of writing and bytes that are no text come out
+    as Python writes them in its own texts.
+    """
+
+    def formatMessage(self, record):
+        """Format a record, its message escaped."""
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
+def printable(text):
+    r"""The text with whatever cannot be printed escaped: a newline becomes \n, two characters."""
+    if text.isprintable():
+        return text
+    escaped = (c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return "".join(escaped)
+
+
 def log_to_screen(verbose, is_chief=True):
     """Send the project's messages to the terminal, plain; of other ranks only what is wrong."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(PlainFormatter("%(message)s"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     handler.setLevel(logging.INFO if is_chief else logging.WARNING)
@@ -341,8 +363,8 @@ def log_to_screen(verbose, is_chief=True):
 
 
 def _log_to(path):
-    handler = logging.FileHandler(path, delay=True)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler = logging.FileHandler(path, delay=True, encoding="utf-8")
+    handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
     return handler
 

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import yaml
 
@@ -100,6 +102,14 @@ def test_all_faults_are_told_at_once_with_key_and_value(tmp_path):
         ("seed: 1\nseed: 2", "the key seed stands twice"),
         ("- a\n- b", "found a list"),
         ("a: [", "not a valid configuration"),
+        ("seed: &a 1", "the anchor or alias 'a' is not taken"),
+        ("seed: *a", "the anchor or alias 'a' is not taken"),
+        ("a: " + "[" * 5000, "nested too deeply"),
+        ("seed: 2019-13-45", "not a valid configuration"),
+        ("seed: " + "1" * 5000, "not a valid configuration"),
+        ("seed: 0x" + "f" * 5000, "seed: "),
+        ("name: [" + "1, " * 5000 + "]", "1, 1…"),
+        ("\n".join(f"k{i}: 1" for i in range(300)), "and 270 more"),
         ("a: !!python/object/apply:os.system ['true']", "not a valid configuration"),
     ],
 )
@@ -107,6 +117,52 @@ def test_what_cannot_be_is_refused(tmp_path, text, words):
     with pytest.raises(UserError) as error:
         load(tmp_path, text)
     assert words in str(error.value)
+
+
+# Nine lists, each of nine times the one before: 9**9 words from 300 bytes.
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)
+)
+
+
+def test_file_of_aliases_is_refused_at_the_first(tmp_path):
+    with pytest.raises(UserError, match="the anchor or alias 'a0' is not taken") as error:
+        load(tmp_path, BOMB)
+    assert "config.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["&a 1", "*a", "[&a [1], *a]"])
+def test_set_takes_no_aliases(tmp_path, value):
+    with pytest.raises(UserError, match="--set seed: .* the anchor or alias 'a' is not taken"):
+        load(tmp_path, "epochs: 3", f"seed={value}")
+
+
+@pytest.mark.parametrize("value", ["[" * 5000, "2019-13-45", "1" * 5000])
+def test_set_refuses_what_yaml_cannot_say(tmp_path, value):
+    with pytest.raises(UserError, match="--set seed: "):
+        load(tmp_path, "epochs: 3", f"seed={value}")
+
+
+def test_file_over_a_mebibyte_is_not_parsed(tmp_path, monkeypatch):
+    text = "# comment\n" + "#" * (1 << 20)
+    with pytest.raises(UserError, match="config.yaml is over 1048576 bytes"):
+        load(tmp_path, text)
+    assert load(tmp_path, text[: 1 << 20]) == Config()
+    with pytest.raises(UserError, match="/dev/zero is over"):
+        load_config("/dev/zero")
+
+
+def test_some_faults_of_very_many_are_told(tmp_path):
+    with pytest.raises(UserError) as error:
+        load(tmp_path, "\n".join(f"k{i}: 1" for i in range(300)))
+    assert str(error.value).count("unknown key") == 30
+
+
+def test_many_keys_take_no_square_of_their_number(tmp_path):
+    begin = time.monotonic()
+    with pytest.raises(UserError, match="key k9999"):
+        load(tmp_path, "\n".join(f"k{i}: 1" for i in range(30_000)) + "\nk9999: 1")
+    assert time.monotonic() - begin < 8
 
 
 def test_missing_file_is_named(tmp_path):

@@ -1,7 +1,9 @@
+import contextlib
 import ctypes
 import itertools
 import os
 import re
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -221,3 +223,107 @@ def test_truncated_file_is_an_error(tmp_path, numbers, options):
         os.truncate(path, 20_000)
         with pytest.raises(OSError, match="truncated"):
             read(file["x"])
+
+
+# --- files that claim too much
+
+
+def bomb(n_bytes):
+    return zlib.compress(bytes(n_bytes), 9)
+
+
+@pytest.mark.parametrize("corner", [(16, 20, 0), (48, 60, 3)], ids=["inside", "edge"])
+def test_chunk_that_inflates_beyond_its_size_is_an_error(tmp_path, numbers, corner):
+    """One at the edge that has the size of an unfiltered one would be left to HDF5."""
+    n_bytes = np.prod(CHUNKS) * 8
+    data = bomb(200 << 20)
+    data = data[:n_bytes] if corner == (48, 60, 3) else data
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        dataset = file.create_dataset("x", data=numbers, chunks=CHUNKS, compression="gzip")
+        dataset.id.write_direct_chunk(corner, data[: 2 * n_bytes])
+    with h5py.File(tmp_path / "x.h5") as file, peak_memory() as peak:
+        with pytest.raises(OSError, match="inflates to over 7680 bytes"):
+            read(file["x"])
+    assert peak[0] < 4e6
+
+
+@contextlib.contextmanager
+def peak_memory():
+    """A list that gets the bytes Python and NumPy allocate; zlib's results are Python's."""
+    peak = []
+    tracemalloc.start()
+    try:
+        yield peak
+        peak.append(tracemalloc.get_traced_memory()[1])
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("options", [{}, {"fletcher32": True}], ids=["chunked", "h5py"])
+def test_stored_chunk_far_over_its_size_is_an_error(tmp_path, numbers, options):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        dataset = file.create_dataset(
+            "x", data=numbers, chunks=CHUNKS, compression="gzip", **options
+        )
+        dataset.id.write_direct_chunk((16, 20, 0), bytes(100_000))
+    with h5py.File(tmp_path / "x.h5") as file:
+        with pytest.raises(OSError, match="a chunk of 100000 bytes in the file, of which 7680"):
+            read(file["x"])
+
+
+def test_chunk_far_larger_than_the_dataset_is_an_error(tmp_path):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file.create_dataset("x", SHAPE, "f8", chunks=(10_000_000, 1, 1), maxshape=(None,) * 3)
+    with h5py.File(tmp_path / "x.h5") as file:
+        with pytest.raises(OSError, match=r"has chunks of \(10000000, 1, 1\)"):
+            read(file["x"])
+
+
+def test_long_chunks_take_no_rows_that_are_not_there(tmp_path):
+    """Rows of a chunk times columns of the dataset would be 200 MB."""
+    shape = (100, 100, 100)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file.create_dataset("x", shape, "u1", chunks=(20_000, 1, 100), maxshape=(None,) * 3)
+        file["x"][:, 7] = 7
+    with h5py.File(tmp_path / "x.h5") as file, peak_memory() as peak:
+        assert hdf5_rows.storage(file["x"]) == "chunked"
+        assert (read(file["x"], slice(0, 100), slice(0, 100)).sum(axis=(0, 2))[:8] > 0).sum() == 1
+    assert peak[0] < 20e6
+
+
+def test_h5py_reads_very_many_chunks(tmp_path, numbers, monkeypatch):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file.create_dataset("x", data=numbers, chunks=CHUNKS, compression="gzip")
+    with h5py.File(tmp_path / "x.h5") as file:
+        # 50 rows in chunks of 16, 61 columns in chunks of 20, 4 channels in chunks of 3: 4 x 4 x 2
+        monkeypatch.setattr(hdf5_rows, "MAX_CHUNKS", 32)
+        assert hdf5_rows.storage(file["x"]) == "chunked"
+        monkeypatch.setattr(hdf5_rows, "MAX_CHUNKS", 31)
+        assert hdf5_rows.storage(file["x"]) == "h5py"
+        np.testing.assert_array_equal(read(file["x"]), numbers)
+
+
+def test_chunk_and_numbers_beyond_the_file_are_an_error(tmp_path, numbers):
+    """The file ends after the places were read; no byte beyond it is asked for."""
+    for name, options in (("a", {}), ("b", CHUNKED)):
+        path = tmp_path / f"{name}.h5"
+        with h5py.File(path, "w") as file:
+            file.create_dataset("x", data=numbers, **options)
+        with h5py.File(path) as file:
+            os.truncate(path, path.stat().st_size - 1)
+            with pytest.raises(OSError, match="ends after the file: it is truncated"):
+                read(file["x"])
+
+
+@pytest.mark.parametrize("make", [lambda t: t.set_precision(12), lambda t: t.set_offset(3)])
+def test_numbers_that_numpy_lacks_are_left_to_h5py(tmp_path, make):
+    kind = h5py.h5t.STD_I16LE.copy()
+    kind.set_precision(12)
+    make(kind)
+    values = np.arange(24, dtype="i2").reshape(2, 3, 4)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        h5py.h5d.create(file.id, b"x", kind, h5py.h5s.create_simple(values.shape))
+        file["x"][...] = values
+    with h5py.File(tmp_path / "x.h5") as file:
+        assert hdf5_rows.storage(file["x"]) == "h5py"
+        np.testing.assert_array_equal(read(file["x"], slice(0, 2), slice(0, 3)), values)

@@ -367,6 +367,26 @@ def test_unreadable_model_is_named(settings, tmp_path, capsys, content):
     assert run.status == 2 and str(model) in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+def test_model_that_carries_code_is_refused(settings, tmp_path, capsys, suffix):
+    trace = str(tmp_path / "the_code_ran")
+    code = keras.layers.Lambda(
+        lambda x: __import__("os").makedirs(trace, exist_ok=True) or x[..., :1],
+        output_shape=(PATCH, PATCH, 1),
+    )
+    path = tmp_path / f"m{suffix}"
+    keras.Sequential([keras.Input((PATCH, PATCH, 9)), code]).save(path)
+    keras.models.load_model(path, compile=False, safe_mode=False)(np.zeros((1, PATCH, PATCH, 9)))
+    os.rmdir(trace)  # it runs where it is loaded
+    capsys.readouterr()
+
+    run = start(tmp_path / "out", {**settings, "model_file": str(path)}, "--mode", "inference")
+    error = capsys.readouterr().err
+    (line,) = (line for line in error.splitlines() if not line.startswith("Run "))
+    assert run.status == 2 and str(path) in line and "Lambda" in line
+    assert not os.path.exists(trace)
+
+
 def test_model_of_another_patch_size_is_refused(finished, settings, tmp_path, capsys):
     changed = {**settings, "model_file": str(finished / "model.keras"), "PATCH_SIZE": 24}
     run = start(tmp_path, changed, "--mode", "inference")

@@ -1,0 +1,43 @@
+import csv
+import logging
+
+import pytest
+
+from harness.run import PlainFormatter, _log_to, printable, write_csv
+
+FORGED = "S3A_a\nError: all is lost\x1b[2J\u202efdh\udcff\r.hdf"
+ESCAPED = r"S3A_a\nError: all is lost\x1b[2J\u202efdh\udcff\r.hdf"
+
+
+def test_printable_text_stays_as_it_is():
+    assert printable("S3A_é_雲 '\\n'") == "S3A_é_雲 '\\n'"
+
+
+def test_name_of_a_file_forges_no_line_of_a_log(tmp_path):
+    handler = _log_to(tmp_path / "rank-0.log")
+    try:
+        logging.getLogger("cloudmask").error("%s has no dataset 'refs'", FORGED)
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+    (line,) = (tmp_path / "rank-0.log").read_text(encoding="utf-8").splitlines()
+    assert line.endswith(f"ERROR {ESCAPED} has no dataset 'refs'")
+
+
+def test_formatter_leaves_a_traceback_its_lines():
+    try:
+        raise ValueError("x")
+    except ValueError as error:
+        info = type(error), error, error.__traceback__
+    record = logging.LogRecord("cloudmask", logging.ERROR, "", 0, "a\nb", (), info)
+    assert PlainFormatter("%(message)s").format(record).startswith("a\\nb\nTraceback")
+
+
+@pytest.mark.parametrize("name", [FORGED, 'a,"b"'])
+def test_row_of_csv_is_one_line(tmp_path, name):
+    """A formula needs = + - or @ at the front of a cell; names of scenes begin with S3A."""
+    write_csv(tmp_path / "scenes.csv", ["scene", "accuracy"], [{"scene": name, "accuracy": 0.5}])
+    text = (tmp_path / "scenes.csv").read_text(encoding="utf-8")
+    assert len(text.splitlines()) == 2
+    (row,) = csv.DictReader(text.splitlines())
+    assert row == {"scene": printable(name), "accuracy": "0.5"}
