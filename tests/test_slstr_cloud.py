@@ -39,7 +39,7 @@ def test_run_leaves_every_file_of_the_design(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "config.yaml", "cloudmask.log", "mlperf_cloudmask.log", "history.csv", "scenes.csv",
-        "results.json", "model.keras", "masks", "rank-0.log",
+        "results.json", "model.keras", "masks", "checkpoints", "rank-0.log",
     }  # fmt: skip
     assert len(list((finished / "masks").iterdir())) == 2
 

@@ -57,6 +57,7 @@ import slstr_cloud  # noqa: E402
 from harness.config import load_config  # noqa: E402
 from harness.devices import open_devices  # noqa: E402
 from harness.forward import without_upsampling  # noqa: E402
+from harness.interrupts import Interrupted  # noqa: E402
 from harness.run import git_commit, write_text  # noqa: E402
 from model import DOWNSCALING, RECEPTIVE_RADIUS, unet  # noqa: E402
 from tools.make_scenes import make_scene, product_name, write_scene  # noqa: E402
@@ -1167,7 +1168,7 @@ def main(argv=None):
         bench = Bench(arguments, Path(folder))
         try:
             status = min(measure(bench), 1)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Interrupted):  # the program, once run, turns SIGINT into this
             status = 130
     if arguments.only and not bench.rows and not status:
         log.error("Error: no row begins with %s.", " or ".join(arguments.only))
