@@ -279,11 +279,13 @@ def _blocks(dataset, tiles, fold=1):
     for first, block in read_blocks(dataset, rows, cols, fold):
         # One sum tells of anything missing in a block, at a tenth of the cost of a look at each.
         with np.errstate(over="ignore", invalid="ignore"):
-            complete = dataset.dtype.kind != "f" or np.isfinite(block.sum())
+            complete = dataset.dtype.kind != "f" or np.isfinite(np.float32(block.sum()))
+        # What float32 cannot hold is as good as infinite.
+        present = True if complete else np.abs(block) <= np.finfo(np.float32).max
         if fold > 1:
-            block = _average(block, True if complete else np.isfinite(block), fold)
+            block = _average(block, present, fold)
         elif not complete:
-            block = np.where(np.isfinite(block), block, 0)
+            block = np.where(present, block, 0)
         yield first // fold, col, block
 
 

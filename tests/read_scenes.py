@@ -42,8 +42,7 @@ def outcome(path, shape):
         return {"outcome": "refused", "text": str(error)}
     except Exception as error:
         return {"outcome": "error", "text": f"{type(error).__name__}: {error}"}
-    # A number beyond float32, which a flipped bit makes of any other, is infinite.
-    if scene.channels.dtype != np.float32 or np.isnan(scene.channels).any():
+    if scene.channels.dtype != np.float32 or not np.isfinite(scene.channels).all():
         return {"outcome": "error", "text": "channels that are no numbers"}
     return {"outcome": "scene", "text": ""}
 
