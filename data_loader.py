@@ -27,16 +27,23 @@ import tensorflow as tf
 from sklearn.model_selection import train_test_split
 
 from harness.hdf5_files import ForbiddenSource, open_dataset, open_file
-from harness.hdf5_rows import read_blocks
+from harness.hdf5_rows import check_storage, read_blocks, storage
 
 SCENE_NAME = "S3A*.hdf"
 REFLECTANCE_OFFSET = 0.5  # [1], mlcommons/science v1.1
 BT_OFFSET = 270.0  # [K], mlcommons/science v1.1
 BT_SCALE = 22.0  # [K], mlcommons/science v1.1
+# Wider than what can be: what lies outside is in other units, or damaged. A low sun makes clouds
+# brighter than white; no cloud top was seen below 161 K, and S7 to S9 saturate below 330 K.
+REFLECTANCE_RANGE = (-0.5, 10.0)  # [1]
+BT_RANGE = (150.0, 350.0)  # [K]
 SPLIT_SEED = 42  # mlcommons/science v1.1; apart from `seed`, so that every run has one split
 READER_THREADS = 4
+STRANGE_TOLD = 10  # scenes with values out of range that are named in the log of a training
 SCENES_MIXED = 8  # in a batch, at least; 49 MB each at full size
 SCENES_AHEAD = 3  # scenes read before they are needed
+
+STRANGE = "%s holds %d numbers that no reflectance or brightness temperature has."
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +61,14 @@ class Scene:
         cloud: uint8 (H, W, 1), 1 where the Bayesian mask says cloud; missing became 0.
         valid: bool (H, W), False where a brightness temperature is missing.
         bt_12um: float32 (H, W), brightness temperature of S9 [K]; 0 where missing.
+        out_of_range: Numbers outside REFLECTANCE_RANGE or BT_RANGE, which are kept as they are.
     """
 
     channels: np.ndarray
     cloud: np.ndarray
     valid: np.ndarray
     bt_12um: np.ndarray
+    out_of_range: int
 
 
 # --- which scenes ---------------------------------------------------------------------------
@@ -173,15 +182,28 @@ def read_scene(path, shape, padding=((0, 0), (0, 0))):
         SceneError: If the file is no HDF5 file or not a scene of that shape.
     """
     (height, width, n_channels), ((above, below), (left, right)) = shape, padding
-    scene = Scene(
-        channels=np.zeros((above + height + below, left + width + right, n_channels), np.float32),
-        cloud=np.empty((height, width, 1), np.uint8),
-        valid=np.empty((height, width), bool),
-        bt_12um=np.empty((height, width), np.float32),
-    )
-    inside = scene.channels[above : above + height, left : left + width]
-    read_tiles(path, shape, [Tile(0, 0, inside, scene.cloud, scene.valid, scene.bt_12um)])
-    return scene
+    channels = np.zeros((above + height + below, left + width + right, n_channels), np.float32)
+    cloud = np.empty((height, width, 1), np.uint8)
+    valid = np.empty((height, width), bool)
+    bt_12um = np.empty((height, width), np.float32)
+    inside = channels[above : above + height, left : left + width]
+    out_of_range = read_tiles(path, shape, [Tile(0, 0, inside, cloud, valid, bt_12um)])
+    return Scene(channels, cloud, valid, bt_12um, out_of_range)
+
+
+def check_scene(path, shape):
+    """See that a file is a scene of that shape, by its headers; no pixel is read.
+
+    Returns:
+        How each dataset is stored, {'refs': 'float64 contiguous', ...}.
+
+    Raises:
+        SceneError: As `read_scene`, but for damage inside the numbers.
+    """
+    with _open_scene(path, shape) as datasets:
+        for dataset in datasets:
+            check_storage(dataset)
+        return {d.name.strip("/"): f"{d.dtype} {storage(d)}" for d in datasets}
 
 
 def read_tiles(path, shape, tiles):
@@ -190,14 +212,24 @@ def read_tiles(path, shape, tiles):
     A block of rows is read, freed of missing values and normalised while it is in the cache of a
     core, and goes from there to the tiles: no array of the whole scene comes into being.
 
+    Returns:
+        How many of the numbers read are out of range; see Scene.
+
     Raises:
         SceneError: As `read_scene`.
     """
+    with _open_scene(path, shape) as (refs, bts, bayes):
+        return _read_datasets(refs, bts, bayes, tiles)
+
+
+@contextlib.contextmanager
+def _open_scene(path, shape):
+    """Open `refs`, `bts` and `bayes` of a scene; whatever goes wrong with them is a SceneError."""
     try:
         with open_file(path) as file:
-            refs, bts, bayes = (_dataset(file, path, name) for name in ("refs", "bts", "bayes"))
-            _check_shapes(path, shape, refs, bts, bayes)
-            _read_datasets(refs, bts, bayes, tiles)
+            datasets = [_dataset(file, path, name) for name in ("refs", "bts", "bayes")]
+            _check_shapes(path, shape, *datasets)
+            yield datasets
     except SceneError:
         raise
     except ForbiddenSource as error:
@@ -251,25 +283,34 @@ def _read_datasets(refs, bts, bayes, tiles):
     pixel = np.dtype([("refs", f"V{4 * n_refs}"), ("bts", f"V{4 * n_bts}")])
     pixels = [tile.channels.view(pixel)[..., 0] for tile in tiles]  # (h, w)
     fold = refs.shape[0] // bts.shape[0]  # 2 where reflectances are on the 500 m grid
+    out_of_range = 0
 
-    for first, col, _, values in _normalised(_blocks(refs, tiles, fold), REFLECTANCE_OFFSET):
+    reflectances = _blocks(refs, tiles, REFLECTANCE_RANGE, fold)
+    for first, col, _, n_outside, values in _normalised(reflectances, REFLECTANCE_OFFSET):
+        out_of_range += n_outside
         _share(tiles, first, col, values.view(pixel["refs"])[..., 0], [p["refs"] for p in pixels])
-    for first, col, block, values in _normalised(_blocks(bts, tiles), BT_OFFSET, BT_SCALE):
+    temperatures = _blocks(bts, tiles, BT_RANGE)
+    for first, col, block, n_outside, values in _normalised(temperatures, BT_OFFSET, BT_SCALE):
+        out_of_range += n_outside
         _share(tiles, first, col, values.view(pixel["bts"])[..., 0], [p["bts"] for p in pixels])
         _share(tiles, first, col, block[..., -1], [tile.bt_12um for tile in tiles])
         if any(tile.valid is not None for tile in tiles):
             valid = np.logical_and.reduce([block[..., i] != 0 for i in range(n_bts)])
             _share(tiles, first, col, valid, [tile.valid for tile in tiles])
-    for first, col, block in _blocks(bayes, tiles):
+    for first, col, block, _ in _blocks(bayes, tiles, (-np.inf, np.inf)):
         _share(tiles, first, col, block[..., 0] != 0, [tile.cloud[..., 0] for tile in tiles])
+    return out_of_range
 
 
-def _blocks(dataset, tiles, fold=1):
-    """Yield (first row, first column, block (n, m, C)) of what tiles need, missing values as 0.
+def _blocks(dataset, tiles, limits, fold=1):
+    """Yield (first row, first column, block, n_outside) of what tiles need, missing values as 0.
+
+    A block has shape (n, m, C); `n_outside` of its numbers are outside the limits and not missing.
 
     Args:
         dataset: h5py.Dataset (fold * H, fold * W, C).
         tiles: List of Tile, all on the 1 km grid.
+        limits: Lowest and highest number that can be.
         fold: 2 for a dataset on the 500 m grid, of which 2 x 2 pixels are averaged; else 1.
     """
     row, col = min(tile.row for tile in tiles), min(tile.col for tile in tiles)
@@ -277,16 +318,21 @@ def _blocks(dataset, tiles, fold=1):
     last_col = max(tile.col + tile.cloud.shape[1] for tile in tiles)
     rows, cols = slice(fold * row, fold * last_row), slice(fold * col, fold * last_col)
     for first, block in read_blocks(dataset, rows, cols, fold):
-        # One sum tells of anything missing in a block, at a tenth of the cost of a look at each.
+        # Two numbers tell of anything odd in a block, at a tenth of the cost of a look at each.
         with np.errstate(over="ignore", invalid="ignore"):
-            complete = dataset.dtype.kind != "f" or np.isfinite(np.float32(block.sum()))
+            extremes = np.array([block.min(), block.max()])
+            complete = np.isfinite(extremes.astype(np.float32)).all()
         # What float32 cannot hold is as good as infinite.
         present = True if complete else np.abs(block) <= np.finfo(np.float32).max
+        n_outside, (low, high) = 0, limits
+        if not (low <= extremes[0] and extremes[1] <= high):
+            outside = ((block < low) | (block > high)) & (block != 0) & present
+            n_outside = int(np.count_nonzero(outside))
         if fold > 1:
             block = _average(block, present, fold)
         elif not complete:
             block = np.where(present, block, 0)
-        yield first // fold, col, block
+        yield first // fold, col, block, n_outside
 
 
 def _average(block, present, fold):
@@ -301,7 +347,7 @@ def _average(block, present, fold):
 def _normalised(blocks, offset, scale=1):
     """Add float32 (block - offset) / scale to `_blocks`; the next block overwrites it."""
     space = np.empty(0, np.float32)
-    for first, col, block in blocks:
+    for first, col, block, n_outside in blocks:
         if space.size < block.size:  # one space for all blocks: new memory costs more than the sums
             space = np.empty(block.size, np.float32)
         values = space[: block.size].reshape(block.shape)
@@ -310,7 +356,7 @@ def _normalised(blocks, offset, scale=1):
         np.subtract(block, offset, out=values, dtype=precision, casting="same_kind")
         if scale != 1:
             values /= np.float32(scale)
-        yield first, col, block, values
+        yield first, col, block, n_outside, values
 
 
 def _share(tiles, first, col, values, targets):
@@ -353,12 +399,15 @@ def read_patches(path, patches, shape, patch_size):
         shape: (H, W, C) that the configuration demands of every scene.
         patch_size: Rows and columns of a patch.
 
+    Returns:
+        How many of the numbers read are out of range; see Scene.
+
     Raises:
         SceneError: As `read_scene`.
     """
     rows, cols = training_crop(*shape[:2], patch_size)
     corners = itertools.product(*(range(cut.start, cut.stop, patch_size) for cut in (rows, cols)))
-    read_tiles(
+    return read_tiles(
         path,
         shape,
         [Tile(*corner, *patches[i]) for i, corner in enumerate(corners) if i in patches],
@@ -477,6 +526,8 @@ class PatchBatches:
         seed: Of the run.
         shuffle: Another order each epoch; else the order of `paths`, epoch after epoch.
         multiple: S is a multiple of this (the micro-batch).
+        leave_out: Called with the path and the SceneError of a scene that cannot be read; its
+            patches get weight 0. None: such a scene ends the reading.
         first: Epoch and step to begin with, both counted from 0.
     """
 
@@ -492,6 +543,7 @@ class PatchBatches:
     seed: int = 0
     shuffle: bool = True
     multiple: int = 1
+    leave_out: Callable | None = None
     first: tuple = (0, 0)
 
     def __post_init__(self):
@@ -500,6 +552,7 @@ class PatchBatches:
         self.replica_batch = -(-largest // self.multiple) * self.multiple
         self.n_patches = len(self.paths) * self.patches_per_scene
         self.n_steps = -(-self.n_patches // self.batch_size)
+        self._strange = set()  # scenes with values out of range
         self.error = None  # what ended the reading: tf.data would keep only its text
         self._readers = ThreadPoolExecutor(READER_THREADS)
 
@@ -590,28 +643,46 @@ class PatchBatches:
                     del batch  # or it would wait in memory for the next one
 
     def _scenes(self, epoch, begun):
-        """Yield (path, keys of batches, places of patches) of scenes in the order of first use."""
+        """Yield (path, patches, weights, keys of batches) of scenes in the order of first use.
+
+        Patches and weights are places in batches that are to be filled, by number of patch.
+        """
         shares = self._shares(epoch)
         scenes = {}
         for number, share in enumerate(shares):
             for slot, (scene, patch) in enumerate(share.tolist()):
                 scenes.setdefault(scene, []).append((number, slot, patch))
         for scene, uses in scenes.items():
-            patches = {}
+            patches, weights = {}, {}
             for number, slot, patch in uses:
                 key = epoch, number
                 if key not in begun:
                     begun[key] = self._batch(len(shares[number]))
-                patches[patch] = begun[key].channels[slot], begun[key].cloud[slot]
-            yield self.paths[scene], patches, [(epoch, number) for number, _, _ in uses]
+                batch = begun[key]
+                patches[patch] = batch.channels[slot], batch.cloud[slot]
+                weights[patch] = batch.weight[slot : slot + 1]
+            keys = [(epoch, number) for number, _, _ in uses]
+            yield self.paths[scene], patches, weights, keys
 
     def _batch(self, n_patches):
         return Batch.of(self.replica_batch, self.patch_size, self.n_channels, n_patches)
 
     def _read(self, job):
-        path, patches, keys = job
-        self.read(path, patches)
+        path, patches, weights, keys = job
+        try:
+            self._tell_of_strange(path, self.read(path, patches))
+        except SceneError as error:
+            if self.leave_out is None:
+                raise
+            self.leave_out(path, error)
+            for place in itertools.chain(*patches.values(), weights.values()):
+                place[:] = 0
         return keys
+
+    def _tell_of_strange(self, path, out_of_range):
+        if out_of_range and path not in self._strange and len(self._strange) < STRANGE_TOLD:
+            self._strange.add(path)
+            log.warning(STRANGE, path, out_of_range)
 
 
 def read_ahead(pool, read, items, n_ahead=SCENES_AHEAD):
@@ -648,10 +719,10 @@ def cached(read, cache_dir, key):
         name = f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
         copies = {i: cache_dir / f"{name}-{i}.raw" for i in patches}
         absent = {i: patch for i, patch in patches.items() if not _load(copies[i], patch)}
-        if absent:
-            read(path, absent)
+        out_of_range = read(path, absent) if absent else 0
         for i, patch in absent.items():
             _store(copies[i], patch)
+        return out_of_range
 
     return read_cached
 

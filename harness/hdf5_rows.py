@@ -56,6 +56,29 @@ def _filters(plan):
     return [FILTERS.get(plan.get_filter(i)[0]) for i in range(plan.get_nfilters())]
 
 
+def check_storage(dataset):
+    """See that the numbers of a dataset can be where its file says, without reading any.
+
+    Raises:
+        OSError: If the file is too short, a chunk of absurd size, or a filter not to be had.
+    """
+    _check_chunks(dataset)
+    plan, file_bytes = dataset.id.get_create_plist(), os.stat(dataset.file.filename).st_size
+    for i in range(plan.get_nfilters()):
+        number, *_, name = plan.get_filter(i)
+        if not h5py.h5z.filter_avail(number):
+            raise OSError(
+                f"'{dataset.name}' is compressed with the filter {number} ({os.fsdecode(name)}), "
+                "which this HDF5 lacks"
+            )
+    ends = [0]
+    if storage(dataset) == "contiguous":
+        ends.append(dataset.id.get_offset() + dataset.nbytes)
+    _stored_chunks(dataset, lambda chunk: ends.append(chunk.byte_offset + chunk.size))
+    if max(ends) > file_bytes:
+        raise OSError(f"'{dataset.name}' ends after the file: it is truncated")
+
+
 def read_blocks(dataset, rows, cols, multiple=1):
     """Read a rectangle of a dataset in blocks of rows.
 
@@ -72,15 +95,18 @@ def read_blocks(dataset, rows, cols, multiple=1):
     Raises:
         OSError: If the file is truncated or damaged.
     """
-    if dataset.chunks and not (
-        0 < math.prod(dataset.chunks) <= MAX_CHUNK_SHARE * math.prod(dataset.shape)
-    ):
+    _check_chunks(dataset)
+    readers = {"contiguous": _contiguous_blocks, "chunked": _chunked_blocks, "h5py": _h5py_blocks}
+    return readers[storage(dataset)](dataset, rows, cols, multiple)
+
+
+def _check_chunks(dataset):
+    most = MAX_CHUNK_SHARE * math.prod(dataset.shape)
+    if dataset.chunks and not 0 < math.prod(dataset.chunks) <= most:
         raise OSError(
             f"'{dataset.name}' of {dataset.shape} has chunks of {dataset.chunks}, wanted "
             f"{MAX_CHUNK_SHARE} times its numbers at most"
         )
-    readers = {"contiguous": _contiguous_blocks, "chunked": _chunked_blocks, "h5py": _h5py_blocks}
-    return readers[storage(dataset)](dataset, rows, cols, multiple)
 
 
 def _steps(rows, step):

@@ -140,7 +140,9 @@ class Trainer:
         taken, bad = tf.unstack(self._steps + [1, 0])
         is_first_bad = (bad == 0) & ~tf.math.is_finite(loss)
         self._steps.assign([taken, tf.where(is_first_bad, taken, bad)])
-        gradients = [g * (self.batch_size / n_patches) for g in gradients]
+        # Where no patch counts, scenes were left out: nothing is learned from them.
+        correction = tf.math.divide_no_nan(float(self.batch_size), n_patches)
+        gradients = [g * correction for g in gradients]
         if self._loss_scaling:
             gradients = self._agree_on_overflow(gradients, context)
         self.optimizer.apply(gradients, self.model.trainable_variables)
