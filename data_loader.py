@@ -16,9 +16,8 @@ import logging
 import math
 import os
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from sklearn.model_selection import train_test_split
 
 from harness.hdf5_files import ForbiddenSource, open_dataset, open_file
 from harness.hdf5_rows import check_storage, read_blocks, storage
+from harness.readers import Readers
 
 SCENE_NAME = "S3A*.hdf"
 REFLECTANCE_OFFSET = 0.5  # [1], mlcommons/science v1.1
@@ -526,6 +526,7 @@ class PatchBatches:
         seed: Of the run.
         shuffle: Another order each epoch; else the order of `paths`, epoch after epoch.
         multiple: S is a multiple of this (the micro-batch).
+        read_timeout: Seconds after which a scene's file hangs; None waits for ever.
         leave_out: Called with the path and the SceneError of a scene that cannot be read; its
             patches get weight 0. None: such a scene ends the reading.
         first: Epoch and step to begin with, both counted from 0.
@@ -543,6 +544,7 @@ class PatchBatches:
     seed: int = 0
     shuffle: bool = True
     multiple: int = 1
+    read_timeout: float | None = None
     leave_out: Callable | None = None
     first: tuple = (0, 0)
 
@@ -554,7 +556,7 @@ class PatchBatches:
         self.n_steps = -(-self.n_patches // self.batch_size)
         self._strange = set()  # scenes with values out of range
         self.error = None  # what ended the reading: tf.data would keep only its text
-        self._readers = ThreadPoolExecutor(READER_THREADS)
+        self._readers = Readers(READER_THREADS, self.read_timeout)
 
     def __enter__(self):
         return self
@@ -564,7 +566,7 @@ class PatchBatches:
 
     def close(self):
         """Read no more, and wait for what is being read: tf.data reads on after it is dropped."""
-        self._readers.shutdown(cancel_futures=True)
+        self._readers.close()
 
     def dataset(self):
         """The batches of all epochs, without end, as a prefetching tf.data.Dataset.
@@ -630,7 +632,8 @@ class PatchBatches:
         scenes = itertools.chain.from_iterable(
             self._scenes(epoch, begun) for epoch in itertools.count(first)
         )
-        with contextlib.closing(read_ahead(self._readers, self._read, scenes)) as done:
+        reading = self._readers.ahead(self._read, scenes, SCENES_AHEAD, name=lambda job: job[0])
+        with contextlib.closing(reading) as done:
             for epoch in itertools.count(first):
                 for number, share in enumerate(self._shares(epoch)):
                     if not len(share):
@@ -685,20 +688,6 @@ class PatchBatches:
             log.warning(STRANGE, path, out_of_range)
 
 
-def read_ahead(pool, read, items, n_ahead=SCENES_AHEAD):
-    """Yield read(item) in the order of items, computed in a pool up to `n_ahead` items early."""
-    items = iter(items)
-    pending = deque(pool.submit(read, item) for item in itertools.islice(items, n_ahead))
-    try:
-        while pending:
-            result = pending.popleft().result()
-            pending.extend(pool.submit(read, item) for item in itertools.islice(items, 1))
-            yield result
-    finally:
-        for future in pending:
-            future.cancel()
-
-
 def cached(read, cache_dir, key):
     """Let `read` keep the patches it makes on a local disk and take them from there.
 
@@ -714,7 +703,10 @@ def cached(read, cache_dir, key):
     cache_dir.mkdir(parents=True, exist_ok=True)
 
     def read_cached(path, patches):
-        stat = path.stat()
+        try:
+            stat = path.stat()
+        except OSError:
+            return read(path, patches)  # which says what is wrong
         identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {key}"
         name = f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
         copies = {i: cache_dir / f"{name}-{i}.raw" for i in patches}

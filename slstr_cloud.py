@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import harness.quiet_tensorflow  # noqa: F401  (before all that imports TensorFlow)
@@ -33,12 +33,25 @@ from harness.launch import Meeting, detect_launch
 from harness.masks import MaskFolder
 from harness.mlperf_log import keys
 from harness.prediction import Predictor, predictor_that_fits
+from harness.preflight import (
+    DURING_START,
+    BadScenes,
+    amount,
+    check_disk,
+    check_scenes,
+    describe_scenes,
+    duration,
+    results_bytes,
+    table,
+)  # fmt: skip
+from harness.readers import Readers, leave
 from harness.resume import find_requeued, load_resumed, sole_user
 from harness.run import (
     Run,
     digest_of,
     log_to_screen,
     make_folder,
+    peak_rss,
     progress,
     replacing,
     write_csv,
@@ -48,6 +61,8 @@ from model import DOWNSCALING, RECEPTIVE_RADIUS, unet
 
 STEPS_UNWATCHED = 50  # of training, between looks for a loss that is not finite
 THRESHOLD = 0.5  # cloud where the probability is above
+SCENES_SAMPLED = 8  # of each set, by --mode check
+STEPS_MEASURED = 3
 STRIPS_TRIED = (1, 2, 4, 8)  # of a scene, until they fit the memory; 8 predict most rows twice
 HISTORY_COLUMNS = (
     "epoch", "loss", "accuracy", "val_loss", "val_accuracy", "seconds", "patches_per_second",
@@ -61,13 +76,19 @@ def train(config, devices, run, train_paths, test_paths):
     trainer = open_trainer(config, devices)
     batches = training_batches(config, devices, trainer.micro_batch)
     with (
-        batches(train_paths, shuffle=True, batch_size=config.batch_size) as training,
+        batches(
+            train_paths,
+            shuffle=True,
+            batch_size=config.batch_size,
+            leave_out=how_to_leave_out(config, run, "training", train_paths),
+        ) as training,
         # The sums of validation are the same for any batch; a small one leaves memory to training.
         batches(
             test_paths,
             shuffle=False,
             batch_size=trainer.micro_batch * devices.n_replicas,
             n_lanes=devices.n_ranks,
+            leave_out=how_to_leave_out(config, run, "validation", test_paths),
         ) as validation,
     ):
         warm_up_seconds = trainer.warm_up(training.replica_batch, validation.replica_batch)
@@ -116,7 +137,7 @@ def train_epochs(config, devices, run, trainer, training, validation, state):
                 **{f"val_{name}": value for name, value in validated.items()},
                 "seconds": time.perf_counter() - begin,
                 "train_seconds": train_seconds,
-                "patches_per_second": training.n_patches / train_seconds,
+                "patches_per_second": trained["patches"] / train_seconds,
             }
             with deferred():
                 run.mllog.event(keys.EVAL_ACCURACY, row["val_accuracy"], metadata=numbered)
@@ -217,7 +238,15 @@ def training_batches(config, devices, micro_batch):
         else config.shuffle_scenes,
         seed=config.seed,
         multiple=micro_batch,
+        read_timeout=config.read_timeout,
     )
+
+
+def how_to_leave_out(config, run, during, paths):
+    """What to do about a scene that turns bad during the run; None where that ends it."""
+    if config.on_bad_scene == "stop":
+        return None
+    return run.bad_scenes.leave_out(during, len(paths))
 
 
 def infer(config, devices, run, paths, starts_run):
@@ -227,7 +256,8 @@ def infer(config, devices, run, paths, starts_run):
     predictors = [open_predictor(config, devices, model, device) for device in devices.local]
     modes = {"inference_mode": config.inference_mode, "windows": len(predictors[0].grid.corners)}
     if config.inference_mode == "scene" and devices.is_chief:
-        modes["differs"] = compare_with_patches(config, devices, model, predictors[0], paths[0])
+        with suppress(SceneError) if config.on_bad_scene == "skip" else nullcontext():
+            modes["differs"] = compare_with_patches(config, devices, model, predictors[0], paths[0])
     if starts_run:
         mlperf_log.log_hyperparameters(config, devices, run.mllog, 0, len(paths))
         run.start()
@@ -236,6 +266,8 @@ def infer(config, devices, run, paths, starts_run):
     masks = MaskFolder(run.path("masks"), devices.check_ranks, made_by)
     if devices.is_chief:
         masks.forget_claims()
+        run.bad_scenes.forget("inference")
+    leave_out = how_to_leave_out(config, run, "inference", paths)
     devices.gather(0)  # all begin together
     run.mllog.start(mlperf_log.INFERENCE_START)
     begin = time.perf_counter()
@@ -243,7 +275,9 @@ def infer(config, devices, run, paths, starts_run):
         shown = [progress(paths, "Masking", len(paths)), *[paths] * (len(predictors) - 1)]
         try:
             for _ in pool.map(
-                functools.partial(mask_scenes, config, devices, run, masks), shown, predictors
+                functools.partial(mask_scenes, config, devices, run, masks, leave_out),
+                shown,
+                predictors,
             ):
                 pass  # raises what a thread raised
         except BaseException:
@@ -253,7 +287,8 @@ def infer(config, devices, run, paths, starts_run):
     run.mllog.end(mlperf_log.INFERENCE_STOP)
 
     if run.is_chief:
-        rows = masks.collect(paths)
+        left_out = run.bad_scenes.paths("inference")
+        rows = masks.collect([path for path in paths if str(path) not in left_out])
         write_csv(run.path("scenes.csv"), scores.SCENE_COLUMNS, rows)
         # What earlier parts of the run masked took the devices this long, had they been as busy.
         earlier = [row["seconds"] for row in rows if row["part"] != run.part]
@@ -262,18 +297,28 @@ def infer(config, devices, run, paths, starts_run):
         run.write_line(results.inference_line(config, devices, run.results["inference"]))
 
 
-def mask_scenes(config, devices, run, masks, paths, predictor):
+def mask_scenes(config, devices, run, masks, leave_out, paths, predictor):
     """Mask scenes with one device; the next one is read while the present one is masked."""
     shape = (config.image_h, config.image_w, config.n_channels)
 
     def read(path):
         begin = time.perf_counter()
-        scene = data_loader.read_scene(path, shape, padding=predictor.grid.padding)
+        try:
+            scene = data_loader.read_scene(path, shape, padding=predictor.grid.padding)
+        except SceneError as error:
+            if leave_out is None:
+                raise
+            leave_out(path, error)
+            scene = None
         return path, scene, time.perf_counter() - begin
 
     last = time.perf_counter()
-    with ThreadPoolExecutor(1) as reader:
-        for path, scene, read_seconds in data_loader.read_ahead(reader, read, masks.deal(paths), 1):
+    with Readers(1, config.read_timeout) as readers:
+        for path, scene, read_seconds in readers.ahead(read, masks.deal(paths), 1):
+            if scene is None:
+                continue
+            if scene.out_of_range:
+                log.warning(data_loader.STRANGE, path, scene.out_of_range)
             clock = time.perf_counter()
             probability, network_seconds = predictor(scene.channels)
             mask = (probability > THRESHOLD).astype(np.uint8)
@@ -290,6 +335,7 @@ def mask_scenes(config, devices, run, masks, paths, predictor):
                 "network_seconds": network_seconds,
                 "stitch_seconds": stitched - clock - network_seconds,
                 "score_seconds": scored - stitched,
+                "out_of_range": scene.out_of_range,
                 "device": f"rank {devices.rank}, {predictor.device}",
                 "part": run.part,
             }
@@ -363,8 +409,8 @@ def parse_arguments(argv):
     parser.add_argument("--config", help="YAML file (default config.yaml)")
     parser.add_argument(
         "--mode",
-        choices=("benchmark", "train", "inference"),
-        help="benchmark trains, then masks (default)",
+        choices=("benchmark", "train", "inference", "check"),
+        help="benchmark trains, then masks (default); check looks at scenes, devices and disk only",
     )
     parser.add_argument(
         "--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[],
@@ -391,22 +437,22 @@ def run_benchmark(config, mode, launch, folder=None, earlier=None):
     """
     meeting = Meeting(launch, config.output_dir) if launch.n_ranks > 1 else None
     with meeting or nullcontext(), watch_ranks(meeting):
-        train_paths = test_paths = inference_paths = ()
-        if mode != "inference":
-            paths = data_loader.find_scenes(config.train_dir)
-            train_paths, test_paths = data_loader.split_scenes(paths, config.train_split)
-        if mode != "train":
-            inference_paths = data_loader.find_scenes(config.inference_dir)
-        names = [path.name for path in (*train_paths, *test_paths, *inference_paths)]
+        sets = find_sets(config, mode)
+        bad = look_at_scenes(config, sets, folder) if launch.rank == 0 else {}
+        names = [path.name for paths in sets for path in paths]
         work = [mode, repr(config), names, str(folder)]
-        devices, folder = open_run(config, mode, launch, meeting, work, folder)
+        devices, folder, bad = open_run(config, mode, launch, meeting, work, folder, bad)
+        train_paths, test_paths, inference_paths = usable_scenes(config, sets, bad)
         heed_signals()  # TensorFlow takes SIGTERM when it connects several ranks
         with (
             sole_user(folder) if devices.is_chief else nullcontext(),
-            Run(config, devices, mode, folder, earlier, digest_of(names)) as run,
+            Run(config, devices, mode, folder, BadScenes(folder), earlier, digest_of(names)) as run,
             watch_ranks(meeting),
         ):
             log.info("Run %s on %s", run.folder, devices.describe())
+            if devices.is_chief:
+                for path, reason in bad.items():
+                    run.bad_scenes.add(path, reason, DURING_START)
             run.begin()
             if mode != "inference":
                 train(config, devices, run, train_paths, test_paths)
@@ -417,14 +463,159 @@ def run_benchmark(config, mode, launch, folder=None, earlier=None):
     log.info("Results are in %s", run.folder)
 
 
-def open_run(config, mode, launch, meeting, work, resumed):
-    """Open the devices, and the folder that the chief names; all ranks do the same work."""
+def find_sets(config, mode):
+    """The scenes to train and validate with, and those to mask; none where the mode needs none."""
+    train_paths = data_loader.find_scenes(config.train_dir) if mode != "inference" else []
+    return train_paths, data_loader.find_scenes(config.inference_dir) if mode != "train" else []
+
+
+def look_at_scenes(config, sets, folder):
+    """See before a run that its scenes can be used, and that the disk holds its results.
+
+    Args:
+        config: Config.
+        sets: Of `find_sets`.
+        folder: Of the run that is resumed, which keeps the scenes it began with; or None.
+
+    Returns:
+        Reasons of the bad scenes that are left out, by path as text.
+
+    Raises:
+        SceneError: If there are bad scenes, and none may be left out or too few remain.
+    """
+    known = BadScenes(folder).all() if folder else []
+    left_out = {bad["path"]: bad["reason"] for bad in known if bad["during"] == DURING_START}
+    if folder and config.on_bad_scene == "skip":
+        return left_out  # one that turned bad later is met, and left out, where it is needed
+    paths = [path for paths in sets for path in paths if str(path) not in left_out]
+    _, bad = check_scenes(paths, scene_check(config), config.read_timeout)
+    refuse_bad_scenes(config, paths, bad)
+    left_out |= {str(path): reason for path, reason in bad.items()}
+    usable_scenes(config, sets, left_out)
+    if not folder:
+        check_disk(config.output_dir, results_bytes(config, len(sets[1])))
+    return left_out
+
+
+def scene_check(config):
+    """What `check_scenes` asks of every scene."""
+    shape = (config.image_h, config.image_w, config.n_channels)
+    return functools.partial(data_loader.check_scene, shape=shape)
+
+
+def refuse_bad_scenes(config, paths, bad):
+    """Raise SceneError where bad scenes are not to be skipped; each with a line on the screen."""
+    if bad and len(bad) == len(paths):  # as with a wrong IMAGE_H
+        raise SceneError(f"None of {len(paths)} scenes can be used: {bad[paths[0]]}")
+    if bad and config.on_bad_scene == "stop":
+        for reason in bad.values():
+            log.error("Bad scene: %s", reason)
+        raise SceneError(
+            f"{len(bad)} of {len(paths)} scenes cannot be used, see above. Download or make them "
+            "again, remove them, or leave them out with on_bad_scene: skip."
+        )
+
+
+def usable_scenes(config, sets, bad):
+    """The scenes of training, validation and inference: those of the sets that are not bad.
+
+    Raises:
+        SceneError: If a set has too few of them.
+    """
+    train_paths = test_paths = ()
+    good = [[path for path in paths if str(path) not in bad] for paths in sets]
+    for paths, left in zip(sets, good, strict=True):
+        if paths and not left:
+            raise SceneError(f"None of {len(paths)} scenes can be used: {bad[str(paths[0])]}")
+    if good[0]:
+        train_paths, test_paths = data_loader.split_scenes(good[0], config.train_split)
+    return train_paths, test_paths, good[1]
+
+
+def check(config, launch):
+    """--mode check: see whether a benchmark would run, and how long; no run's folder is made."""
+    if launch.n_ranks > 1:
+        raise UserError(f"--mode check is for one process, found {launch.n_ranks} ranks.")
+    sets = find_sets(config, "benchmark")
+    paths = [path for paths in sets for path in paths]
+    stored, bad = check_scenes(paths, scene_check(config), config.read_timeout)
+    shape = (config.image_h, config.image_w, config.n_channels)
+    columns = {}
+    for name, paths_of_set in zip(("train_dir", "inference_dir"), sets, strict=True):
+        good = [path for path in paths_of_set if path in stored]
+        samples = []
+        for path in good[:: -(-len(good) // SCENES_SAMPLED)] if good else ():
+            begin = time.perf_counter()
+            try:
+                scene = data_loader.read_scene(path, shape)
+                samples.append((scene, time.perf_counter() - begin))
+            except SceneError as error:
+                bad[path] = str(error)
+        columns[name] = describe_scenes(
+            [data_loader.day_or_night(path) for path in paths_of_set],
+            {path: stored[path] for path in good},
+            [path for path in paths_of_set if path in bad],
+            samples,
+        )
+    sys.stdout.write(table(columns) + "\n")
+    refuse_bad_scenes(config, paths, bad)
+    for reason in bad.values():
+        log.warning("Left out: %s", reason)
+    free = check_disk(config.output_dir, needed := results_bytes(config, len(sets[1])))
+    run = measure(config, usable_scenes(config, sets, set(map(str, bad))))
+    run["disk"] = f"up to {amount(needed)}, {amount(free)} free in {config.output_dir}"
+    sys.stdout.write("\n" + table({"the run": run}) + "\n")
+
+
+def measure(config, scenes):
+    """Train a few steps and mask a scene: what memory and time a benchmark will take."""
+    train_paths, test_paths, inference_paths = scenes
+    devices = open_devices(
+        *(config.gpu, config.nodes, config.cpu_devices, config.deterministic),
+        *(config.xla, config.seed),
+    )
+    trainer = open_trainer(config, devices)
+    batches = training_batches(config, devices, trainer.micro_batch)
+    seconds = []
+    with batches(train_paths, shuffle=True, batch_size=config.batch_size) as training:
+        trainer.warm_up(training.replica_batch, training.replica_batch)
+        feed = devices.distribute(training.dataset)
+        for _ in range(1 + STEPS_MEASURED):
+            begin = time.perf_counter()
+            trainer.train_step(next(feed))
+            _ = trainer.totals  # waits for the devices
+            seconds.append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+        trainer.eval_step(next(feed))
+        _ = trainer.totals
+        eval_seconds = time.perf_counter() - begin
+    share = len(test_paths) / len(train_paths)
+    epoch = training.n_steps * (np.median(seconds[1:]) + share * eval_seconds)
+    predictor = open_predictor(config, devices, trainer.model, devices.local[0])
+    shape = (config.image_h, config.image_w, config.n_channels)
+    scene = data_loader.read_scene(inference_paths[0], shape, padding=predictor.grid.padding)
+    begin = time.perf_counter()
+    predictor(scene.channels)
+    inference = (time.perf_counter() - begin) * len(inference_paths) / devices.n_replicas
+    gpu_memory = [f"{amount(n)} of a GPU's" for n in devices.peak_gpu_memory()[:1]]
+    return {
+        "devices": devices.describe(),
+        "training": f"{duration(epoch)} an epoch, {duration(epoch * config.epochs)} for "
+        f"{config.epochs} epochs (from {STEPS_MEASURED} steps)",
+        "inference": f"{duration(inference)} for {len(inference_paths)} scenes (from one)",
+        "memory": " and ".join([amount(peak_rss()), *gpu_memory]) + " at most so far",
+    }
+
+
+def open_run(config, mode, launch, meeting, work, resumed, bad):
+    """Open the devices, and what the chief says: the folder, and the scenes to leave out."""
     folder = resumed or (make_folder(config, mode) if launch.rank == 0 else None)
     try:
         devices = open_devices(
             *(config.gpu, config.nodes, config.cpu_devices, config.deterministic),
             *(config.xla, config.seed, meeting),
             folder=str(folder),
+            bad=bad,
             work=digest_of(work),
         )
         if config.batch_size < devices.n_replicas:
@@ -436,7 +627,8 @@ def open_run(config, mode, launch, meeting, work, resumed):
         if folder and not resumed:
             shutil.rmtree(folder)
         raise
-    return devices, folder or Path(devices.cards[0]["folder"])
+    chief = devices.cards[0]
+    return devices, folder or Path(chief["folder"]), chief.get("bad", bad)
 
 
 def choose_work(arguments):
@@ -445,6 +637,8 @@ def choose_work(arguments):
     if folder is None:
         config, mode = load_config(arguments.config or "config.yaml", arguments.set), arguments.mode
         mode = mode or "benchmark"
+        if mode == "check":
+            return {"config": config, "mode": mode}
         if mode == "inference":  # the model is an input, and named from where one stands
             config = config.model_copy(update={"model_file": config.model_file.absolute()})
         folder = find_requeued(config, mode)
@@ -472,7 +666,9 @@ def main(argv=None):
         launch = detect_launch()
         log_to_screen(arguments.verbose, is_chief=launch.rank == 0)
         work = choose_work(arguments)
-        if work is not None:
+        if work is not None and work["mode"] == "check":
+            check(work["config"], launch)
+        elif work is not None:
             run_benchmark(launch=launch, **work)
     except Interrupted as error:
         log.error("Stopped: %s.", error)
@@ -507,4 +703,4 @@ def is_users_mistake(error):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -103,6 +103,7 @@ class Config(BaseModel):
     cache_dir: FilePath | None = None
     no_cache: bool | None = None
     on_bad_scene: Literal["stop", "skip"] = "stop"
+    read_timeout: Annotated[float, Number, Field(gt=0)] = 600.0
 
     # Scenes and patches
     image_h: Count = 1200
@@ -161,8 +162,6 @@ class Config(BaseModel):
                 f"cpu_devices {self.cpu_devices} rehearses on the CPU, but gpu is {self.gpu}; "
                 "set gpu: 0"
             )
-        if self.on_bad_scene != "stop":
-            problems.append(f"on_bad_scene: {self.on_bad_scene} is not available yet; set stop")
         if self.model_file.suffix not in (".keras", ".h5"):
             problems.append(f"model_file {self.model_file} must end in .keras or .h5")
         for key in ("log_file", "mlperf_logfile"):

@@ -46,6 +46,7 @@ def inference_results(rows, seconds):
             if (of_device := [row for row in rows if row["device"] == device])
         ],
         **scores.mean_scores(rows),
+        "out_of_range": sum(row["out_of_range"] for row in rows),
         **{
             kind: scores.mean_scores(of_kind)
             for kind in ("day", "night")

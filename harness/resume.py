@@ -11,8 +11,9 @@ from harness.run import scheduler_job
 
 # Keys that change neither weights nor masks of a run, or only how long it goes on.
 FREE_KEYS = {
-    "epochs", "target_accuracy", "patience", "checkpoint_every", "on_bad_scene", "name", "email",
-    "cache_dir", "no_cache", "gpu", "nodes", "cpu_devices", "micro_batch", "output_dir",
+    "epochs", "target_accuracy", "patience", "checkpoint_every", "on_bad_scene", "read_timeout",
+    "name", "email", "cache_dir", "no_cache", "gpu", "nodes", "cpu_devices", "micro_batch",
+    "output_dir",
 }  # fmt: skip
 
 

@@ -89,6 +89,7 @@ class Run:
         devices: Devices.
         mode: 'benchmark', 'train' or 'inference'.
         folder: The run's folder.
+        bad_scenes: BadScenes of the run.
         earlier: What results.json holds, of a run that is resumed; else None.
         scenes: Digest of the scenes' names.
 
@@ -96,6 +97,7 @@ class Run:
         folder: The run's folder.
         results: What results.json will hold.
         mllog: MLLogger of the MLPerf log.
+        bad_scenes: BadScenes of the run.
         part: 0, or how often the run was resumed.
         goes_on: Whether this part begins with a checkpoint, within the timed run.
 
@@ -103,8 +105,9 @@ class Run:
         UserError: If a run is resumed with other scenes.
     """
 
-    def __init__(self, config, devices, mode, folder, earlier=None, scenes=None):
+    def __init__(self, config, devices, mode, folder, bad_scenes, earlier=None, scenes=None):
         self._config, self._devices, self.is_chief = config, devices, devices.is_chief
+        self.bad_scenes = bad_scenes
         self.folder, parts = folder, earlier["parts"] if earlier else []
         if earlier and earlier.get("scenes_sha256", scenes) != scenes:
             raise UserError(
@@ -256,8 +259,9 @@ class Run:
             "status": status,
             "error": error and error[:2000],
             "seconds": sum(part["seconds"] for part in self.results["parts"]),
-            "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # [bytes]
+            "peak_rss": peak_rss(),
             "peak_gpu_memory": self._devices.peak_gpu_memory(),
+            "bad_scenes": self.bad_scenes.all(),
         }
         write_json(self.folder / "results.json", self.results)
 
@@ -270,6 +274,11 @@ def write_json(path, value):
 def digest_of(value):
     """SHA-256 of what JSON can hold."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def peak_rss():
+    """Most memory that this process has taken [bytes]."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def now():

@@ -13,7 +13,7 @@ RATIOS = ("accuracy", "valid_accuracy", "balanced_accuracy", "precision", "recal
 BASELINES = ("all_cloud_accuracy", "threshold_accuracy")
 SCENE_COLUMNS = (
     "scene", "day_night", *RATIOS, *COUNTS, "valid_fraction", "cloud_fraction", *BASELINES,
-    "seconds",
+    "seconds", "out_of_range",
 )  # fmt: skip
 
 

@@ -114,11 +114,16 @@ class Trainer:
         self._totals.assign(tf.constant(values, tf.float64))
 
     def take_totals(self):
-        """Return {'loss', 'accuracy'} of the steps since the last call, and start anew."""
+        """Return loss, accuracy and patches of the steps since the last call, and start anew."""
         loss, right, pixels = self._totals.numpy()
         self.totals = [0, 0, 0]
         self._steps.assign(tf.zeros(2, tf.int64))
-        return {"loss": float(loss / pixels), "accuracy": float(right / pixels)}
+        clipped = self.model.input_shape[1] - 2 * self.clip_offset
+        return {
+            "loss": float(loss / pixels),
+            "accuracy": float(right / pixels),
+            "patches": round(pixels / clipped**2),
+        }
 
     def first_bad_step(self):
         """Which training step since `take_totals` had a loss that is not finite; 0 if none had."""

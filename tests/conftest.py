@@ -1,5 +1,6 @@
 """Scenes for the tests, and runs of the program on them."""
 
+import csv
 import json
 import os
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # what a test says must not depend on
 import harness.quiet_tensorflow  # noqa: F401
 
 # isort: split
+import h5py
 import pytest
 import tensorflow as tf
 import yaml
@@ -75,3 +77,27 @@ def finished(tmp_path_factory, settings):
     run = start(tmp_path_factory.mktemp("finished"), {**settings, "keep_probability": True})
     assert run.status == 0
     return run.folder
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def rewrite(path, change=lambda name, values: values, **how):
+    """Write a scene anew, its values changed and its datasets stored in another way."""
+    with h5py.File(path) as file:
+        values = {name: file[name][:] for name in ("refs", "bts", "bayes")}
+    with h5py.File(path, "w") as file:
+        for name, array in values.items():
+            file.create_dataset(name, data=change(name, array), **how)
+
+
+def spoil(path):
+    """Damage a compressed chunk: the headers stay good."""
+    rewrite(path, compression="gzip")
+    with h5py.File(path) as file:
+        chunk = file["bts"].id.get_chunk_info(0)
+    with path.open("r+b") as file:
+        file.seek(chunk.byte_offset + 2)
+        file.write(b"\xff" * 8)

@@ -1,9 +1,7 @@
 import itertools
 import re
-import threading
 import time
 import tracemalloc
-from concurrent.futures import ThreadPoolExecutor
 
 import h5py
 import numpy as np
@@ -447,25 +445,6 @@ def test_an_error_of_reading_is_kept():
     with pytest.raises(Exception, match="scene 3 is bad"):
         next(iter(source.dataset()))
     assert isinstance(source.error, SceneError)
-
-
-def test_read_ahead_keeps_the_order_and_reads_side_by_side():
-    running = peak = 0
-    lock = threading.Lock()
-
-    def read(item):
-        nonlocal running, peak
-        with lock:
-            running += 1
-            peak = max(peak, running)
-        time.sleep(0.02)
-        with lock:
-            running -= 1
-        return item
-
-    with ThreadPoolExecutor(4) as pool:
-        assert list(data_loader.read_ahead(pool, read, range(20), 3)) == list(range(20))
-    assert peak == 3
 
 
 def test_nothing_is_read_once_batches_are_closed():

@@ -1,4 +1,3 @@
-import csv
 import errno
 import os
 import shutil
@@ -11,7 +10,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from conftest import HEIGHT, PATCH, WIDTH, results, start
+from conftest import HEIGHT, PATCH, WIDTH, results, rows, spoil, start
 from mlperf_logging.compliance_checker import mlp_compliance
 from mlperf_logging.compliance_checker.mlp_parser import parse_file
 
@@ -20,11 +19,6 @@ import slstr_cloud
 from harness.config import load_config
 from harness.run import REPOSITORY
 from tools.make_scenes import make_scene, write_scene
-
-
-def rows(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def scene_file(settings, stem):
@@ -333,7 +327,7 @@ def test_users_mistake_is_one_line_and_status_2(settings, tmp_path, capsys, chan
 def test_bad_scene_aborts_the_run_with_its_name(dataset, settings, tmp_path, capfd):
     train_dir = copy_of_training_scenes(dataset, tmp_path)
     bad = sorted(train_dir.rglob("S3A*.hdf"))[2]
-    bad.write_bytes(bad.read_bytes()[:5000])
+    spoil(bad)
     run = start(tmp_path / "out", {**settings, "train_dir": str(train_dir)})
     assert run.status == 2
     error = capfd.readouterr().err
