@@ -7,6 +7,9 @@
 # Decoded scenes on the node's own disk: target/rivanna.sh --set 'cache_dir=/tmp/$USER/cloudmask'
 #SBATCH --job-name=cloudmask
 #SBATCH --output=%x-%j.out
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
 #SBATCH --partition=gpu
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -20,6 +23,7 @@ set -e
 module load miniforge
 eval "$(conda shell.bash hook)"
 conda activate cloudmask
+source target/requeue.bash    # at the time limit: save, queue again, go on
 # When a rank ends, the others have 90 s to say why before Slurm ends them.
-srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --wait=90 \
+requeue_unless_done srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --wait=90 \
     python slstr_cloud.py --config "${CLOUDMASK_CONFIG:-config.yaml}" "$@"

@@ -20,6 +20,7 @@ PROGRAMS = (
     ("munged", "slurmctld", "slurmd")  # daemons
     + ("sbatch", "scancel", "scontrol", "sinfo", "squeue", "srun")
 )  # fmt: skip
+RUNNING_STATES = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
 START_SECONDS = 60  # until the nodes are idle; 3 on an idle host
 END_SECONDS = 20  # for a daemon to end after SIGTERM
 
@@ -210,17 +211,28 @@ class SlurmCluster:
             raise RuntimeError(f"{command}: {answer.returncode}\n{answer.stderr}\n{self.logs()}")
         return answer.stdout
 
-    def wait(self, job, timeout):
+    def facts(self, job):
+        """What `scontrol show job` knows of a job: 'JobState', 'ExitCode', 'NodeList' and more."""
+        words = self.run("scontrol", "--oneliner", "show", "job", job).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def wait(self, job, timeout, restarts=0):
         """Wait until a job has ended; cancel it where it takes longer than `timeout` seconds.
 
+        Args:
+            job: Its number.
+            timeout: [s].
+            restarts: How often it is queued again before; Slurm then waits up to two minutes.
+
         Returns:
-            What `scontrol show job` knows of it: 'JobState', 'ExitCode', 'NodeList' and more.
+            Its facts.
         """
         deadline = time.monotonic() + timeout
         while True:
-            words = self.run("scontrol", "--oneliner", "show", "job", job).split()
-            facts = dict(word.split("=", 1) for word in words if "=" in word)
-            if facts["JobState"] not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
+            facts = self.facts(job)
+            if facts["JobState"] == "PENDING" and int(facts["Restarts"]) == restarts > 0:
+                self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+            if facts["JobState"] not in RUNNING_STATES:
                 return facts
             if time.monotonic() > deadline:
                 self.run("scancel", "--signal=KILL", "--full", job)

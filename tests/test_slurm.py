@@ -8,17 +8,20 @@ import csv
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.slurm_cluster import missing_programs, running_cluster
+from tests.slurm_cluster import RUNNING_STATES, missing_programs, running_cluster
 from tools.make_scenes import make_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 JOB_SECONDS = 400  # for a job, two TensorFlow processes on a busy host; 60 alone
 N_TRAIN, N_INFERENCE = 4, 2
 HEIGHT, WIDTH = 96, 128
+N_LONG = 30  # epochs of 0.3 to 0.7 s: enough to be interrupted among
+LONG = ["--set", f"epochs={N_LONG}"]
 
 missing = missing_programs()
 pytestmark = [
@@ -68,12 +71,7 @@ def site(tmp_path_factory):
 
 def submit(cluster, site, options, script, arguments, folder):
     """Submit a job script, wait for it, and return its facts and the folder of its run."""
-    job = cluster.run(
-        *("sbatch", "--parsable", f"--chdir={REPOSITORY}", f"--output={folder}/job.out"),
-        *(*options, REPOSITORY / "target" / script),
-        *(*arguments, "--set", f"output_dir={folder}", "--set", "run_name=run"),
-        PATH=site,
-    ).strip()
+    job = start_job(cluster, site, options, script, arguments, folder)
     try:
         return cluster.wait(job, JOB_SECONDS), folder / "run"
     finally:
@@ -138,3 +136,82 @@ def test_failing_program_fails_the_job_with_its_exit_status(cluster, site, setti
 @pytest.mark.parametrize("options", [[], ["--nodes=2"], ["--gres=gpu:4", "--cpus-per-task=24"]])
 def test_slurm_accepts_the_options_of_the_pearl_script(cluster, options):
     cluster.run("sbatch", "--test-only", *options, REPOSITORY / "target" / "pearl.sh")
+
+
+@pytest.mark.parametrize("n_nodes", [1, 2])
+def test_job_that_meets_its_time_limit_is_requeued_and_goes_on(
+    cluster, site, settings, tmp_path, n_nodes
+):
+    nodes = [f"--nodes={n_nodes}", "--ntasks-per-node=1"]
+    job = start_job(cluster, site, nodes, "rivanna.sh", [*settings, *LONG], tmp_path)
+    history = tmp_path / "run" / "history.csv"
+    wait_until(lambda: history.exists() and len(epochs_of(tmp_path / "run")) >= 2, job, cluster)
+    # What slurmctld does 300 s before the limit; a limit counts in whole minutes.
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
+    facts = cluster.wait(job, JOB_SECONDS, restarts=1)
+    sys.stderr.write((tmp_path / "job.out").read_text(errors="replace"))
+    assert facts["Restarts"] == "1"
+    check_run(facts, tmp_path / "run", n_nodes)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [part["status"] for part in results["parts"]] == ["aborted", "success"]
+    assert results["resumed"] == 1
+    assert epochs_of(tmp_path / "run") == list(range(1, N_LONG + 1))
+    assert "Stopped: received SIGTERM" in (tmp_path / "job.out").read_text()
+
+
+def test_slurm_sends_the_signal_before_the_limit_of_the_script(cluster, tmp_path):
+    script = (REPOSITORY / "target" / "rivanna.sh").read_text()
+    assert "#SBATCH --signal=B:USR1@300" in script and "#SBATCH --requeue" in script
+    (tmp_path / "job.sh").write_text(
+        "#!/bin/bash\nsource target/requeue.bash\n"
+        "requeue_unless_done srun bash -c 'trap \"exit 143\" TERM; sleep 90 & wait'\n"
+    )
+    # Slurm may send it up to 60 s early: here at once.
+    options = ["--time=1", "--signal=B:USR1@55", "--requeue", "--open-mode=append"]
+    job = start_job(cluster, site=os.environ["PATH"], options=options,
+                    script=tmp_path / "job.sh", arguments=[], folder=tmp_path)  # fmt: skip
+    wait_until(lambda: restarts(cluster, job) == 1, job, cluster)
+    cluster.run("scancel", job)
+
+
+def test_run_that_fails_near_the_limit_is_not_requeued(cluster, tmp_path):
+    (tmp_path / "job.sh").write_text(
+        "#!/bin/bash\nsource target/requeue.bash\n"
+        "requeue_unless_done srun bash -c 'trap \"exit 2\" TERM; touch ready; sleep 90 & wait'\n"
+        .replace("touch ready", f"touch {tmp_path}/ready")
+    )  # fmt: skip
+    job = start_job(cluster, os.environ["PATH"], ["--requeue"], tmp_path / "job.sh", [], tmp_path)
+    wait_until((tmp_path / "ready").exists, job, cluster)
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
+    facts = cluster.wait(job, JOB_SECONDS)
+    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "2:0", "0")
+
+
+def start_job(cluster, site, options, script, arguments, folder):
+    """Submit a job script and return the job's number."""
+    outputs = ["--set", f"output_dir={folder}", "--set", "run_name=run"] if arguments else []
+    return cluster.run(
+        *("sbatch", "--parsable", f"--chdir={REPOSITORY}", f"--output={folder}/job.out"),
+        *(*options, REPOSITORY / "target" / script, *arguments, *outputs),
+        PATH=site,
+    ).strip()
+
+
+def epochs_of(run):
+    """The epochs of history.csv."""
+    with (run / "history.csv").open(newline="") as file:
+        return [int(row["epoch"]) for row in csv.DictReader(file)]
+
+
+def restarts(cluster, job):
+    """How often a job was queued again."""
+    return int(cluster.facts(job)["Restarts"])
+
+
+def wait_until(done, job, cluster):
+    """Wait for something that a job does."""
+    deadline = time.monotonic() + JOB_SECONDS
+    while not done():
+        state = cluster.facts(job)["JobState"]
+        assert state in RUNNING_STATES and time.monotonic() < deadline, (state, cluster.logs())
+        time.sleep(0.2)
