@@ -1,10 +1,11 @@
-# make demo: the whole benchmark on synthetic scenes. make test, make lint: for developers.
+# make demo: the whole benchmark on synthetic scenes. make test, make lint, make
+# torture (a run killed at 60 moments, in a quarter of an hour): for developers.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO = demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test torture lint clean
 
 # The stamp is the requirements file that the environment was made from.
 $(VENV)/.run: requirements.txt
@@ -23,6 +24,9 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
+
+torture: $(VENV)/.dev
+	$(BIN)/python -m pytest -s tests/test_kill.py --torture 7
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

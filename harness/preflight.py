@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import threading
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -70,7 +71,7 @@ class BadScenes:
     """
 
     def __init__(self, folder):
-        self._folder = Path(folder) / "bad_scenes"
+        self._folder, self._lock = Path(folder) / "bad_scenes", threading.Lock()
 
     def add(self, path, reason, during):
         """Note that a scene is left out, and say so once.
@@ -81,9 +82,10 @@ class BadScenes:
             during: 'start', 'training', 'validation' or 'inference'.
         """
         file = self._folder / f"{during}-{digest_of(str(path))[:16]}.json"
-        if not file.exists():
-            log.warning("Left out: %s", reason)
-            write_json(file, {"path": str(path), "reason": str(reason), "during": during})
+        with self._lock:
+            if not file.exists():
+                log.warning("Left out: %s", reason)
+                write_json(file, {"path": str(path), "reason": str(reason), "during": during})
 
     def leave_out(self, during, n_scenes):
         """A function of a path and an error that adds it; an error itself once half are bad.
@@ -105,7 +107,7 @@ class BadScenes:
 
     def all(self):
         """Every scene left out: {'path', 'reason', 'during'}, sorted."""
-        files = self._folder.glob("*.json")
+        files = self._folder.glob("[a-z]*.json")  # whole ones
         found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         return sorted(found, key=lambda scene: (scene["path"], scene["during"]))
 

@@ -14,6 +14,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from datetime import datetime, timezone
@@ -41,7 +42,9 @@ def replacing(path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    temporary = path.with_name(
+        f".{path.stem}.{os.getpid()}-{threading.get_ident()}.part{path.suffix}"
+    )
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -49,6 +52,13 @@ def replacing(path):
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder):
+    """Remove what `replacing` left below a folder when its process was killed."""
+    for path in Path(folder).rglob(".*.part*"):
+        if path.is_file():
+            path.unlink()
 
 
 def write_text(path, text):
@@ -114,6 +124,8 @@ class Run:
                 f"{folder} cannot go on: its scenes were others. Put back what train_dir and "
                 "inference_dir held, or start a new run."
             )
+        if parts and self.is_chief:
+            remove_unfinished(folder)
         self.part, self._checkpoints = len(parts), Checkpoints(self.path("checkpoints"))
         self._found = self._checkpoints.newest() if parts else None
         self._saved = None  # epochs and steps of the last checkpoint

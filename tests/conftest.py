@@ -28,6 +28,10 @@ tf.config.set_logical_device_configuration(
 HEIGHT, WIDTH, PATCH = 100, 135, 32
 
 
+def pytest_addoption(parser):
+    parser.addoption("--torture", type=int, default=1, help="runs that test_kill.py kills")
+
+
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
     """Seven training and two inference scenes."""

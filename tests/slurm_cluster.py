@@ -231,7 +231,9 @@ class SlurmCluster:
         while True:
             facts = self.facts(job)
             if facts["JobState"] == "PENDING" and int(facts["Restarts"]) == restarts > 0:
-                self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+                # Not at once: slurmd refuses a job in the second in which it was ended.
+                self.run("scontrol", "update", f"JobId={job}", "StartTime=now+5")
+                restarts = 0
             if facts["JobState"] not in RUNNING_STATES:
                 return facts
             if time.monotonic() > deadline:

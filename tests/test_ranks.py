@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,13 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import results
+from conftest import results, rows, spoil
 from lsf_standin import parse_arguments, rank_environments
 from test_slstr_cloud import (
     assert_same_losses_and_scores,
     copy_of_training_scenes,
     objections_to,
-    rows,
 )
 
 from harness.run import REPOSITORY
@@ -27,16 +27,18 @@ LIMIT_SECONDS = 120  # within which a failure ends all ranks
 class Ranks:
     """The processes of one run, and what they printed."""
 
-    def __init__(self, n, settings, folder, **changes):
+    def __init__(self, n, settings, folder, resume=None, **changes):
         settings = {**settings, "output_dir": folder, "run_name": "run", **changes}
-        arguments = [f"{key}={value}" for key, value in settings.items()]
+        arguments = ["--set", *(f"{key}={value}" for key, value in settings.items())]
+        if resume:
+            arguments += ["--resume", str(resume)]
         options = parse_arguments(["-n", str(n), "--", "true"])
         environments = rank_environments(options, os.environ, folder / "rankfile")
         self.folder = folder / "run"
         self.files = [(folder / f"stderr-{rank}").open("w+") for rank in range(n)]
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "slstr_cloud.py", "--set", *arguments],
+                [sys.executable, "slstr_cloud.py", *arguments],
                 cwd=REPOSITORY, env=environment, stderr=file,
             )
             for environment, file in zip(environments, self.files, strict=True)
@@ -105,12 +107,43 @@ def test_killed_rank_ends_all_and_is_named(settings, tmp_path):
 def test_reason_of_a_failing_rank_reaches_the_chief(dataset, settings, tmp_path):
     train_dir = copy_of_training_scenes(dataset, tmp_path)
     for path in train_dir.rglob("S3A*.hdf"):  # whichever is first, a rank meets one
-        path.write_bytes(path.read_bytes()[:9000])
+        spoil(path)
     with Ranks(2, settings, tmp_path, train_dir=train_dir) as ranks:
         statuses = ranks.wait(LIMIT_SECONDS)
     assert 0 not in statuses
     assert "cannot be read as a scene" in ranks.error(0)
     assert "cannot be read as a scene" in results(ranks.folder)["error"]
+
+
+def test_bad_scenes_are_left_out_by_all_ranks(dataset, settings, tmp_path):
+    train_dir = copy_of_training_scenes(dataset, tmp_path)
+    first, second, *_ = sorted(train_dir.rglob("S3A*.hdf"))
+    first.write_bytes(b"")
+    spoil(second)
+    settings = {**settings, "on_bad_scene": "skip", "epochs": 1}
+    with Ranks(2, settings, tmp_path, train_dir=train_dir) as ranks:
+        assert ranks.wait(LIMIT_SECONDS) == [0, 0]
+    said = results(ranks.folder)
+    assert [(b["path"], b["during"] == "start") for b in said["bad_scenes"]] == [
+        (str(first), True), (str(second), False),
+    ]  # fmt: skip
+    assert said["training"]["scenes_train"] + said["training"]["scenes_test"] == 6
+
+
+def test_two_ranks_go_on_where_they_stopped(settings, tmp_path):
+    with Ranks(2, {**settings, "epochs": 3}, tmp_path) as ranks:
+        assert ranks.wait(LIMIT_SECONDS) == [0, 0]
+    whole = rows(ranks.folder / "history.csv")
+    shutil.rmtree(ranks.folder)
+    with Ranks(2, {**settings, "epochs": 1}, tmp_path) as ranks:
+        assert ranks.wait(LIMIT_SECONDS) == [0, 0]
+    with Ranks(2, {}, tmp_path, resume=ranks.folder, epochs=3) as ranks:
+        assert ranks.wait(LIMIT_SECONDS) == [0, 0]
+    resumed = rows(ranks.folder / "history.csv")
+    assert [row["epoch"] for row in resumed] == ["1", "2", "3"]
+    for a, b in zip(whole, resumed, strict=True):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
+    assert results(ranks.folder)["resumed"] == 1
 
 
 def test_refused_start_ends_all_ranks_at_once(settings, tmp_path):

@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 JOB_SECONDS = 400  # for a job, two TensorFlow processes on a busy host; 60 alone
 N_TRAIN, N_INFERENCE = 4, 2
 HEIGHT, WIDTH = 96, 128
-N_LONG = 30  # epochs of 0.3 to 0.7 s: enough to be interrupted among
+N_LONG = 12  # epochs of 0.3 to 0.7 s: enough to be interrupted among
 LONG = ["--set", f"epochs={N_LONG}"]
 
 missing = missing_programs()
