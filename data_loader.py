@@ -237,9 +237,13 @@ def _open_scene(path, shape):
     # All of these mean damage in h5py; a type that NumPy lacks is a TypeError.
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]
-        raise SceneError(
-            f"{path} cannot be read as a scene (HDF5): {reason}. Download it again or remove it."
-        ) from error
+        advice = "Download it again or remove it."
+        if "unable to lock file" in reason:
+            advice = (
+                "Another program writes it. If none does, its file system has no locks: set the "
+                "environment variable HDF5_USE_FILE_LOCKING to FALSE."
+            )
+        raise SceneError(f"{path} cannot be read as a scene (HDF5): {reason}. {advice}") from error
 
 
 def _dataset(file, path, name):

@@ -1,5 +1,6 @@
 """Checkpoints: what a run needs to go on training as if it had never stopped."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -76,7 +77,7 @@ class Checkpoints:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
-            _tracked(trainer).write(str(temporary / "weights"))
+            _write_weights(trainer, temporary / "weights")
             if state.best:
                 _link_or_copy(model_file, temporary / f"{BEST_MODEL}{model_file.suffix}")
             (temporary / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
@@ -132,9 +133,18 @@ def _tracked(trainer):
     return tf.train.Checkpoint(model=trainer.model, optimizer=trainer.optimizer)
 
 
+def _write_weights(trainer, path):
+    try:
+        _tracked(trainer).write(str(path))
+    except tf.errors.OpError as error:  # TensorFlow's word for what the system said
+        number = errno.ENOSPC if "No space left" in str(error) else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
 def _check_digests(folder):
     """Raise ValueError or OSError unless all files are as they were written."""
-    lines = (folder / DIGESTS).read_text(encoding="utf-8").splitlines()
+    with open_regular(folder / DIGESTS) as file:
+        lines = file.read().decode("utf-8").splitlines()
     digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     if STATE not in digests:
         raise ValueError(f"{DIGESTS} does not name {STATE}")
@@ -145,8 +155,15 @@ def _check_digests(folder):
 
 def digest_of_file(path):
     """SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_regular(path):
+    """Open a file for reading; a pipe would be waited for, and is an OSError."""
+    if not path.is_file():
+        raise OSError(f"{path} is no regular file")
+    return path.open("rb")
 
 
 def _link_or_copy(source, target):

@@ -1,6 +1,7 @@
 """The MLPerf log: `:::MLLOG` events in the order that MLPerf HPC 3.0.0 asks for."""
 
 import logging
+import sys
 
 from mlperf_logging.mllog import constants as keys
 from mlperf_logging.mllog.mllog import MLLogger
@@ -30,8 +31,18 @@ def open_mlperf_log(path, root_dir, n_bytes=0):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
             file.truncate(min(n_bytes, file.tell()))
-    logger.addHandler(logging.FileHandler(path) if path else logging.NullHandler())
+    logger.addHandler(_WholeFile(path) if path else logging.NullHandler())
     return MLLogger(logger, root_dir=str(root_dir))
+
+
+class _WholeFile(logging.FileHandler):
+    """A log that has every event: one that cannot be written is an error, to a full disk say."""
+
+    def handleError(self, record):
+        error = sys.exception()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, self.baseFilename) from error
+        raise
 
 
 def log_submission(mllog, config, commit):

@@ -149,7 +149,10 @@ class Run:
             "start": (parts or [{"start": now()}])[0]["start"],
             "seconds": 0.0,
             "resumed": self.part,
-            "parts": [*parts, {"start": now(), "status": "running", "seconds": 0.0}],
+            "parts": [
+                *parts,
+                {"start": now(), "status": "running", "seconds": 0.0, "checkpoint_seconds": 0.0},
+            ],
             "devices": {
                 "kind": devices.kind,
                 "replicas": devices.n_replicas,
@@ -212,7 +215,9 @@ class Run:
     def save_checkpoint(self, trainer, state):
         """Keep what `restore` needs; the chief does."""
         if self.is_chief:
+            begin = time.perf_counter()
             self._checkpoints.save(state, trainer, self.model_file)
+            self.results["parts"][-1]["checkpoint_seconds"] += time.perf_counter() - begin
         self._saved = len(state.history), state.step
 
     @contextlib.contextmanager
@@ -251,8 +256,9 @@ class Run:
             if error is None:  # the first error is the one to tell
                 raise
         finally:
-            if self._has_started:
-                self.mllog.end(keys.RUN_STOP, metadata={"status": status})
+            with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+                if self._has_started:
+                    self.mllog.end(keys.RUN_STOP, metadata={"status": status})
             if error is not None:
                 text = f"Aborted: {kind.__name__}: {error}"
                 record = log.makeRecord(log.name, logging.ERROR, "", 0, text, (), None)
@@ -383,8 +389,19 @@ def log_to_screen(verbose, is_chief=True):
     logging.getLogger("absl").setLevel(logging.INFO if verbose else logging.ERROR)
 
 
+class _LogFile(logging.FileHandler):
+    """A log for people: what a full or read-only disk does not take is on the screen."""
+
+    def emit(self, record):
+        with contextlib.suppress(OSError):  # of opening
+            super().emit(record)
+
+    def handleError(self, record):  # of writing
+        pass
+
+
 def _log_to(path):
-    handler = logging.FileHandler(path, delay=True, encoding="utf-8")
+    handler = _LogFile(path, delay=True, encoding="utf-8")
     handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
     return handler

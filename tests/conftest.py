@@ -105,3 +105,16 @@ def spoil(path):
     with path.open("r+b") as file:
         file.seek(chunk.byte_offset + 2)
         file.write(b"\xff" * 8)
+
+
+def at_call(monkeypatch, owner, name, number, action):
+    """Let an action precede the call of that number, from 1, of a function."""
+    function, calls = getattr(owner, name), [0]
+
+    def wrapped(*arguments, **options):
+        calls[0] += 1
+        if calls[0] == number:
+            action()
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, wrapped)

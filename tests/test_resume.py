@@ -13,15 +13,16 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import results, start
+from conftest import at_call, results, start
 from mlperf_logging.compliance_checker.mlp_parser import parse_file
 
 import slstr_cloud
-from harness.checkpoints import Checkpoints
+from harness.checkpoints import Checkpoints, TrainingState
 from harness.config import UserError, load_config
 from harness.resume import find_requeued, load_resumed, sole_user
 from harness.run import make_folder
-from harness.training import Trainer
+from harness.training import POLICIES, Trainer
+from model import unet
 
 EPOCHS = 3  # of 6 steps and 6 steps of validation
 
@@ -38,19 +39,6 @@ def whole(tmp_path_factory, quick):
     run = start(tmp_path_factory.mktemp("whole"), quick)
     assert run.status == 0
     return run.folder
-
-
-def at_call(monkeypatch, owner, name, number, action):
-    """Let an action precede the call of that number, from 1, of a function."""
-    function, calls = getattr(owner, name), [0]
-
-    def wrapped(*arguments, **options):
-        calls[0] += 1
-        if calls[0] == number:
-            action()
-        return function(*arguments, **options)
-
-    monkeypatch.setattr(owner, name, wrapped)
 
 
 def signal_self(number):
@@ -237,6 +225,85 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, quick, whole, monkeypatch, 
     assert resume(folder) == 0
     assert "damaged checkpoint" in capsys.readouterr().err
     assert_same_outcome(folder, whole)
+
+
+def damage(path, rng):
+    """Damage a file, or what stands in its place; return in which way."""
+    content = bytearray(path.read_bytes())
+    way = rng.choice(
+        ["flip", "cut", "empty", "longer", "absent", "folder", "pipe", "loop", "other"]
+    )
+    path.unlink()
+    if way == "flip":
+        content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+    elif way == "cut":
+        content = content[: rng.integers(1, len(content))]
+    elif way in ("empty", "other"):
+        content = rng.bytes(1000) if way == "other" else b""
+    elif way == "longer":
+        content += b"\0"
+    if way == "folder":
+        path.mkdir()
+    elif way == "pipe":
+        os.mkfifo(path)
+    elif way == "loop":
+        path.symlink_to(path.name)
+    elif way != "absent":
+        path.write_bytes(content)
+    return way
+
+
+def test_checkpoints_damaged_in_200_ways_are_passed_over(tmp_path, quick, monkeypatch):
+    folder = stopped(tmp_path, quick, monkeypatch) / "checkpoints"
+    older, newer = sorted(folder.iterdir())
+    assert Checkpoints(folder).newest()[0] == newer
+    copy, rng, ways = tmp_path / "copy", np.random.default_rng(1), set()
+    shutil.copytree(older, copy / older.name)
+    for _ in range(200):
+        shutil.copytree(newer, copy / newer.name)
+        file = rng.choice(sorted((copy / newer.name).iterdir()))
+        ways.add((file.name, damage(file, rng)))
+        assert Checkpoints(copy).newest()[0] == copy / older.name
+        shutil.rmtree(copy / newer.name)
+    assert len(ways) > 30
+    damage(copy / older.name / "SHA256SUMS", rng)
+    assert Checkpoints(copy).newest() is None
+
+
+def test_loss_scale_of_float16_goes_on(tmp_path):
+    def trainer():
+        return Trainer(
+            tf.distribute.MirroredStrategy(["/CPU:0"]),
+            lambda: unet((16, 16, 9), POLICIES["float16"]),
+            learning_rate=0.001, batch_size=2, micro_batch=2, loss_scaling=True,
+        )  # fmt: skip
+
+    def batch(seed):
+        rng = np.random.default_rng(seed)
+        arrays = (
+            rng.normal(size=(2, 16, 16, 9)).astype(np.float32),
+            rng.integers(2, size=(2, 16, 16, 1)).astype(np.uint8),
+            np.ones(2, np.float32),
+        )
+        return tuple(tf.constant(a) for a in arrays)
+
+    def state(one):
+        return [v.numpy() for v in (*one.model.variables, *one.optimizer.variables)]
+
+    ours = trainer()
+    ours.optimizer.dynamic_scale.assign(4096.0)  # as after overflows
+    for seed in range(3):
+        ours.train_step(batch(seed))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(TrainingState(step=3), ours, tmp_path / "model.keras")
+    resumed = trainer()
+    checkpoints.restore(checkpoints.newest()[0], resumed)
+    for one in (ours, resumed):
+        one.train_step(batch(3))
+    assert float(resumed.optimizer.dynamic_scale.numpy()) == 4096
+    assert int(resumed.optimizer.step_counter.numpy()) == 4
+    for a, b in zip(state(ours), state(resumed), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_without_a_whole_checkpoint_training_begins_anew(tmp_path, quick, whole, monkeypatch):
