@@ -155,8 +155,11 @@ def _check_digests(folder):
 
 def digest_of_file(path):
     """SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def open_regular(path):

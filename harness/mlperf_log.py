@@ -39,7 +39,7 @@ class _WholeFile(logging.FileHandler):
     """A log that has every event: one that cannot be written is an error, to a full disk say."""
 
     def handleError(self, record):
-        error = sys.exception()
+        error = sys.exc_info()[1]
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, self.baseFilename) from error
         raise
