@@ -382,15 +382,7 @@ def compare_with_patches(config, devices, model, predictor, path):
 
 def load_model(path, config):
     """Load a Keras model that takes the scenes and patches of the configuration."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"No model file {path}. Set model_file to the .keras or .h5 file of a trained model."
-        )
-    try:
-        model = keras.models.load_model(path, compile=False, safe_mode=True)
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{path} cannot be read as a Keras model: {reason}") from error
+    model = read_model(path)
     wanted = (None, config.patch_size, config.patch_size, config.n_channels)
     if model.input_shape != wanted:
         raise UserError(
@@ -398,6 +390,19 @@ def load_model(path, config):
             f"{wanted[1:]}. Change these or the model."
         )
     return model
+
+
+def read_model(path):
+    """Load a Keras model; one that carries code is refused."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"No model file {path}. Set model_file to the .keras or .h5 file of a trained model."
+        )
+    try:
+        return keras.models.load_model(path, compile=False, safe_mode=True)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{path} cannot be read as a Keras model: {reason}") from error
 
 
 # --- the program ----------------------------------------------------------------------------

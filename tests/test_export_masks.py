@@ -1,0 +1,340 @@
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import h5netcdf
+import h5py
+import numpy as np
+import pytest
+import rasterio
+import rasterio.warp
+import xarray
+from conftest import HEIGHT, WIDTH
+from PIL import Image
+
+from tools import export_masks
+
+SHAPE = (HEIGHT, WIDTH)
+
+
+def swath(west=10.0):
+    """Latitude and longitude of a swath that is neither north-up nor straight."""
+    rows, cols = np.mgrid[:HEIGHT, :WIDTH]
+    latitude = 50 - 0.009 * rows - 0.002 * cols
+    longitude = west + 0.014 * cols / np.cos(np.radians(latitude)) - 0.003 * rows
+    return latitude, (longitude + 180) % 360 - 180
+
+
+def place(path, latitude, longitude):
+    with h5py.File(path, "a") as file:
+        file["latitude"], file["longitude"] = latitude, longitude
+
+
+def write_geodetic(path, latitude, longitude):
+    """A Sentinel-3 geodetic_in.nc: packed integers, the first pixel missing."""
+    path.parent.mkdir(parents=True)
+    with h5py.File(path, "w") as file:
+        for name, degrees in (("latitude_in", latitude), ("longitude_in", longitude)):
+            values = np.round(degrees * 1e6).astype(np.int32)
+            values[0, 0] = -(2**31)
+            dataset = file.create_dataset(name, data=values, compression="gzip", shuffle=True)
+            dataset.attrs["scale_factor"] = np.array([1e-6])
+            dataset.attrs["_FillValue"] = np.array([-(2**31)], np.int32)
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """The folder of a run that may be changed."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("checkpoints", "*.keras"))
+    return folder
+
+
+@pytest.fixture
+def scenes(dataset, tmp_path):
+    """The scenes of that run, by day and by night, which may be changed."""
+    shutil.copytree(dataset / "ssts", tmp_path / "ssts")
+    return sorted((tmp_path / "ssts").rglob("S3A*.hdf"))
+
+
+def export(run, kind, *options):
+    """Export all masks; return the folder."""
+    status = export_masks.main([str(run), "--format", kind, *map(str, options)])
+    assert status == 0
+    return run / "export"
+
+
+def stored(run, name):
+    with h5py.File(run / "masks" / f"{name}.h5") as file:
+        return file["mask"][:], file["probability"][:]
+
+
+def measured(scene):
+    with h5py.File(scene) as file:
+        return (np.nan_to_num(file["bts"][:]) != 0).all(axis=-1)
+
+
+def test_netcdf_holds_mask_probability_positions_and_time(run, scenes):
+    for scene in scenes:
+        place(scene, *swath())
+    folder = export(run, "netcdf", "--data", scenes[0].parents[1])
+    assert len(list(folder.iterdir())) == len(scenes) == 2
+    for scene in scenes:
+        mask, probability = stored(run, scene.stem)
+        latitude, longitude = swath()
+        with xarray.open_dataset(folder / f"{scene.stem}.nc", engine="h5netcdf") as opened:
+            np.testing.assert_array_equal(opened.cloud_mask, mask)
+            assert opened.cloud_mask.dtype == np.uint8
+            np.testing.assert_array_equal(opened.cloud_probability, probability)
+            np.testing.assert_array_equal(opened.data_available, measured(scene))
+            assert 0 < measured(scene).mean() < 1
+            np.testing.assert_array_equal(opened.latitude, latitude.astype(np.float32))
+            np.testing.assert_array_equal(opened.longitude, longitude.astype(np.float32))
+            assert set(opened.cloud_mask.coords) == {"latitude", "longitude", "time"}
+            flags = opened.cloud_mask.attrs
+            meanings = dict(zip(flags["flag_values"], flags["flag_meanings"].split(), strict=True))
+            assert meanings == {0: "clear", 1: "cloud"}
+            start, stop = (np.datetime64(opened.attrs[f"time_coverage_{k}"][:-1])
+                           for k in ("start", "end"))  # fmt: skip
+            assert f"_{start}_{stop}_".replace("-", "").replace(":", "") in scene.name
+            assert opened.time.values == start + (stop - start) / 2
+            assert opened.attrs["scene"] == scene.name and opened.attrs["platform"] == "Sentinel-3A"
+            assert "export_masks.py" in opened.attrs["history"]
+            digest = json.loads((run / "results.json").read_text())["git_commit"]
+            assert str(digest) in opened.attrs["source"]
+        with h5py.File(folder / f"{scene.stem}.nc") as file:
+            assert all(file[name].compression == "gzip" for name in ("cloud_mask", "latitude"))
+
+
+def check_cf(paths):
+    """Run the CF checker of IOOS on files; it shares no HDF5 library with h5py."""
+    checker = Path(sys.executable).with_name("compliance-checker")
+    return subprocess.run(
+        [checker, "--test=cf:1.10", *paths],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_netcdf_follows_the_cf_conventions(run, scenes, tmp_path):
+    place(scenes[0], *swath(west=175))
+    name = scenes[1].stem
+    write_geodetic(tmp_path / f"{name}.SEN3/geodetic_in.nc", *swath())
+    data = ("--data", scenes[0].parents[1])
+    export(run, "netcdf", *data, "--scene", scenes[0].stem)
+    export(run, "netcdf", *data, "--scene", name, "--geodetic", tmp_path)
+    (run / "masks" / f"{name}.h5").rename(run / "masks/S3A_unnamed.h5")
+    with h5py.File(run / "masks/S3A_unnamed.h5", "a") as file:
+        file.attrs["scene"] = "S3A_unnamed.hdf"
+        del file["probability"]
+    export(run, "netcdf", *data, "--scene", "S3A_unnamed")  # nothing is known of it
+    paths = sorted((run / "export").iterdir())
+    with h5netcdf.File(paths[2]) as file:
+        assert list(file.variables) == ["cloud_mask"]
+    answer = check_cf(paths)
+    assert len(paths) == 3 and answer.stdout.count("All tests passed!") == 3, answer.stdout
+    assert answer.returncode == 0
+
+    with h5py.File(paths[0], "a") as file:
+        file["latitude"].attrs["units"] = "furlongs"
+    assert check_cf(paths).returncode != 0
+
+
+def test_netcdf_library_reads_what_h5netcdf_wrote(run, scenes):
+    folder = export(run, "netcdf")
+    code = (
+        "import netCDF4, sys\n"
+        "d = netCDF4.Dataset(sys.argv[1])\n"
+        "print(d.Conventions, d['cloud_mask'][:].sum(), d['cloud_mask'].flag_meanings)"
+    )
+    file = folder / f"{scenes[0].stem}.nc"
+    answer = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True)
+    n_cloud = stored(run, scenes[0].stem)[0].sum()
+    assert answer.stdout.strip() == f"CF-1.10 {n_cloud} clear cloud", answer.stderr
+
+
+def test_positions_come_from_the_product_of_the_same_time(run, scenes, tmp_path):
+    for scene in scenes:  # processed later than the scene was
+        product = scene.stem.replace(scene.stem[48:63], "20250101T000000") + ".SEN3"
+        write_geodetic(tmp_path / "products" / product / "geodetic_in.nc", *swath(west=-20))
+    folder = export(run, "netcdf", "--geodetic", tmp_path / "products")
+    with xarray.open_dataset(folder / f"{scenes[0].stem}.nc", engine="h5netcdf") as opened:
+        for name, degrees in zip(("latitude", "longitude"), swath(west=-20), strict=True):
+            found = opened[name].values
+            assert np.isnan(found[0, 0])
+            np.testing.assert_allclose(found.ravel()[1:], degrees.ravel()[1:], atol=5e-6)
+
+
+def test_geotiff_holds_mask_palette_and_missing_pixels(run, scenes):
+    folder = export(run, "geotiff", "--data", scenes[0].parents[1])
+    mask, probability = stored(run, scenes[0].stem)
+    with pytest.warns(rasterio.errors.NotGeoreferencedWarning):  # no positions
+        file = rasterio.open(folder / f"{scenes[0].stem}.tif")
+    with file:
+        np.testing.assert_array_equal(file.read(1), mask)
+        np.testing.assert_array_equal(file.dataset_mask() == 255, measured(scenes[0]))
+        assert file.colormap(1)[0] == (*export_masks.COLOURS[0], 255)
+        assert file.tags()["scene"] == scenes[0].name and file.gcps == ([], None)
+    with pytest.warns(rasterio.errors.NotGeoreferencedWarning):
+        file = rasterio.open(folder / f"{scenes[0].stem}_probability.tif")
+    with file:
+        np.testing.assert_array_equal(file.read(1), probability)
+    assert {path.suffix for path in folder.iterdir()} == {".tif"}
+
+
+@pytest.mark.parametrize("west", [10, 179])  # from 179 degrees east the swath crosses 180
+def test_control_points_put_a_geotiff_on_the_map(run, scenes, west):
+    latitude, longitude = swath(west)
+    latitude[:20, :30] = np.nan
+    place(scenes[0], latitude, longitude)
+    with h5py.File(run / "masks" / f"{scenes[0].stem}.h5", "a") as file:
+        file["mask"][:] = 0
+        file["mask"][48:53, 98:103] = 1  # one square cloud
+    folder = export(run, "geotiff", "--data", scenes[0].parents[1], "--scene", scenes[0].stem)
+    with rasterio.open(folder / f"{scenes[0].stem}.tif") as file:
+        points, crs = file.gcps
+        assert crs.to_epsg() == 4326 and len(points) == 3 * 4 - 1  # one has no latitude
+        step, left, top = 0.005, west - 1, 50.5
+        on_map, _ = rasterio.warp.reproject(
+            file.read(1),
+            np.zeros((500, 1000), np.uint8),
+            gcps=points,
+            src_crs=crs,
+            dst_crs=crs,
+            dst_transform=rasterio.Affine(step, 0, left, 0, -step, top),
+            SRC_METHOD="GCP_TPS",
+        )
+    rows, cols = np.nonzero(on_map)
+    assert top - step * (rows.mean() + 0.5) == pytest.approx(latitude[50, 100], abs=0.005)
+    found = left + step * (cols.mean() + 0.5)
+    assert found == pytest.approx(longitude[50, 100] % 360, abs=0.01)
+
+
+def contrast(a, b):
+    """Contrast of two colours by WCAG 2, from 1 to 21; hue has no part in it."""
+    levels = np.array([a, b]) / 255
+    linear = np.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4)
+    low, high = sorted(linear @ (0.2126, 0.7152, 0.0722))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_png_tells_cloud_clear_and_missing_by_brightness(run, scenes):
+    folder = export(run, "png", "--data", scenes[0].parents[1])
+    mask, _ = stored(run, scenes[0].stem)
+    with Image.open(folder / f"{scenes[0].stem}.png") as image:
+        assert image.mode == "P" and image.size == (WIDTH, HEIGHT)
+        assert image.text["scene"] == scenes[0].name
+        index, pixels = np.asarray(image), np.asarray(image.convert("RGB"))
+    np.testing.assert_array_equal(index, np.where(measured(scenes[0]), mask, 2))
+    clear, cloud, missing = export_masks.COLOURS
+    np.testing.assert_array_equal(pixels[(index == 1)][0], cloud)
+    for pair in ((clear, cloud), (clear, missing), (cloud, missing)):
+        assert contrast(*pair) >= 3  # what WCAG asks of graphics
+
+
+def test_scene_without_label_gives_its_positions(run, scenes):
+    place(scenes[0], *swath())
+    with h5py.File(scenes[0], "a") as file:
+        del file["bayes"]
+    folder = export(run, "netcdf", "--data", scenes[0].parents[1], "--scene", scenes[0].stem)
+    with h5netcdf.File(folder / f"{scenes[0].stem}.nc") as file:
+        assert {"latitude", "data_available"} < set(file.variables)
+
+
+def test_masks_go_out_without_scene_files(run, scenes, capsys):
+    config = (run / "config.yaml").read_text().splitlines()
+    config = [line for line in config if not line.startswith("inference_dir")]
+    (run / "config.yaml").write_text("\n".join([*config, "inference_dir: /nowhere"]))
+    folder = export(run, "netcdf")
+    assert "No scene files in /nowhere" in capsys.readouterr().err
+    with h5netcdf.File(folder / f"{scenes[0].stem}.nc") as file:
+        np.testing.assert_array_equal(file["cloud_mask"][:], stored(run, scenes[0].stem)[0])
+        assert "latitude" not in file.variables and "data_available" not in file.variables
+
+
+def test_full_disk_leaves_the_earlier_export(run, monkeypatch, capsys):
+    folder = export(run, "netcdf")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "x.nc")
+
+    monkeypatch.setattr(export_masks, "_add_variable", full)
+    assert export_masks.main([str(run), "--format", "netcdf"]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_export_replaces_an_earlier_one(run, scenes):
+    folder = export(run, "geotiff")
+    with h5py.File(run / "masks" / f"{scenes[0].stem}.h5", "a") as file:
+        file["mask"][:] = 1 - file["mask"][:]
+        del file["probability"]
+    export(run, "geotiff")
+    with pytest.warns(rasterio.errors.NotGeoreferencedWarning):
+        file = rasterio.open(folder / f"{scenes[0].stem}.tif")
+    with file, h5py.File(run / "masks" / f"{scenes[0].stem}.h5") as masks:
+        np.testing.assert_array_equal(file.read(1), masks["mask"])
+    assert not (folder / f"{scenes[0].stem}_probability.tif").exists()
+
+
+def spoil(what, run, scenes, tmp_path):
+    """Do what should end in one line; return options and a part of that line."""
+    mask = run / "masks" / f"{scenes[0].stem}.h5"
+    data = ["--data", str(scenes[0].parents[1])]
+    if what == "no masks":
+        shutil.rmtree(run / "masks")
+        return [], "No masks in"
+    if what == "damaged mask":
+        mask.write_bytes(mask.read_bytes()[:2000])
+        return [], str(mask)
+    if what == "unknown scene":
+        return ["--scene", "S3A_other"], "'S3A_other'"
+    if what == "no scenes in --data":
+        return ["--data", str(run)], "No scenes"
+    if what == "positions of another shape":
+        place(scenes[0], *(degrees[:-1] for degrees in swath()))
+        return data, str(SHAPE)
+    if what == "positions that are no degrees":
+        place(scenes[0], *(1000 + degrees for degrees in swath()))
+        return data, "-90 to 90"
+    if what == "linked positions":
+        with h5py.File(scenes[0], "a") as file:
+            file["latitude"] = h5py.ExternalLink("/etc/passwd", "/latitude")
+        return data, "link out of the file"
+    geodetic = tmp_path / "one/geodetic_in.nc"
+    write_geodetic(geodetic, *swath())
+    if what == "one geodetic file for two scenes":
+        return ["--geodetic", str(geodetic)], "of one scene"
+    return ["--geodetic", str(geodetic.parent)], "folder of products"
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "no masks", "damaged mask", "unknown scene", "no scenes in --data",
+        "positions of another shape", "positions that are no degrees", "linked positions",
+        "one geodetic file for two scenes", "no geodetic file of the scene",
+    ],
+)  # fmt: skip
+def test_what_cannot_be_exported_ends_in_one_line(run, scenes, tmp_path, capsys, what):
+    options, reason = spoil(what, run, scenes, tmp_path)
+    assert export_masks.main([str(run), "--format", "netcdf", *options]) == 2
+    (line,) = (s for s in capsys.readouterr().err.splitlines() if s.startswith("Error: "))
+    assert reason in line
+    assert not list(run.rglob("*.part*"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "package"), [("netcdf", "h5netcdf"), ("geotiff", "rasterio"), ("png", "PIL")]
+)
+def test_missing_package_is_told_with_the_line_to_type(run, monkeypatch, capsys, kind, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert export_masks.main([str(run), "--format", kind]) == 2
+    error = capsys.readouterr().err
+    assert package in error and "pip install -r requirements-tools.txt" in error

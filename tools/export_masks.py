@@ -1,0 +1,522 @@
+r"""Turn the masks of a run into files that others can use: NetCDF, GeoTIFF or PNG.
+
+    python tools/export_masks.py RUN_DIR --format netcdf
+    python tools/export_masks.py RUN_DIR --format geotiff --geodetic products/
+    python tools/export_masks.py RUN_DIR --format png -o figures
+
+netcdf   <scene>.nc, by the conventions CF-1.10: `cloud_mask`, `data_available`, `cloud_probability`
+         where the run kept it, latitude, longitude and time where they are known.
+geotiff  <scene>.tif, 0 clear and 1 cloud with a palette, and <scene>_probability.tif. A swath has
+         no map projection: the files carry ground control points (EPSG:4326) every 64 pixels, which
+         QGIS and `gdalwarp -tps -t_srs EPSG:4326` put on a map; none where positions are not known.
+         Pixels without data are in the files' own mask of valid pixels.
+png      <scene>.png, one pixel each: cloud white, clear dark blue, no data grey.
+
+Positions are the datasets `latitude` and `longitude`, (H, W), of the scene file, or with --geodetic
+those of the Sentinel-3 product. Pixels without data are those of which the scene file lacks a
+brightness temperature; their mask is kept as the run made it, in NetCDF and GeoTIFF. Scene files
+need not be there: without them neither is known. A file of an earlier export is replaced.
+"""
+
+import argparse
+import contextlib
+import functools
+import glob
+import json
+import logging
+import re
+import shlex
+import sys
+import traceback
+import warnings
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+import harness.quiet_tensorflow  # noqa: E402, F401  (a program in tools/ adds the repository)
+
+# isort: split
+import numpy as np  # noqa: E402
+
+from data_loader import find_scenes  # noqa: E402
+from harness.config import UserError, load_config  # noqa: E402
+from harness.hdf5_files import ForbiddenSource, open_dataset, open_file  # noqa: E402
+from harness.hdf5_rows import check_storage  # noqa: E402
+from harness.run import log_to_screen, now, printable, progress, replacing  # noqa: E402
+from slstr_cloud import is_users_mistake, one_line  # noqa: E402
+
+PRODUCT_NAME = re.compile(r"(S3[A-D])_SL_1_RBT_+(\d{8}T\d{6})_(\d{8}T\d{6})_\d{8}T\d{6}_")
+MEANINGS = ("clear", "cloud")  # of 0 and 1
+COLOURS = ((8, 48, 107), (255, 255, 255), (140, 140, 140))  # clear, cloud, no data; by brightness
+GCP_STEP = 64  # pixels between ground control points
+MOST_DEGREES = {"latitude": 90, "longitude": 360}
+INSTALL = "pip install -r requirements-tools.txt"
+
+log = logging.getLogger("export_masks")
+
+
+@dataclass(frozen=True)
+class MaskedScene:
+    """A mask and what is known of its scene.
+
+    Attributes:
+        name: Of the scene's file, without its suffix.
+        mask: uint8 (H, W), 1 is cloud.
+        probability: float32 (H, W), or None.
+        valid: bool (H, W), whether all brightness temperatures were measured; or None.
+        latitude: float32 (H, W) [degrees north], NaN where missing; or None.
+        longitude: float32 (H, W) [degrees east], NaN where missing; or None.
+        facts: Texts that say where the mask comes from, by the names of NetCDF's global attributes.
+        times: Start and end of the measurement, in UTC; or None.
+    """
+
+    name: str
+    mask: np.ndarray
+    probability: np.ndarray | None
+    valid: np.ndarray | None
+    latitude: np.ndarray | None
+    longitude: np.ndarray | None
+    facts: dict
+    times: tuple[datetime, datetime] | None
+
+
+# --- reading --------------------------------------------------------------------------------
+
+
+def find_masks(folder, names):
+    """List the mask files of a run.
+
+    Args:
+        folder: The run's folder.
+        names: Scenes to list, without suffix; empty for all.
+
+    Raises:
+        UserError: If there are none, or one named is missing.
+    """
+    paths = {path.stem: path for path in sorted((folder / "masks").glob("*.h5"))}
+    paths = {name: path for name, path in paths.items() if not name.startswith(".")}
+    if not paths:
+        raise UserError(
+            f"No masks in {folder / 'masks'}: RUN_DIR should be the folder of a run of --mode "
+            "benchmark or inference."
+        )
+    if missing := [name for name in names if name not in paths]:
+        raise UserError(f"{folder} has no mask of the scene {missing[0]!r}, found {list(paths)}.")
+    return [paths[name] for name in names or paths]
+
+
+def locate_scenes(config, folder):
+    """Paths of the scene files by file name; empty where those of the run are not here.
+
+    Args:
+        config: Config of the run.
+        folder: Where the user says that they are; None for the run's own inference_dir.
+
+    Raises:
+        FileNotFoundError: If the user's folder has none.
+    """
+    try:
+        return {path.name: path for path in find_scenes(folder or config.inference_dir)}
+    except FileNotFoundError:
+        if folder:
+            raise
+        log.warning(
+            "No scene files in %s: the masks go out without position and missing pixels. "
+            "Say where the scenes are with --data.",
+            config.inference_dir,
+        )
+        return {}
+
+
+def describe_run(folder, config, command):
+    """What all masks of a run have in common, as texts by names of global attributes.
+
+    Raises:
+        UserError: If the folder has no results.json.
+    """
+    try:
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        status, commit = results["status"], results["git_commit"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / 'results.json'} should be that of a run ({type(error).__name__}: {error}). "
+            "Name the folder of a run."
+        ) from None
+    if status != "success":
+        log.warning("%s has ended as '%s': its masks may not be all.", folder, status)
+    return {
+        "title": "Cloud mask of a Sentinel-3 SLSTR scene",
+        "institution": config.organisation,
+        "source": f"CloudMask, U-Net on the nine channels of SLSTR at 1 km, commit {commit}",
+        "history": f"{now()}: {command}",
+        "references": "MLCommons Science, CloudMask, https://github.com/mlcommons/science",
+        "run": folder.resolve().name,
+    }
+
+
+def read_masked_scene(path, scenes, geodetic, about_run):
+    """Read a mask, and what its scene file and its geodetic file say of it.
+
+    Args:
+        path: Mask file of a run.
+        scenes: Paths of scene files by name.
+        geodetic: File or folder of --geodetic, or None.
+        about_run: Of `describe_run`.
+
+    Returns:
+        MaskedScene.
+
+    Raises:
+        UserError: If a file is not what it should be.
+    """
+    valid, positions = None, {}
+    with _reading(path) as file:
+        mask = _numbers(file, "mask")
+        if mask is None or mask.ndim != 2 or mask.dtype != np.uint8:
+            raise ValueError("it should have a dataset 'mask' of bytes, (H, W)")
+        mask = mask[:]
+        probability = _numbers(file, "probability", mask.shape)
+        probability = None if probability is None else probability[:]
+        made_by = {key: file.attrs[key] for key in ("scene", "threshold", "model", "model_sha256")}
+    if scene_file := scenes.get(made_by["scene"]):
+        with _reading(scene_file) as file:
+            if (temperatures := _numbers(file, "bts", (*mask.shape, 3))) is not None:
+                temperatures = temperatures[:]
+                valid = (np.isfinite(temperatures) & (temperatures != 0)).all(axis=-1)
+            positions = _positions(file, mask.shape, "{}")
+    if geodetic:
+        with _reading(geodetic_file(geodetic, path.stem)) as file:
+            positions = _positions(file, mask.shape, "{}_in")
+            if not positions:
+                raise ValueError("it should have variables latitude_in and longitude_in")
+    product = PRODUCT_NAME.match(path.stem)
+    platform = {"platform": f"Sentinel-3{product[1][2]}", "instrument": "SLSTR"} if product else {}
+    facts = about_run | platform | made_by
+    return MaskedScene(
+        path.stem,
+        mask,
+        probability,
+        valid,
+        positions.get("latitude"),
+        positions.get("longitude"),
+        {key: printable(str(value)) for key, value in facts.items()},
+        times_of(path.stem),
+    )
+
+
+@contextlib.contextmanager
+def _reading(path):
+    """Open an HDF5 file; whatever goes wrong with it is the user's to mend."""
+    try:
+        with open_file(path) as file:
+            yield file
+    except ForbiddenSource as error:
+        raise UserError(str(error)) from error
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} cannot be used: {reason}. Make or copy it again.") from error
+
+
+def _numbers(file, name, shape=None):
+    """A dataset of numbers, as h5py.Dataset; None where there is none."""
+    dataset = open_dataset(file, name)
+    if dataset is None:
+        return None
+    if dataset.dtype.kind not in "fiu" or shape not in (None, dataset.shape):
+        raise ValueError(
+            f"'{name}' should hold numbers, {shape or 'rows and columns'}, found "
+            f"{str(dataset.dtype)[:99]} {dataset.shape}"
+        )
+    check_storage(dataset)
+    return dataset
+
+
+def _positions(file, shape, pattern):
+    """Latitude and longitude, float32 with NaN where missing; empty where one of them is absent."""
+    datasets = {name: _numbers(file, pattern.format(name), shape) for name in MOST_DEGREES}
+    if None in datasets.values():
+        return {}
+    return {name: _degrees(dataset, MOST_DEGREES[name]) for name, dataset in datasets.items()}
+
+
+def _degrees(dataset, most):
+    packing = {"_FillValue": np.nan, "scale_factor": 1, "add_offset": 0}
+    fill, scale, offset = (
+        float(np.ravel(dataset.attrs.get(key, default))[0]) for key, default in packing.items()
+    )
+    values = dataset[:].astype(np.float64)
+    values[values == fill] = np.nan
+    values = values * scale + offset
+    if (np.abs(values) > most).any() or not np.isfinite(values).any():
+        raise ValueError(f"'{dataset.name}' should hold degrees, -{most} to {most}")
+    return values.astype(np.float32)
+
+
+def geodetic_file(where, scene):
+    """The geodetic file of a scene.
+
+    Args:
+        where: The file itself; or a folder of products, PRODUCT.SEN3/geodetic_in.nc, one of which
+            has the scene's satellite, start and stop. A later processing of the product will do.
+        scene: Name of the scene.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if where.is_file():
+        return where
+    product = PRODUCT_NAME.match(scene)
+    same = f"{glob.escape(scene[: product.end(3)] if product else scene)}*/geodetic_in.nc"
+    if not (found := sorted(where.glob(same))):
+        raise UserError(
+            f"No {where}/{same}. --geodetic should be a Sentinel-3 geodetic_in.nc or a folder of "
+            "products, one for each scene; --scene chooses scenes."
+        )
+    return found[-1]
+
+
+def times_of(name):
+    """Start and end of a product by its name, in UTC; None where that does not tell."""
+    if not (product := PRODUCT_NAME.match(name)):
+        return None
+    try:
+        return tuple(
+            datetime.strptime(text, "%Y%m%dT%H%M%S").replace(tzinfo=timezone.utc)
+            for text in product.groups()[1:]
+        )
+    except ValueError:  # of no calendar
+        return None
+
+
+# --- writing --------------------------------------------------------------------------------
+
+
+def write_netcdf(scene, folder):
+    """Write <scene>.nc, by CF-1.10."""
+    import h5netcdf  # netCDF4 would bring a second HDF5 library into the process
+
+    facts = scene.facts | {"Conventions": "CF-1.10"}
+    coordinates = [name for name in MOST_DEGREES if getattr(scene, name) is not None]
+    if scene.times:
+        coordinates.append("time")
+        for key, time in zip(("start", "end"), scene.times, strict=True):
+            facts[f"time_coverage_{key}"] = f"{time:%Y-%m-%dT%H:%M:%SZ}"
+    common = {"coordinates": " ".join(coordinates)} if coordinates else {}
+    grid = ("y", "x")
+    with (
+        replacing(folder / f"{scene.name}.nc") as temporary,
+        h5netcdf.File(temporary, "w") as file,
+    ):
+        file.dimensions = dict(zip(grid, scene.mask.shape, strict=True))
+        file.attrs.update(facts)
+        add = functools.partial(_add_variable, file)
+        more = {"cloud_probability": scene.probability, "data_available": scene.valid}
+        more = " ".join(name for name, values in more.items() if values is not None)
+        add(
+            *("cloud_mask", grid, scene.mask),
+            standard_name="cloud_binary_mask",
+            long_name="cloud mask",
+            units="1",
+            flag_values=np.array([0, 1], np.uint8),
+            flag_meanings=" ".join(MEANINGS),
+            **({"ancillary_variables": more} if more else {}),
+            **common,
+        )
+        if scene.probability is not None:
+            add(
+                *("cloud_probability", grid, scene.probability),
+                long_name="probability of cloud by the network",
+                units="1",
+                valid_range=np.array([0, 1], np.float32),
+                **common,
+            )
+        if scene.valid is not None:
+            add(
+                *("data_available", grid, scene.valid.astype(np.uint8)),
+                long_name="whether all brightness temperatures were measured",
+                flag_values=np.array([0, 1], np.uint8),
+                flag_meanings="missing measured",
+                **common,
+            )
+        if scene.latitude is not None:
+            for name, direction in (("latitude", "north"), ("longitude", "east")):
+                add(
+                    *(name, grid, getattr(scene, name)),
+                    standard_name=name,
+                    long_name=name,
+                    units=f"degrees_{direction}",
+                )
+        if scene.times:
+            add(
+                *("time", (), np.mean([time.timestamp() for time in scene.times])),
+                standard_name="time",
+                long_name="middle of the measurement",
+                units="seconds since 1970-01-01 00:00:00",
+                calendar="standard",
+            )
+
+
+def _add_variable(file, name, dimensions, values, **attributes):
+    values = np.asarray(values)
+    packing = {"compression": "gzip", "compression_opts": 4, "shuffle": True}
+    if values.dtype == np.float32 and np.isnan(values).any():
+        packing["fillvalue"] = np.float32(np.nan)
+    variable = file.create_variable(
+        name, dimensions, values.dtype, **(packing if values.ndim == 2 else {})
+    )
+    variable[...] = values
+    variable.attrs.update(attributes)
+
+
+def write_geotiff(scene, folder):
+    """Write <scene>.tif, and <scene>_probability.tif where there is one."""
+    palette = dict(enumerate(COLOURS[:2]))
+    _write_raster(scene, folder / f"{scene.name}.tif", scene.mask, palette)
+    probability_file = folder / f"{scene.name}_probability.tif"
+    if scene.probability is None:
+        probability_file.unlink(missing_ok=True)  # that of an earlier export
+    else:
+        _write_raster(scene, probability_file, scene.probability)
+
+
+def _write_raster(scene, path, values, palette=None):
+    import rasterio
+    from rasterio.errors import NotGeoreferencedWarning
+
+    places = {}
+    if scene.latitude is not None:
+        places = {"gcps": control_points(scene.latitude, scene.longitude), "crs": "EPSG:4326"}
+    with warnings.catch_warnings(), replacing(path) as temporary:
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)  # a swath without positions is not
+        with (
+            rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
+            rasterio.open(
+                *(temporary, "w", "GTiff", *reversed(values.shape), 1),
+                dtype=values.dtype,
+                compress="deflate",
+                tiled=True,
+                **({} if palette else {"predictor": 3}),
+                **places,
+            ) as file,
+        ):
+            if palette:
+                file.write_colormap(1, palette)  # before the pixels, as TIFF wants it
+            file.write(values, 1)
+            if scene.valid is not None:
+                file.write_mask(scene.valid)
+            file.set_band_description(1, "cloud mask" if palette else "probability of cloud")
+            tags = {"flag_values": "0 1", "flag_meanings": " ".join(MEANINGS)} if palette else {}
+            if scene.times:
+                tags["TIFFTAG_DATETIME"] = f"{scene.times[0]:%Y:%m:%d %H:%M:%S}"
+            file.update_tags(**scene.facts, **tags)
+
+
+def control_points(latitude, longitude):
+    """Ground control points of a swath.
+
+    Args:
+        latitude: float32 (H, W) [degrees north], NaN where missing.
+        longitude: float32 (H, W) [degrees east], NaN where missing.
+
+    Returns:
+        List of rasterio's GroundControlPoint, in the middle of every 64th pixel and of the last
+        ones. Across the date line longitudes go on beyond 180.
+    """
+    from rasterio.control import GroundControlPoint
+
+    rows, cols = (sorted({*range(0, n, GCP_STEP), n - 1}) for n in latitude.shape)
+    known = np.isfinite(latitude) & np.isfinite(longitude)
+    rows, cols = np.array([(i, j) for i in rows for j in cols if known[i, j]], int).reshape(-1, 2).T
+    x, y = longitude[rows, cols].astype(float), latitude[rows, cols].astype(float)
+    x = (x - x[:1] + 180) % 360 - 180 + x[:1]  # no jump from 180 to -180
+    x += 360 * (x < -180).any()
+    return [
+        GroundControlPoint(row + 0.5, col + 0.5, *place)
+        for row, col, *place in zip(rows, cols, x, y, strict=True)
+    ]
+
+
+def write_png(scene, folder):
+    """Write <scene>.png with the palette COLOURS."""
+    from PIL import Image, PngImagePlugin
+
+    index = scene.mask if scene.valid is None else np.where(scene.valid, scene.mask, np.uint8(2))
+    image = Image.fromarray(index)
+    image.putpalette([level for colour in COLOURS for level in colour])
+    texts = PngImagePlugin.PngInfo()
+    for key, text in scene.facts.items():
+        texts.add_itxt(key, text)
+    with replacing(folder / f"{scene.name}.png") as temporary:
+        image.save(temporary, optimize=True, pnginfo=texts)
+
+
+WRITERS = {"netcdf": write_netcdf, "geotiff": write_geotiff, "png": write_png}
+
+
+# --- the program ----------------------------------------------------------------------------
+
+
+def parse_arguments(argv):
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN_DIR", help="folder of the run")
+    add("--format", choices=WRITERS, required=True)
+    add("-o", "--output", type=Path, help="folder for the files (default RUN_DIR/export)")
+    add("--data", type=Path, help="folder of the scene files (default the run's inference_dir)")
+    add(
+        "--geodetic", metavar="PATH", type=Path,
+        help="a Sentinel-3 geodetic_in.nc for one scene, or a folder of PRODUCT.SEN3 folders",
+    )  # fmt: skip
+    add("--scene", nargs="+", default=[], help="names of scenes, without suffix (default all)")
+    add("--verbose", action="store_true", help="show tracebacks")
+    return parser.parse_args(argv)
+
+
+def export(arguments, command):
+    """Export the masks of a run."""
+    config = load_config(arguments.run / "config.yaml")
+    masks = find_masks(arguments.run, arguments.scene)
+    geodetic = arguments.geodetic
+    if geodetic and geodetic.is_file() and len(masks) > 1:
+        raise UserError(
+            f"{geodetic} is of one scene, and there are {len(masks)}: say --scene NAME."
+        )
+    about_run = describe_run(arguments.run, config, command)
+    scenes = locate_scenes(config, arguments.data)
+    folder = arguments.output or arguments.run / "export"
+    n_placed = 0
+    for path in progress(masks, "Exporting", len(masks)):
+        scene = read_masked_scene(path, scenes, geodetic, about_run)
+        WRITERS[arguments.format](scene, folder)
+        n_placed += scene.latitude is not None
+    log.info(
+        "%d mask(s) are in %s, %d of them of scenes with latitude and longitude.",
+        *(len(masks), folder, n_placed),
+    )
+
+
+def main(argv=None):
+    """Run the program and return its exit status."""
+    arguments = parse_arguments(argv)
+    log_to_screen(arguments.verbose)
+    try:
+        export(arguments, shlex.join(["export_masks.py", *(argv or sys.argv[1:])]))
+    except ModuleNotFoundError as error:
+        log.error("Error: %s needs the package %s: %s", arguments.format, error.name, INSTALL)
+        return 2
+    except Exception as error:
+        if arguments.verbose:
+            traceback.print_exc()
+        log.error("Error: %s", one_line(error))
+        return 2 if is_users_mistake(error) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
