@@ -178,12 +178,14 @@ def test_geotiff_holds_mask_palette_and_missing_pixels(run, scenes):
     with file:
         np.testing.assert_array_equal(file.read(1), mask)
         np.testing.assert_array_equal(file.dataset_mask() == 255, measured(scenes[0]))
+        assert file.nodata == 255  # what gdalwarp puts beside the swath: 0 would be clear
         assert file.colormap(1)[0] == (*export_masks.COLOURS[0], 255)
         assert file.tags()["scene"] == scenes[0].name and file.gcps == ([], None)
     with pytest.warns(rasterio.errors.NotGeoreferencedWarning):
         file = rasterio.open(folder / f"{scenes[0].stem}_probability.tif")
     with file:
         np.testing.assert_array_equal(file.read(1), probability)
+        assert np.isnan(file.nodata)
     assert {path.suffix for path in folder.iterdir()} == {".tif"}
 
 
@@ -199,6 +201,7 @@ def test_control_points_put_a_geotiff_on_the_map(run, scenes, west):
     with rasterio.open(folder / f"{scenes[0].stem}.tif") as file:
         points, crs = file.gcps
         assert crs.to_epsg() == 4326 and len(points) == 3 * 4 - 1  # one has no latitude
+        assert np.ptp([point.x for point in points]) < 5  # no jump from 180 to -180
         step, left, top = 0.005, west - 1, 50.5
         on_map, _ = rasterio.warp.reproject(
             file.read(1),

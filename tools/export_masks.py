@@ -9,7 +9,8 @@ netcdf   <scene>.nc, by the conventions CF-1.10: `cloud_mask`, `data_available`,
 geotiff  <scene>.tif, 0 clear and 1 cloud with a palette, and <scene>_probability.tif. A swath has
          no map projection: the files carry ground control points (EPSG:4326) every 64 pixels, which
          QGIS and `gdalwarp -tps -t_srs EPSG:4326` put on a map; none where positions are not known.
-         Pixels without data are in the files' own mask of valid pixels.
+         Pixels without data are in the files' own mask of valid pixels; on a map they, and what
+         lies beside the swath, are 255 or NaN.
 png      <scene>.png, one pixel each: cloud white, clear dark blue, no data grey.
 
 Positions are the datasets `latitude` and `longitude`, (H, W), of the scene file, or with --geodetic
@@ -39,6 +40,7 @@ sys.path.insert(0, str(REPOSITORY))
 import harness.quiet_tensorflow  # noqa: E402, F401  (a program in tools/ adds the repository)
 
 # isort: split
+import h5py  # noqa: E402
 import numpy as np  # noqa: E402
 
 from data_loader import find_scenes  # noqa: E402
@@ -124,8 +126,8 @@ def locate_scenes(config, folder):
         if folder:
             raise
         log.warning(
-            "No scene files in %s: the masks go out without position and missing pixels. "
-            "Say where the scenes are with --data.",
+            "No scene files in %s: which pixels lack data stays unknown, and positions where "
+            "--geodetic has none. Say where the scenes are with --data.",
             config.inference_dir,
         )
         return {}
@@ -139,7 +141,7 @@ def describe_run(folder, config, command):
     """
     try:
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        status, commit = results["status"], results["git_commit"]
+        status, commit = results["status"], results["git_commit"] or "unknown"
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder / 'results.json'} should be that of a run ({type(error).__name__}: {error}). "
@@ -151,7 +153,7 @@ def describe_run(folder, config, command):
         "title": "Cloud mask of a Sentinel-3 SLSTR scene",
         "institution": config.organisation,
         "source": f"CloudMask, U-Net on the nine channels of SLSTR at 1 km, commit {commit}",
-        "history": f"{now()}: {command}",
+        "history": f"{now()}: {command[:2000]}",
         "references": "MLCommons Science, CloudMask, https://github.com/mlcommons/science",
         "run": folder.resolve().name,
     }
@@ -311,7 +313,7 @@ def write_netcdf(scene, folder):
         h5netcdf.File(temporary, "w") as file,
     ):
         file.dimensions = dict(zip(grid, scene.mask.shape, strict=True))
-        file.attrs.update(facts)
+        file.attrs.update({key: _characters(text) for key, text in facts.items()})
         add = functools.partial(_add_variable, file)
         more = {"cloud_probability": scene.probability, "data_available": scene.valid}
         more = " ".join(name for name, values in more.items() if values is not None)
@@ -368,7 +370,14 @@ def _add_variable(file, name, dimensions, values, **attributes):
         name, dimensions, values.dtype, **(packing if values.ndim == 2 else {})
     )
     variable[...] = values
-    variable.attrs.update(attributes)
+    for key, value in attributes.items():
+        variable.attrs[key] = _characters(value) if isinstance(value, str) else value
+
+
+def _characters(text):
+    """A text as NetCDF's characters, which more programs read than NetCDF's strings."""
+    encoded = text.encode()
+    return np.array(encoded, h5py.string_dtype("utf-8", len(encoded) or 1))
 
 
 def write_geotiff(scene, folder):
@@ -396,6 +405,7 @@ def _write_raster(scene, path, values, palette=None):
             rasterio.open(
                 *(temporary, "w", "GTiff", *reversed(values.shape), 1),
                 dtype=values.dtype,
+                nodata=255 if palette else np.nan,  # what a map has beside the swath
                 compress="deflate",
                 tiled=True,
                 **({} if palette else {"predictor": 3}),
