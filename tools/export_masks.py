@@ -8,7 +8,7 @@ netcdf   <scene>.nc, by the conventions CF-1.10: `cloud_mask`, `data_available`,
          where the run kept it, latitude, longitude and time where they are known.
 geotiff  <scene>.tif, 0 clear and 1 cloud with a palette, and <scene>_probability.tif. A swath has
          no map projection: the files carry ground control points (EPSG:4326) every 64 pixels, which
-         QGIS and `gdalwarp -tps -t_srs EPSG:4326` put on a map; none where positions are not known.
+         `gdalwarp -tps -t_srs EPSG:4326` puts on a map; none where positions are not known.
          Pixels without data are in the files' own mask of valid pixels; on a map they, and what
          lies beside the swath, are 255 or NaN.
 png      <scene>.png, one pixel each: cloud white, clear dark blue, no data grey.
