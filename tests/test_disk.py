@@ -1,10 +1,12 @@
 """Full and read-only disks, at each kind of write: what was there stays, and the run goes on."""
 
+import errno
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import h5py
 import keras
@@ -15,7 +17,7 @@ from test_resume import EPOCHS, assert_same_outcome, resume
 import slstr_cloud
 from harness.checkpoints import Checkpoints
 from harness.masks import MaskFolder
-from harness.mlperf_log import MLLogger
+from harness.mlperf_log import MLLogger, open_mlperf_log
 from harness.run import Run
 
 DISK_BYTES = 160_000_000  # a run wants 100 MB before it begins
@@ -151,3 +153,17 @@ def test_scene_that_another_program_writes_is_told_of(dataset, settings, tmp_pat
     assert run.status == 2 and run.folder is None
     error = capsys.readouterr().err
     assert str(locked) in error and "HDF5_USE_FILE_LOCKING" in error
+
+
+def test_mlperf_event_that_cannot_be_written_is_an_error(tmp_path):
+    mllog = open_mlperf_log(tmp_path / "mlperf.log", tmp_path)
+    (handler,) = mllog.logger.handlers
+    mllog.event("seed", 1)
+
+    def write(text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    handler.setStream(SimpleNamespace(write=write, flush=int, close=int)).close()
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        mllog.event("seed", 2)
+    assert raised.value.filename == str(tmp_path / "mlperf.log")
