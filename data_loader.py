@@ -25,6 +25,7 @@ import numpy as np
 import tensorflow as tf
 from sklearn.model_selection import train_test_split
 
+from harness.errors import UserError
 from harness.hdf5_files import ForbiddenSource, open_dataset, open_file
 from harness.hdf5_rows import check_storage, read_blocks, storage
 from harness.readers import Readers
@@ -48,7 +49,7 @@ STRANGE = "%s holds %d numbers that no reflectance or brightness temperature has
 log = logging.getLogger(__name__)
 
 
-class SceneError(ValueError):
+class SceneError(UserError):
     """Scenes that cannot be used; the message names the file, or the number, and what is wrong."""
 
 

@@ -4,7 +4,6 @@ python slstr_cloud.py --config config.yaml
 """
 
 import argparse
-import errno
 import functools
 import logging
 import math
@@ -25,9 +24,10 @@ import numpy as np
 import data_loader
 from data_loader import PatchBatches, SceneError
 from harness import mlperf_log, results, scores
-from harness.checkpoints import digest_of_file
-from harness.config import UserError, load_config
+from harness.config import load_config
 from harness.devices import open_devices, watch_ranks
+from harness.errors import UserError, is_users_mistake, one_line
+from harness.files import digest_of, digest_of_file, replacing, write_csv
 from harness.interrupts import Interrupted, deferred, heed_signals
 from harness.launch import Meeting, detect_launch
 from harness.masks import MaskFolder
@@ -36,26 +36,15 @@ from harness.prediction import Predictor, predictor_that_fits
 from harness.preflight import (
     DURING_START,
     BadScenes,
-    amount,
     check_disk,
     check_scenes,
     describe_scenes,
-    duration,
     results_bytes,
-    table,
-)  # fmt: skip
+)
 from harness.readers import Readers, leave
 from harness.resume import find_requeued, load_resumed, sole_user
-from harness.run import (
-    Run,
-    digest_of,
-    log_to_screen,
-    make_folder,
-    peak_rss,
-    progress,
-    replacing,
-    write_csv,
-)  # fmt: skip
+from harness.run import Run, make_folder, peak_rss
+from harness.screen import amount, duration, log_to_screen, progress, table
 from harness.training import POLICIES, Trainer, translated_errors
 from model import DOWNSCALING, RECEPTIVE_RADIUS, unet
 
@@ -684,27 +673,6 @@ def main(argv=None):
         log.error("Error: %s", one_line(error))
         return 2 if is_users_mistake(error) else 1
     return 0
-
-
-def one_line(error):
-    """An error for people: its message where it is ours, its kind and first line where not."""
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}. Mend it, or set another path."
-    if is_users_mistake(error):
-        return str(error)
-    first = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first} (--verbose shows where)"
-
-
-def is_users_mistake(error):
-    """Whether the user can mend an error: a bad value, file or permission, or a full disk."""
-    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.ENOSPC, errno.EDQUOT):
-        return True
-    return isinstance(
-        error,
-        UserError | SceneError | FileNotFoundError | FileExistsError | NotADirectoryError
-        | IsADirectoryError | PermissionError,
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Checkpoints: what a run needs to go on training as if it had never stopped."""
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -11,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import tensorflow as tf
+
+from harness.files import digest_of_file, open_regular, sync
 
 KEPT = 2
 STATE, DIGESTS, BEST_MODEL = "state.json", "SHA256SUMS", "best"
@@ -85,10 +86,10 @@ class Checkpoints:
             lines = [f"{digest_of_file(file)}  {file.name}\n" for file in files]
             (temporary / DIGESTS).write_text("".join(lines), encoding="utf-8")
             for path in (*files, temporary / DIGESTS, temporary):
-                _sync(path)
+                sync(path)
             shutil.rmtree(self.folder / name, ignore_errors=True)  # a damaged one of that name
             temporary.rename(self.folder / name)
-            _sync(self.folder)
+            sync(self.folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         for old in self._all()[:-KEPT]:
@@ -122,7 +123,7 @@ class Checkpoints:
             if model_file is not None:
                 temporary = model_file.with_name(f".{model_file.name}.{os.getpid()}.part")
                 shutil.copyfile(best, temporary)
-                _sync(temporary)
+                sync(temporary)
                 temporary.replace(model_file)
 
     def _all(self):
@@ -153,22 +154,6 @@ def _check_digests(folder):
             raise ValueError(f"{name} is not what was written")
 
 
-def digest_of_file(path):
-    """SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def open_regular(path):
-    """Open a file for reading; a pipe would be waited for, and is an OSError."""
-    if not path.is_file():
-        raise OSError(f"{path} is no regular file")
-    return path.open("rb")
-
-
 def _link_or_copy(source, target):
     """The source is replaced and never changed: a link holds it as it is now."""
     try:
@@ -177,11 +162,3 @@ def _link_or_copy(source, target):
         with suppress(FileNotFoundError):
             target.unlink()
         shutil.copyfile(source, target)
-
-
-def _sync(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,14 +18,12 @@ from pydantic import (
     model_validator,
 )
 
+from harness.errors import UserError
+
 MAX_BYTES = 1 << 20  # of a configuration file; the shipped one has 3612
 MAX_FAULTS = 30  # told at once
 COMBINED = ("PATCH_SIZE", "CROP_SIZE", "IMAGE_H", "IMAGE_W", "clip_offset")
 V1_UPPER_CASE = ("patch_size", "image_h", "image_w", "n_channels", "min_sst", "crop_size")
-
-
-class UserError(ValueError):
-    """What the user can mend; main shows it as one line without a traceback."""
 
 
 def _no_truth_value(value):

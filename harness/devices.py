@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import keras
 import tensorflow as tf
 
-from harness.config import UserError
+from harness.errors import UserError
 from harness.launch import LOST, Launch, Meeting, reserve_port
 
 CPU_MICRO_BATCH = 4  # patches; at 256 x 256 more took 1 GB more and were no faster on two cores

@@ -18,7 +18,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness.config import UserError
+from harness.errors import UserError
 
 MEETING_SECONDS = 300  # [s] a rank waits for the others at the start
 FAILURE_SECONDS = 5  # [s] a rank that fails has to say so before another is at a loss for a reason

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import h5py
 
-from harness.run import replacing
+from harness.files import replacing
 
 log = logging.getLogger(__name__)
 

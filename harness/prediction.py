@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from harness.config import UserError
+from harness.errors import UserError
 from harness.forward import without_upsampling
 
 # In one pass of the U-Net at most four images of 32 channels live at once at full resolution, in

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.config import UserError
+from harness.errors import UserError
+from harness.files import digest_of, write_json
 from harness.readers import Readers
-from harness.run import digest_of, progress, write_json
+from harness.screen import amount, progress
 
 THREADS = 16
 HEADER_BYTES = 1 << 16  # of a file, among which most of its headers are
@@ -187,35 +188,3 @@ def describe_scenes(kinds, stored, bad, samples):
             "reading": f"{np.median([seconds for _, seconds in samples]):.3f} s a scene",
         }
     return lines
-
-
-def table(columns):
-    """Text of a table: a line for each key of the columns' dictionaries, titles above.
-
-    Args:
-        columns: {title: {line: text}}.
-    """
-    keys = list(dict.fromkeys(key for column in columns.values() for key in column))
-    rows = [["", *columns]] + [[k, *(c.get(k, "") for c in columns.values())] for k in keys]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
-    return "\n".join(lines)
-
-
-def amount(n_bytes):
-    """Bytes for people: '163.0 GB'."""
-    power = min(len(str(int(n_bytes))) - 1, 14) // 3
-    return f"{n_bytes / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
-
-
-def duration(seconds):
-    """Seconds for people: '3 h 20 min', '4 min 10 s', '12 s'."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"

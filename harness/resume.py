@@ -6,7 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from harness.config import UserError, load_config, resolved
+from harness.config import load_config, resolved
+from harness.errors import UserError
 from harness.run import scheduler_job
 
 # Keys that change neither weights nor masks of a run, or only how long it goes on.

@@ -1,20 +1,13 @@
 """A run's folder, and everything that is written there."""
 
 import contextlib
-import csv
 import errno
-import hashlib
-import io
-import json
 import logging
-import math
 import os
 import platform
 import resource
 import shutil
 import subprocess
-import sys
-import threading
 import time
 import uuid
 from datetime import datetime, timezone
@@ -23,69 +16,17 @@ from pathlib import Path
 
 from harness import mlperf_log
 from harness.checkpoints import Checkpoints, TrainingState
-from harness.config import UserError, dump_config
+from harness.config import dump_config
+from harness.errors import UserError
+from harness.files import remove_unfinished, write_json, write_text
 from harness.interrupts import Interrupted
 from harness.mlperf_log import keys, open_mlperf_log
+from harness.screen import log_to_file
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("tensorflow", "keras", "numpy", "h5py", "scikit-learn", "mlperf-logging")
-LINE_SECONDS = 60  # [s] between progress lines in a batch log
 
 log = logging.getLogger(__name__)
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """Give a temporary path of the same suffix; when all is well, sync it and rename it to `path`.
-
-    Whatever happens, `path` is either as it was or whole.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(
-        f".{path.stem}.{os.getpid()}-{threading.get_ident()}.part{path.suffix}"
-    )
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_unfinished(folder):
-    """Remove what `replacing` left below a folder when its process was killed."""
-    for path in Path(folder).rglob(".*.part*"):
-        if path.is_file():
-            path.unlink()
-
-
-def write_text(path, text):
-    """Write a text file, whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_csv(path, columns, rows):
-    """Write dictionaries as CSV, a line each, whole or not at all; a missing number is `nan`."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: printable(v) if isinstance(v, str) else v for k, v in row.items()})
-    write_text(path, text.getvalue())
-
-
-def jsonable(value):
-    """Copy nested dictionaries and lists for JSON: NaN and infinity become null."""
-    if isinstance(value, dict):
-        return {key: jsonable(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [jsonable(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
 
 
 class Run:
@@ -133,7 +74,7 @@ class Run:
         self.model_file = self.path(config.model_file)  # absolute where it is an input
         self._log_file = self.path(config.log_file)
         self._opened = time.perf_counter()
-        self._rank_log = _log_to(self.folder / f"rank-{devices.rank}.log")
+        self._rank_log = log_to_file(self.folder / f"rank-{devices.rank}.log")
         self._mlperf_file = self.path(config.mlperf_logfile) if self.is_chief else None
         n_kept = self._found[1].mlperf_bytes if self._found else 0
         self.mllog = open_mlperf_log(self._mlperf_file, REPOSITORY, n_kept)
@@ -284,16 +225,6 @@ class Run:
         write_json(self.folder / "results.json", self.results)
 
 
-def write_json(path, value):
-    """Write JSON, whole or not at all."""
-    write_text(path, json.dumps(jsonable(value), indent=2) + "\n")
-
-
-def digest_of(value):
-    """SHA-256 of what JSON can hold."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
 def peak_rss():
     """Most memory that this process has taken [bytes]."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -354,71 +285,3 @@ def git_commit():
         if answer.returncode == 0:
             return answer.stdout.strip()
     return None
-
-
-class PlainFormatter(logging.Formatter):
-    """A message is one line: names of files and scenes can hold whatever steers a terminal.
-
-    Newlines, escapes, marks that turn the direction of writing and bytes that are no text come out
-    as Python writes them in its own texts.
-    """
-
-    def formatMessage(self, record):
-        """Format a record, its message escaped."""
-        record.message = printable(record.message)
-        return super().formatMessage(record)
-
-
-def printable(text):
-    r"""The text with whatever cannot be printed escaped: a newline becomes \n, two characters."""
-    if text.isprintable():
-        return text
-    escaped = (c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return "".join(escaped)
-
-
-def log_to_screen(verbose, is_chief=True):
-    """Send the project's messages to the terminal, plain; of other ranks only what is wrong."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(PlainFormatter("%(message)s"))
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    handler.setLevel(logging.INFO if is_chief else logging.WARNING)
-    root.setLevel(logging.INFO)
-    logging.getLogger("tensorflow").setLevel(logging.INFO if verbose else logging.ERROR)
-    logging.getLogger("absl").setLevel(logging.INFO if verbose else logging.ERROR)
-
-
-class _LogFile(logging.FileHandler):
-    """A log for people: what a full or read-only disk does not take is on the screen."""
-
-    def emit(self, record):
-        with contextlib.suppress(OSError):  # of opening
-            super().emit(record)
-
-    def handleError(self, record):  # of writing
-        pass
-
-
-def _log_to(path):
-    handler = _LogFile(path, delay=True, encoding="utf-8")
-    handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.getLogger().addHandler(handler)
-    return handler
-
-
-def progress(items, what, total):
-    """Go through items and tell how far: a bar on a terminal, a line a minute in a batch log."""
-    if sys.stderr.isatty() and logging.getLogger().handlers[0].level <= logging.INFO:
-        from tqdm import tqdm  # the bar alone needs it
-
-        yield from tqdm(items, what, total, leave=False, dynamic_ncols=True)
-        return
-    started = last = time.monotonic()
-    for done, item in enumerate(items):
-        now = time.monotonic()
-        if now - last >= LINE_SECONDS:
-            left = (now - started) / done * (total - done)
-            log.info("%s: %d of %d, %.0f s left", what, done, total, left)
-            last = now
-        yield item

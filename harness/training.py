@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from harness.config import UserError
+from harness.errors import UserError
 from harness.forward import without_upsampling
 
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}

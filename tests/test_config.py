@@ -3,7 +3,8 @@ import time
 import pytest
 import yaml
 
-from harness.config import Config, UserError, dump_config, load_config
+from harness.config import Config, dump_config, load_config
+from harness.errors import UserError
 
 # The values of mlcommons/science v1.1, with its own spelling.
 V1 = """

@@ -1,7 +1,7 @@
 import pytest
 
-from harness.config import UserError
 from harness.devices import _check_demands, open_devices
+from harness.errors import UserError
 
 
 def card(node, devices=4, kind="GPU", work="same"):

@@ -5,8 +5,8 @@ import threading
 import pytest
 from lsf_standin import parse_arguments, rank_environments
 
-from harness.config import UserError
 from harness.devices import _share
+from harness.errors import UserError
 from harness.launch import Launch, Meeting, detect_launch, reserve_port
 
 # As seen by rank 3 of `srun --nodes=3 --ntasks=5` under Slurm 22.05

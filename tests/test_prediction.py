@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from data_loader import PatchGrid, StripGrid
 from harness import prediction
-from harness.config import UserError
+from harness.errors import UserError
 from harness.prediction import Predictor, cast_model, predictor_that_fits
 from model import DOWNSCALING, RECEPTIVE_RADIUS, unet
 

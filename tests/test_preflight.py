@@ -10,7 +10,8 @@ from conftest import HEIGHT, PATCH, WIDTH, results, rewrite, rows, spoil, start
 import data_loader
 import slstr_cloud
 from data_loader import SceneError
-from harness.preflight import BadScenes, amount, check_disk, check_scenes, duration, table
+from harness.preflight import BadScenes, check_disk, check_scenes
+from harness.screen import amount, duration, table
 
 SHAPE = (HEIGHT, WIDTH, 9)
 

@@ -18,7 +18,8 @@ from mlperf_logging.compliance_checker.mlp_parser import parse_file
 
 import slstr_cloud
 from harness.checkpoints import Checkpoints, TrainingState
-from harness.config import UserError, load_config
+from harness.config import load_config
+from harness.errors import UserError
 from harness.resume import find_requeued, load_resumed, sole_user
 from harness.run import make_folder
 from harness.training import POLICIES, Trainer

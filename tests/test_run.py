@@ -3,7 +3,8 @@ import logging
 
 import pytest
 
-from harness.run import PlainFormatter, _log_to, printable, write_csv
+from harness.files import write_csv
+from harness.screen import PlainFormatter, log_to_file, printable
 
 FORGED = "S3A_a\nError: all is lost\x1b[2J\u202efdh\udcff\r.hdf"
 ESCAPED = r"S3A_a\nError: all is lost\x1b[2J\u202efdh\udcff\r.hdf"
@@ -14,7 +15,7 @@ def test_printable_text_stays_as_it_is():
 
 
 def test_name_of_a_file_forges_no_line_of_a_log(tmp_path):
-    handler = _log_to(tmp_path / "rank-0.log")
+    handler = log_to_file(tmp_path / "rank-0.log")
     try:
         logging.getLogger("cloudmask").error("%s has no dataset 'refs'", FORGED)
     finally:

@@ -406,16 +406,16 @@ def test_unusable_tf_config_is_one_line(settings, tmp_path, capsys, monkeypatch)
 
 
 def test_results_that_cannot_be_written_are_no_success(settings, tmp_path, monkeypatch):
-    from harness import run as module
+    from harness import files
 
-    write = module.write_text
+    write = files.write_text
 
     def full(path, text):
         if path.name == "results.json" and '"status": "success"' in text:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         write(path, text)
 
-    monkeypatch.setattr(module, "write_text", full)
+    monkeypatch.setattr(files, "write_text", full)
     run = start(tmp_path, {**settings, "epochs": 1}, "--mode", "train")
     assert run.status == 2 and results(run.folder)["status"] == "running"
     (objection,) = objections_to(run.folder / "mlperf_cloudmask.log")

@@ -56,9 +56,10 @@ import data_loader  # noqa: E402
 import slstr_cloud  # noqa: E402
 from harness.config import load_config  # noqa: E402
 from harness.devices import open_devices  # noqa: E402
+from harness.files import write_text  # noqa: E402
 from harness.forward import without_upsampling  # noqa: E402
 from harness.interrupts import Interrupted  # noqa: E402
-from harness.run import git_commit, write_text  # noqa: E402
+from harness.run import git_commit  # noqa: E402
 from model import DOWNSCALING, RECEPTIVE_RADIUS, unet  # noqa: E402
 from tools.make_scenes import make_scene, product_name, write_scene  # noqa: E402
 

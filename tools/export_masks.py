@@ -28,7 +28,6 @@ import logging
 import re
 import shlex
 import sys
-import traceback
 import warnings
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -44,18 +43,19 @@ import h5py  # noqa: E402
 import numpy as np  # noqa: E402
 
 from data_loader import find_scenes  # noqa: E402
-from harness.config import UserError, load_config  # noqa: E402
+from harness.config import load_config  # noqa: E402
+from harness.errors import UserError, exit_status  # noqa: E402
+from harness.files import replacing  # noqa: E402
 from harness.hdf5_files import ForbiddenSource, open_dataset, open_file  # noqa: E402
 from harness.hdf5_rows import check_storage  # noqa: E402
-from harness.run import log_to_screen, now, printable, progress, replacing  # noqa: E402
-from slstr_cloud import is_users_mistake, one_line  # noqa: E402
+from harness.run import now  # noqa: E402
+from harness.screen import log_to_screen, printable, progress  # noqa: E402
 
 PRODUCT_NAME = re.compile(r"(S3[A-D])_SL_1_RBT_+(\d{8}T\d{6})_(\d{8}T\d{6})_\d{8}T\d{6}_")
 MEANINGS = ("clear", "cloud")  # of 0 and 1
 COLOURS = ((8, 48, 107), (255, 255, 255), (140, 140, 140))  # clear, cloud, no data; by brightness
 GCP_STEP = 64  # pixels between ground control points
 MOST_DEGREES = {"latitude": 90, "longitude": 360}
-INSTALL = "pip install -r requirements-tools.txt"
 
 log = logging.getLogger("export_masks")
 
@@ -515,17 +515,8 @@ def main(argv=None):
     """Run the program and return its exit status."""
     arguments = parse_arguments(argv)
     log_to_screen(arguments.verbose)
-    try:
-        export(arguments, shlex.join(["export_masks.py", *(argv or sys.argv[1:])]))
-    except ModuleNotFoundError as error:
-        log.error("Error: %s needs the package %s: %s", arguments.format, error.name, INSTALL)
-        return 2
-    except Exception as error:
-        if arguments.verbose:
-            traceback.print_exc()
-        log.error("Error: %s", one_line(error))
-        return 2 if is_users_mistake(error) else 1
-    return 0
+    command = shlex.join(["export_masks.py", *(argv or sys.argv[1:])])
+    return exit_status(lambda: export(arguments, command), arguments.verbose)
 
 
 if __name__ == "__main__":

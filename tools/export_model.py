@@ -23,11 +23,11 @@ Converters to ONNX that were tried, with TensorFlow 2.21, Keras 3.15.1, NumPy 2.
 
 import argparse
 import contextlib
+import functools
 import logging
 import os
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # GPUs round to TF32, and outputs are to be compared
@@ -43,22 +43,22 @@ import numpy as np  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 from data_loader import BT_OFFSET, BT_SCALE, REFLECTANCE_OFFSET  # noqa: E402
-from harness.checkpoints import digest_of_file  # noqa: E402
-from harness.config import UserError, load_config  # noqa: E402
+from harness.config import load_config  # noqa: E402
+from harness.errors import Failure, UserError, exit_status  # noqa: E402
+from harness.files import digest_of_file, write_json  # noqa: E402
 from harness.prediction import cast_model  # noqa: E402
-from harness.run import log_to_screen, write_json  # noqa: E402
-from slstr_cloud import is_users_mistake, one_line, read_model  # noqa: E402
+from harness.screen import log_to_screen  # noqa: E402
+from slstr_cloud import read_model  # noqa: E402
 
 OPSET = 18  # of ONNX; the newest that tf2onnx writes, read by onnxruntime since 1.14
 TOLERANCE = {"onnx": 1e-4, "savedmodel": 1e-5}  # of a probability
 SIZES = ((64, 64), (64, 120), (136, 72))  # of the images compared; multiples of 8
 IMAGES = 4  # of each size
-INSTALL = "pip install -r requirements-tools.txt"
 
 log = logging.getLogger("export_model")
 
 
-class Disagreement(ArithmeticError):
+class Disagreement(Failure):
     """The exported model computes something else than Keras does; the message is complete."""
 
 
@@ -241,20 +241,8 @@ def main(argv=None):
     arguments = parse_arguments(argv)
     log_to_screen(arguments.verbose)
     logging.getLogger("tf2onnx").setLevel(logging.INFO if arguments.verbose else logging.ERROR)
-    try:
-        export(arguments.model, arguments.format, arguments.output)
-    except ModuleNotFoundError as error:
-        log.error("Error: %s needs the package %s: %s", arguments.format, error.name, INSTALL)
-        return 2
-    except Disagreement as error:
-        log.error("Error: %s", error)
-        return 1
-    except Exception as error:
-        if arguments.verbose:
-            traceback.print_exc()
-        log.error("Error: %s", one_line(error))
-        return 2 if is_users_mistake(error) else 1
-    return 0
+    work = functools.partial(export, arguments.model, arguments.format, arguments.output)
+    return exit_status(work, arguments.verbose)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,111 @@
+"""What people read while the program runs: messages, progress, tables and numbers."""
+
+import contextlib
+import logging
+import sys
+import time
+
+LINE_SECONDS = 60  # [s] between progress lines in a batch log
+
+log = logging.getLogger(__name__)
+
+
+class PlainFormatter(logging.Formatter):
+    """A message is one line: names of files and scenes can hold whatever steers a terminal.
+
+    Newlines, escapes, marks that turn the direction of writing and bytes that are no text come out
+    as Python writes them in its own texts.
+    """
+
+    def formatMessage(self, record):
+        """Format a record, its message escaped."""
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
+def printable(text):
+    r"""The text with whatever cannot be printed escaped: a newline becomes \n, two characters."""
+    if text.isprintable():
+        return text
+    escaped = (c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return "".join(escaped)
+
+
+def log_to_screen(verbose, is_chief=True):
+    """Send the project's messages to the terminal, plain; of other ranks only what is wrong."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PlainFormatter("%(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    handler.setLevel(logging.INFO if is_chief else logging.WARNING)
+    root.setLevel(logging.INFO)
+    logging.getLogger("tensorflow").setLevel(logging.INFO if verbose else logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.INFO if verbose else logging.ERROR)
+
+
+class _LogFile(logging.FileHandler):
+    """A log for people: what a full or read-only disk does not take is on the screen."""
+
+    def emit(self, record):
+        with contextlib.suppress(OSError):  # of opening
+            super().emit(record)
+
+    def handleError(self, record):  # of writing
+        pass
+
+
+def log_to_file(path):
+    """Send the project's messages to a file too; returns the handler, to be closed."""
+    handler = _LogFile(path, delay=True, encoding="utf-8")
+    handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(handler)
+    return handler
+
+
+def progress(items, what, total):
+    """Go through items and tell how far: a bar on a terminal, a line a minute in a batch log."""
+    if sys.stderr.isatty() and logging.getLogger().handlers[0].level <= logging.INFO:
+        from tqdm import tqdm  # the bar alone needs it
+
+        yield from tqdm(items, what, total, leave=False, dynamic_ncols=True)
+        return
+    started = last = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if now - last >= LINE_SECONDS:
+            left = (now - started) / done * (total - done)
+            log.info("%s: %d of %d, %.0f s left", what, done, total, left)
+            last = now
+        yield item
+
+
+def table(columns):
+    """Text of a table: a line for each key of the columns' dictionaries, titles above.
+
+    Args:
+        columns: {title: {line: text}}.
+    """
+    keys = list(dict.fromkeys(key for column in columns.values() for key in column))
+    rows = [["", *columns]] + [[k, *(c.get(k, "") for c in columns.values())] for k in keys]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+    return "\n".join(lines)
+
+
+def amount(n_bytes):
+    """Bytes for people: '163.0 GB'."""
+    power = min(len(str(int(n_bytes))) - 1, 14) // 3
+    return f"{n_bytes / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def duration(seconds):
+    """Seconds for people: '3 h 20 min', '4 min 10 s', '12 s'."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
