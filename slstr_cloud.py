@@ -45,6 +45,7 @@ from harness.readers import Readers, leave
 from harness.resume import find_requeued, load_resumed, sole_user
 from harness.run import Run, make_folder, peak_rss
 from harness.screen import amount, duration, log_to_screen, progress, table
+from harness.tensorboard import TensorBoard
 from harness.training import POLICIES, Trainer, translated_errors
 from model import DOWNSCALING, RECEPTIVE_RADIUS, unet
 
@@ -52,6 +53,7 @@ STEPS_UNWATCHED = 50  # of training, between looks for a loss that is not finite
 THRESHOLD = 0.5  # cloud where the probability is above
 SCENES_SAMPLED = 8  # of each set, by --mode check
 STEPS_MEASURED = 3
+BOARD_PATCHES = 4  # whose masks TensorBoard shows
 STRIPS_TRIED = (1, 2, 4, 8)  # of a scene, until they fit the memory; 8 predict most rows twice
 HISTORY_COLUMNS = (
     "epoch", "loss", "accuracy", "val_loss", "val_accuracy", "seconds", "patches_per_second",
@@ -87,6 +89,8 @@ def train(config, devices, run, train_paths, test_paths):
             n_patches = training.n_patches, validation.n_patches
             mlperf_log.log_hyperparameters(config, devices, run.mllog, *n_patches)
             run.start()
+        if config.tensorboard and run.is_chief:
+            run.board = open_board(config, run, test_paths[0])
         for _ in train_epochs(config, devices, run, trainer, training, validation, state):
             run.results["training"] = results.training_results(
                 state, (train_paths, test_paths), (training, validation), warm_up_seconds
@@ -109,7 +113,7 @@ def train_epochs(config, devices, run, trainer, training, validation, state):
                 run.mllog.start(keys.EPOCH_START, metadata=numbered)
             state.mlperf_bytes = run.mlperf_bytes()
             begin = time.perf_counter() - state.seconds
-            train_epoch(trainer, training, training_feed, state, begin)
+            train_epoch(run, trainer, training, training_feed, state, begin)
             with deferred():
                 state.totals, trained = trainer.totals, trainer.take_totals()
             train_seconds = time.perf_counter() - begin
@@ -126,6 +130,7 @@ def train_epochs(config, devices, run, trainer, training, validation, state):
                 **{f"val_{name}": value for name, value in validated.items()},
                 "seconds": time.perf_counter() - begin,
                 "train_seconds": train_seconds,
+                "input_seconds": state.input_seconds,
                 "patches_per_second": trained["patches"] / train_seconds,
             }
             with deferred():
@@ -136,13 +141,14 @@ def train_epochs(config, devices, run, trainer, training, validation, state):
     log.info("%s", reason)
 
 
-def train_epoch(trainer, training, feed, state, begin):
+def train_epoch(run, trainer, training, feed, state, begin):
     """Take the steps of an epoch that are left; SIGTERM and SIGINT wait for the end of one."""
     first, n_steps = state.step, training.n_steps
     trainer.totals, state.totals = state.totals, None
-    for _ in progress(range(first, n_steps), f"Epoch {state.epoch}", n_steps - first):
+    steps = progress(range(first, n_steps), f"Epoch {state.epoch}", n_steps - first)
+    for _ in run.board.profiled(steps, (state.epoch - 1) * n_steps + first + 1):
         with translated_errors(training, trainer), deferred():
-            trainer.train_step(next(feed))
+            trainer.train_step(next_batch(feed, state))
             state.step, state.seconds = state.step + 1, time.perf_counter() - begin
         if state.step % STEPS_UNWATCHED and state.step < n_steps:
             continue
@@ -155,6 +161,14 @@ def train_epoch(trainer, training, feed, state, begin):
             )
 
 
+def next_batch(feed, state):
+    """The next batch; the time that it is waited for counts."""
+    begin = time.perf_counter()
+    batch = next(feed)
+    state.input_seconds += time.perf_counter() - begin
+    return batch
+
+
 def keep_epoch(config, run, trainer, state, row):
     """Tell of an epoch that has ended, and keep what it earned."""
     log.info(
@@ -165,6 +179,7 @@ def keep_epoch(config, run, trainer, state, row):
     state.end_epoch(row, run.mlperf_bytes())
     if run.is_chief:
         write_csv(run.path("history.csv"), HISTORY_COLUMNS, state.history)
+        run.board.write_epoch(row, trainer.model)
     if not math.isfinite(row["val_loss"]):
         raise FloatingPointError(
             f"The loss on validation became {row['val_loss']} in epoch {row['epoch']}. "
@@ -229,6 +244,19 @@ def training_batches(config, devices, micro_batch):
         multiple=micro_batch,
         read_timeout=config.read_timeout,
     )
+
+
+def open_board(config, run, path):
+    """What TensorBoard shows of this run; the masks are those of patches of one scene."""
+    shape, size = (config.image_h, config.image_w, config.n_channels), config.patch_size
+    n_rows, n_cols = config.image_h // size, config.image_w // size
+    first = n_rows // 2 * n_cols  # of the middle row of patches
+    channels = np.zeros((min(n_cols, BOARD_PATCHES), size, size, config.n_channels), np.float32)
+    cloud = np.zeros((*channels.shape[:3], 1), np.uint8)
+    patches = {first + i: pair for i, pair in enumerate(zip(channels, cloud, strict=True))}
+    with suppress(SceneError) if config.on_bad_scene == "skip" else nullcontext():
+        data_loader.read_patches(path, patches, shape, size)
+    return TensorBoard(run.path("tensorboard"), channels, cloud, config.profile_steps)
 
 
 def how_to_leave_out(config, run, during, paths):
@@ -413,6 +441,10 @@ def parse_arguments(argv):
     parser.add_argument(
         "--resume", metavar="RUN_DIR", type=Path, help="go on with the run of this folder"
     )
+    parser.add_argument(
+        "--model", metavar="FILE", type=Path,
+        help="with --mode inference: the model to mask with, model_file otherwise",
+    )  # fmt: skip
     parser.add_argument(
         "--verbose", action="store_true", help="show tracebacks and TensorFlow's messages"
     )

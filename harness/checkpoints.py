@@ -31,6 +31,7 @@ class TrainingState:
         step: Steps of training taken in the epoch after these.
         totals: Sums of these steps, see Trainer; None while the trainer has them.
         seconds: Time that these steps took [s].
+        input_seconds: Time that these steps waited for their batches [s].
         mlperf_bytes: Length of the MLPerf log at this point.
     """
 
@@ -38,6 +39,7 @@ class TrainingState:
     step: int = 0
     totals: list = field(default_factory=lambda: [0.0, 0.0, 0.0])
     seconds: float = 0.0
+    input_seconds: float = 0.0
     mlperf_bytes: int = 0
 
     @property
@@ -53,7 +55,7 @@ class TrainingState:
     def end_epoch(self, row, mlperf_bytes):
         """Take the row of the epoch that was under way, which has ended."""
         self.history.append(row)
-        self.step, self.totals, self.seconds = 0, [0.0, 0.0, 0.0], 0.0
+        self.step, self.totals, self.seconds, self.input_seconds = 0, [0.0, 0.0, 0.0], 0.0, 0.0
         self.mlperf_bytes = mlperf_bytes
 
 

@@ -129,6 +129,12 @@ class Config(BaseModel):
     inference_mode: Literal["patches", "scene"] = "patches"
     keep_probability: bool = False
 
+    # What is told of the run
+    report: bool = True
+    sampling: bool = True
+    tensorboard: bool = False
+    profile_steps: tuple[Count, Count] | None = None
+
     # Devices
     nodes: Count | Literal["auto"] = "auto"
     gpu: Annotated[int, Number, Field(ge=0)] | Literal["auto"] = "auto"
@@ -160,6 +166,12 @@ class Config(BaseModel):
                 f"cpu_devices {self.cpu_devices} rehearses on the CPU, but gpu is {self.gpu}; "
                 "set gpu: 0"
             )
+        if self.profile_steps and self.profile_steps[0] > self.profile_steps[1]:
+            problems.append(
+                f"profile_steps {list(self.profile_steps)} must not end before they begin"
+            )
+        if self.profile_steps and not self.tensorboard:
+            problems.append("profile_steps are kept for TensorBoard; set tensorboard: true")
         if self.model_file.suffix not in (".keras", ".h5"):
             problems.append(f"model_file {self.model_file} must end in .keras or .h5")
         for key in ("log_file", "mlperf_logfile"):

@@ -28,6 +28,7 @@ class Devices:
         cards: What each rank told the others at the start; one empty card where there is one rank.
         deterministic: Whether runs repeat bit for bit.
         meeting: Meeting of the ranks, or None where there is one.
+        gpu_numbers: Of the GPUs of this process, among those that TensorFlow sees.
     """
 
     strategy: tf.distribute.Strategy
@@ -37,6 +38,7 @@ class Devices:
     cards: tuple
     deterministic: bool
     meeting: Meeting | None = None
+    gpu_numbers: tuple = ()
 
     @property
     def rank(self):
@@ -187,7 +189,8 @@ def open_devices(
         # Between GPUs TensorFlow chooses NCCL; virtual CPUs share one memory.
         reduction = tf.distribute.ReductionToOneDevice() if kind == "CPU" else None
         strategy = tf.distribute.MirroredStrategy(local, cross_device_ops=reduction)
-    return Devices(strategy, local, kind, launch, tuple(cards), deterministic, meeting)
+    numbers = tuple(int(gpu.name.rsplit(":", 1)[1]) for gpu in used)
+    return Devices(strategy, local, kind, launch, tuple(cards), deterministic, meeting, numbers)
 
 
 def _share(devices, local_rank, local_size):

@@ -20,6 +20,7 @@ def training_results(state, paths, batches, warm_up_seconds):
         "seconds": sum(row["seconds"] for row in history),
         "seconds_per_epoch": [row["seconds"] for row in history],
         "train_seconds_per_epoch": seconds,
+        "input_seconds_per_epoch": [row.get("input_seconds") for row in history],  # of these
         "warm_up_seconds": warm_up_seconds,  # tracing and compiling, before the run starts
         "patches_per_second": batches[0].n_patches * len(later) / sum(later),
         **{name: best[name] for name in ("loss", "accuracy", "val_loss", "val_accuracy")},
@@ -53,6 +54,26 @@ def inference_results(rows, seconds):
             if (of_kind := [row for row in rows if row["day_night"] == kind])
         },
     }
+
+
+def sampling_results(parts):
+    """The part `sampling` of results.json: totals of several ranks, or of parts of a run, added up.
+
+    What one of them could not measure, or did not live to tell, is None: the sum without it would
+    be too small. `energy_joules` is that of processors and GPUs together.
+
+    Args:
+        parts: Dictionaries of sampling.Sampler.totals, or None.
+    """
+    if not all(parts):
+        return None
+    total = {}
+    for key in parts[0]:
+        values = [part[key] for part in parts]
+        add = max if key == "peak_memory" else sum
+        total[key] = None if None in values else add(values)
+    joules = total["cpu_energy_joules"], total["gpu_energy_joules"]
+    return {**total, "energy_joules": None if None in joules else sum(joules)}
 
 
 def training_line(config, devices, state, n_scenes):

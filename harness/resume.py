@@ -14,7 +14,7 @@ from harness.run import scheduler_job
 FREE_KEYS = {
     "epochs", "target_accuracy", "patience", "checkpoint_every", "on_bad_scene", "read_timeout",
     "name", "email", "cache_dir", "no_cache", "gpu", "nodes", "cpu_devices", "micro_batch",
-    "output_dir",
+    "output_dir", "report", "sampling", "tensorboard", "profile_steps",
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
-from harness import mlperf_log
+from harness import mlperf_log, results
 from harness.checkpoints import Checkpoints, TrainingState
 from harness.config import dump_config
 from harness.errors import UserError
@@ -22,6 +22,7 @@ from harness.files import remove_unfinished, write_json, write_text
 from harness.interrupts import Interrupted
 from harness.mlperf_log import keys, open_mlperf_log
 from harness.screen import log_to_file
+from harness.tensorboard import NoBoard
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("tensorflow", "keras", "numpy", "h5py", "scikit-learn", "mlperf-logging")
@@ -49,6 +50,7 @@ class Run:
         results: What results.json will hold.
         mllog: MLLogger of the MLPerf log.
         bad_scenes: BadScenes of the run.
+        board: TensorBoard of the run, or NoBoard.
         part: 0, or how often the run was resumed.
         goes_on: Whether this part begins with a checkpoint, within the timed run.
 
@@ -58,7 +60,7 @@ class Run:
 
     def __init__(self, config, devices, mode, folder, bad_scenes, earlier=None, scenes=None):
         self._config, self._devices, self.is_chief = config, devices, devices.is_chief
-        self.bad_scenes = bad_scenes
+        self.bad_scenes, self.board = bad_scenes, NoBoard()
         self.folder, parts = folder, earlier["parts"] if earlier else []
         if earlier and earlier.get("scenes_sha256", scenes) != scenes:
             raise UserError(
@@ -70,6 +72,7 @@ class Run:
         self.part, self._checkpoints = len(parts), Checkpoints(self.path("checkpoints"))
         self._found = self._checkpoints.newest() if parts else None
         self._saved = None  # epochs and steps of the last checkpoint
+        self._sampler = None
         self.goes_on = self._has_started = self._found is not None
         self.model_file = self.path(config.model_file)  # absolute where it is an input
         self._log_file = self.path(config.log_file)
@@ -184,12 +187,35 @@ class Run:
             with self._log_file.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
+    def _count_samples(self):
+        """Put what all ranks took of their machines into the results; of several, none may fail."""
+        mine = self._sampler.totals()
+        if self._devices.n_ranks == 1:
+            ranks = [mine]
+        else:  # where numbers alone are gathered
+            numbers = [self._devices.gather(-1.0 if n is None else n) for n in mine.values()]
+            ranks = [
+                dict(zip(mine, (None if n < 0 else n for n in rank), strict=True))
+                for rank in zip(*numbers, strict=True)
+            ]
+        self.results["parts"][-1]["sampling"] = results.sampling_results(ranks)
+
     def __enter__(self):
+        if self._config.sampling:
+            from harness.sampling import open_sampler  # which needs psutil
+
+            name = "samples.csv" if self.is_chief else f"samples-rank-{self._devices.rank}.csv"
+            self._sampler = open_sampler(self.path(name), self._devices)
         return self
 
     def __exit__(self, kind, error, traceback):
         status = keys.SUCCESS if error is None else keys.ABORTED
         try:
+            self.board.close()
+            if self._sampler:
+                self._sampler.close()
+                if error is None or self._devices.n_ranks == 1:
+                    self._count_samples()
             if self.is_chief:
                 self.save_results(status, None if error is None else f"{kind.__name__}: {error}")
         except OSError:
@@ -221,6 +247,9 @@ class Run:
             "peak_rss": peak_rss(),
             "peak_gpu_memory": self._devices.peak_gpu_memory(),
             "bad_scenes": self.bad_scenes.all(),
+            "sampling": results.sampling_results(
+                [part.get("sampling") for part in self.results["parts"]]
+            ),
         }
         write_json(self.folder / "results.json", self.results)
 
