@@ -59,14 +59,15 @@ class Scene:
 
     Attributes:
         channels: float32 (H, W, 9), normalised; reflectances first.
-        cloud: uint8 (H, W, 1), 1 where the Bayesian mask says cloud; missing became 0.
+        cloud: uint8 (H, W, 1), 1 where the Bayesian mask says cloud; missing became 0. None where
+            the file has no such mask.
         valid: bool (H, W), False where a brightness temperature is missing.
         bt_12um: float32 (H, W), brightness temperature of S9 [K]; 0 where missing.
         out_of_range: Numbers outside REFLECTANCE_RANGE or BT_RANGE, which are kept as they are.
     """
 
     channels: np.ndarray
-    cloud: np.ndarray
+    cloud: np.ndarray | None
     valid: np.ndarray
     bt_12um: np.ndarray
     out_of_range: int
@@ -166,7 +167,7 @@ class Tile:
     bt_12um: np.ndarray | None = None
 
 
-def read_scene(path, shape, padding=((0, 0), (0, 0))):
+def read_scene(path, shape, padding=((0, 0), (0, 0)), labelled=True):
     """Read a scene and normalise its channels.
 
     Not-a-number and infinity count as missing and become the fill value 0 before normalisation.
@@ -175,6 +176,7 @@ def read_scene(path, shape, padding=((0, 0), (0, 0))):
         path: Scene file (HDF5) with the datasets `refs`, `bts` and `bayes`.
         shape: (H, W, C) that the configuration demands of every scene.
         padding: ((above, below), (left, right)), pixels of 0 around the normalised channels only.
+        labelled: Whether a scene without `bayes` is an error.
 
     Returns:
         Scene.
@@ -188,11 +190,12 @@ def read_scene(path, shape, padding=((0, 0), (0, 0))):
     valid = np.empty((height, width), bool)
     bt_12um = np.empty((height, width), np.float32)
     inside = channels[above : above + height, left : left + width]
-    out_of_range = read_tiles(path, shape, [Tile(0, 0, inside, cloud, valid, bt_12um)])
-    return Scene(channels, cloud, valid, bt_12um, out_of_range)
+    with _open_scene(path, shape, labelled) as datasets:
+        out_of_range = _read_datasets(datasets, [Tile(0, 0, inside, cloud, valid, bt_12um)])
+        return Scene(channels, cloud if "bayes" in datasets else None, valid, bt_12um, out_of_range)
 
 
-def check_scene(path, shape):
+def check_scene(path, shape, labelled=True):
     """See that a file is a scene of that shape, by its headers; no pixel is read.
 
     Returns:
@@ -201,10 +204,10 @@ def check_scene(path, shape):
     Raises:
         SceneError: As `read_scene`, but for damage inside the numbers.
     """
-    with _open_scene(path, shape) as datasets:
-        for dataset in datasets:
+    with _open_scene(path, shape, labelled) as datasets:
+        for dataset in datasets.values():
             check_storage(dataset)
-        return {d.name.strip("/"): f"{d.dtype} {storage(d)}" for d in datasets}
+        return {name: f"{d.dtype} {storage(d)}" for name, d in datasets.items()}
 
 
 def read_tiles(path, shape, tiles):
@@ -219,17 +222,22 @@ def read_tiles(path, shape, tiles):
     Raises:
         SceneError: As `read_scene`.
     """
-    with _open_scene(path, shape) as (refs, bts, bayes):
-        return _read_datasets(refs, bts, bayes, tiles)
+    with _open_scene(path, shape) as datasets:
+        return _read_datasets(datasets, tiles)
 
 
 @contextlib.contextmanager
-def _open_scene(path, shape):
-    """Open `refs`, `bts` and `bayes` of a scene; whatever goes wrong with them is a SceneError."""
+def _open_scene(path, shape, labelled=True):
+    """Open `refs`, `bts` and `bayes` of a scene; whatever goes wrong with them is a SceneError.
+
+    Without `labelled`, a scene may lack `bayes`.
+    """
     try:
         with open_file(path) as file:
-            datasets = [_dataset(file, path, name) for name in ("refs", "bts", "bayes")]
-            _check_shapes(path, shape, *datasets)
+            has_label = file.id.links.exists(b"bayes")  # a link out of the file is not followed
+            names = ("refs", "bts", "bayes") if labelled or has_label else ("refs", "bts")
+            datasets = {name: _dataset(file, path, name) for name in names}
+            _check_shapes(path, shape, datasets)
             yield datasets
     except SceneError:
         raise
@@ -263,17 +271,15 @@ def _dataset(file, path, name):
     return dataset
 
 
-def _check_shapes(path, shape, refs, bts, bayes):
+def _check_shapes(path, shape, datasets):
     height, width, n_channels = shape
     demands = {  # reflectances may be on the 500 m grid
-        "refs": (
-            refs.shape,
-            {(height, width, n_channels - 3), (2 * height, 2 * width, n_channels - 3)},
-        ),
-        "bts": (bts.shape, {(height, width, 3)}),
-        "bayes": (bayes.shape, {(height, width, 1)}),
+        "refs": {(height, width, n_channels - 3), (2 * height, 2 * width, n_channels - 3)},
+        "bts": {(height, width, 3)},
+        "bayes": {(height, width, 1)},
     }
-    for name, (found, wanted) in demands.items():
+    for name, dataset in datasets.items():
+        found, wanted = dataset.shape, demands[name]
         if found not in wanted:
             raise SceneError(
                 f"{path}: dataset '{name}' has shape {found}, wanted "
@@ -282,7 +288,8 @@ def _check_shapes(path, shape, refs, bts, bayes):
             )
 
 
-def _read_datasets(refs, bts, bayes, tiles):
+def _read_datasets(datasets, tiles):
+    refs, bts = datasets["refs"], datasets["bts"]
     n_refs, n_bts = refs.shape[2], bts.shape[2]
     # Pixels are moved as one piece of bytes each, 24 and 12: twice as fast as float by float.
     pixel = np.dtype([("refs", f"V{4 * n_refs}"), ("bts", f"V{4 * n_bts}")])
@@ -302,7 +309,10 @@ def _read_datasets(refs, bts, bayes, tiles):
         if any(tile.valid is not None for tile in tiles):
             valid = np.logical_and.reduce([block[..., i] != 0 for i in range(n_bts)])
             _share(tiles, first, col, valid, [tile.valid for tile in tiles])
-    for first, col, block, _ in _blocks(bayes, tiles, (-np.inf, np.inf)):
+    bayes = datasets.get("bayes")
+    for first, col, block, _ in (
+        _blocks(bayes, tiles, (-np.inf, np.inf)) if bayes is not None else ()
+    ):
         _share(tiles, first, col, block[..., 0] != 0, [tile.cloud[..., 0] for tile in tiles])
     return out_of_range
 

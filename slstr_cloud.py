@@ -5,6 +5,7 @@ python slstr_cloud.py --config config.yaml
 
 import argparse
 import functools
+import json
 import logging
 import math
 import shutil
@@ -43,7 +44,7 @@ from harness.preflight import (
 )
 from harness.readers import Readers, leave
 from harness.resume import find_requeued, load_resumed, sole_user
-from harness.run import Run, make_folder, peak_rss
+from harness.run import Run, make_folder, make_report, peak_rss
 from harness.screen import amount, duration, log_to_screen, progress, table
 from harness.tensorboard import TensorBoard
 from harness.training import POLICIES, Trainer, translated_errors
@@ -106,6 +107,7 @@ def train_epochs(config, devices, run, trainer, training, validation, state):
     validation_feed = devices.distribute(validation.dataset)
     if state.history:
         yield
+    log.info("%s", results.epoch_header())
     while not (reason := why_training_ends(config, state)):
         with run.saving_when_interrupted(trainer, state):
             numbered = {"epoch_num": state.epoch}
@@ -171,12 +173,8 @@ def next_batch(feed, state):
 
 def keep_epoch(config, run, trainer, state, row):
     """Tell of an epoch that has ended, and keep what it earned."""
-    log.info(
-        "Epoch %d of %d: loss %.4f, accuracy %.4f, val_loss %.4f, val_accuracy %.4f, "
-        "%.1f s, %.1f patches/s",
-        *(row["epoch"], config.epochs, *(row[name] for name in HISTORY_COLUMNS[1:])),
-    )
     state.end_epoch(row, run.mlperf_bytes())
+    log.info("%s", results.epoch_line(state.history, config.epochs))
     if run.is_chief:
         write_csv(run.path("history.csv"), HISTORY_COLUMNS, state.history)
         run.board.write_epoch(row, trainer.model)
@@ -266,7 +264,7 @@ def how_to_leave_out(config, run, during, paths):
     return run.bad_scenes.leave_out(during, len(paths))
 
 
-def infer(config, devices, run, paths, starts_run):
+def infer(config, devices, run, paths):
     """Mask scenes with the model of the run's model file, and score the masks."""
     devices.gather(0)  # the chief has written the model
     model = load_model(run.model_file, config)
@@ -275,7 +273,7 @@ def infer(config, devices, run, paths, starts_run):
     if config.inference_mode == "scene" and devices.is_chief:
         with suppress(SceneError) if config.on_bad_scene == "skip" else nullcontext():
             modes["differs"] = compare_with_patches(config, devices, model, predictors[0], paths[0])
-    if starts_run:
+    if run.mode == "inference":
         mlperf_log.log_hyperparameters(config, devices, run.mllog, 0, len(paths))
         run.start()
 
@@ -321,7 +319,7 @@ def mask_scenes(config, devices, run, masks, leave_out, paths, predictor):
     def read(path):
         begin = time.perf_counter()
         try:
-            scene = data_loader.read_scene(path, shape, padding=predictor.grid.padding)
+            scene = data_loader.read_scene(path, shape, predictor.grid.padding, run.needs_labels)
         except SceneError as error:
             if leave_out is None:
                 raise
@@ -340,9 +338,8 @@ def mask_scenes(config, devices, run, masks, leave_out, paths, predictor):
             probability, network_seconds = predictor(scene.channels)
             mask = (probability > THRESHOLD).astype(np.uint8)
             stitched = time.perf_counter()
-            row = scores.score_scene(
-                mask, scene.cloud[..., 0], scene.valid, scene.bt_12um, config.min_sst
-            )
+            label = None if scene.cloud is None else scene.cloud[..., 0]
+            row = scores.score_scene(mask, label, scene.valid, scene.bt_12um, config.min_sst)
             scored = time.perf_counter()
             row |= {
                 "scene": path.stem,
@@ -386,7 +383,7 @@ def compare_with_patches(config, devices, model, predictor, path):
     shape = (config.image_h, config.image_w, config.n_channels)
     masks = []
     for each in (predictor, patches):
-        scene = data_loader.read_scene(path, shape, padding=each.grid.padding)
+        scene = data_loader.read_scene(path, shape, each.grid.padding, labelled=False)
         masks.append(each(scene.channels)[0] > THRESHOLD)
     n_pixels = int(np.count_nonzero(masks[0] != masks[1]))
     share = n_pixels / masks[0].size
@@ -400,13 +397,27 @@ def compare_with_patches(config, devices, model, predictor, path):
 def load_model(path, config):
     """Load a Keras model that takes the scenes and patches of the configuration."""
     model = read_model(path)
-    wanted = (None, config.patch_size, config.patch_size, config.n_channels)
-    if model.input_shape != wanted:
+    wanted = (config.patch_size, config.patch_size, config.n_channels)
+    found = [tuple(each.shape[1:]) for each in model.inputs]
+    if len(found) != 1 or not fits(found[0], wanted):
         raise UserError(
-            f"{path} takes patches of {model.input_shape[1:]}, PATCH_SIZE and N_CHANNELS make "
-            f"{wanted[1:]}. Change these or the model."
+            f"{path} takes {' and '.join(map(str, found))}, PATCH_SIZE and N_CHANNELS make patches "
+            f"of {wanted}. Change these or the model."
+        )
+    found = [tuple(each.shape[1:]) for each in model.outputs]
+    if len(found) != 1 or not fits(found[0], (*wanted[:2], 1)):
+        raise UserError(
+            f"{path} gives {' and '.join(map(str, found))} for patches of {wanted}; a model for "
+            f"CloudMask gives the probability of cloud, {(*wanted[:2], 1)}."
         )
     return model
+
+
+def fits(shape, wanted):
+    """Whether arrays of the wanted shape fit a shape in which None stands for any number."""
+    return len(shape) == len(wanted) and all(
+        n in (None, m) for n, m in zip(shape, wanted, strict=True)
+    )
 
 
 def read_model(path):
@@ -475,7 +486,13 @@ def run_benchmark(config, mode, launch, folder=None, earlier=None):
             Run(config, devices, mode, folder, BadScenes(folder), earlier, digest_of(names)) as run,
             watch_ranks(meeting),
         ):
-            log.info("Run %s on %s", run.folder, devices.describe())
+            log.info("Run %s", run.folder)
+            scenes = len(train_paths), len(test_paths), len(inference_paths)
+            for line in (
+                "devices     " + devices.describe(),
+                *results.work_ahead(config, mode, *scenes),
+            ):
+                log.info("  %s", line)
             if devices.is_chief:
                 for path, reason in bad.items():
                     run.bad_scenes.add(path, reason, DURING_START)
@@ -483,10 +500,20 @@ def run_benchmark(config, mode, launch, folder=None, earlier=None):
             if mode != "inference":
                 train(config, devices, run, train_paths, test_paths)
             if mode != "train":
-                infer(config, devices, run, inference_paths, starts_run=mode == "inference")
+                infer(config, devices, run, inference_paths)
             run.mllog.event(mlperf_log.RESULT, results.result_event(run.results))
             devices.gather(0)  # nobody leaves while another needs it
+    if devices.is_chief:
+        tell_results(config, run)
+
+
+def tell_results(config, run):
+    """Say what a finished run has reached, and make its report; nothing here is timed."""
+    for line in results.summary(run.results):
+        log.info("  %s", line)
     log.info("Results are in %s", run.folder)
+    if config.report and (report := make_report(run.folder)):
+        log.info("Report: %s", report)
 
 
 def find_sets(config, mode):
@@ -514,7 +541,8 @@ def look_at_scenes(config, sets, folder):
     if folder and config.on_bad_scene == "skip":
         return left_out  # one that turned bad later is met, and left out, where it is needed
     paths = [path for paths in sets for path in paths if str(path) not in left_out]
-    _, bad = check_scenes(paths, scene_check(config), config.read_timeout)
+    check_one = scene_check(config, labelled=bool(sets[0]))
+    _, bad = check_scenes(paths, check_one, config.read_timeout)
     refuse_bad_scenes(config, paths, bad)
     left_out |= {str(path): reason for path, reason in bad.items()}
     usable_scenes(config, sets, left_out)
@@ -523,10 +551,10 @@ def look_at_scenes(config, sets, folder):
     return left_out
 
 
-def scene_check(config):
+def scene_check(config, labelled=True):
     """What `check_scenes` asks of every scene."""
     shape = (config.image_h, config.image_w, config.n_channels)
-    return functools.partial(data_loader.check_scene, shape=shape)
+    return functools.partial(data_loader.check_scene, shape=shape, labelled=labelled)
 
 
 def refuse_bad_scenes(config, paths, bad):
@@ -660,9 +688,14 @@ def open_run(config, mode, launch, meeting, work, resumed, bad):
 def choose_work(arguments):
     """What run_benchmark is to do: a new run or the rest of one; None if that has finished."""
     folder = arguments.resume
+    if arguments.model and (arguments.mode != "inference" or folder):
+        raise UserError("--model is for --mode inference alone, of a new run.")
     if folder is None:
-        config, mode = load_config(arguments.config or "config.yaml", arguments.set), arguments.mode
-        mode = mode or "benchmark"
+        overrides = list(arguments.set)
+        if arguments.model:
+            overrides.append(f"model_file={json.dumps(str(arguments.model))}")
+        config = load_config(arguments.config or "config.yaml", overrides)
+        mode = arguments.mode or "benchmark"
         if mode == "check":
             return {"config": config, "mode": mode}
         if mode == "inference":  # the model is an input, and named from where one stands

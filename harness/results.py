@@ -1,8 +1,12 @@
-"""What results.json and the lines of cloudmask.log say of a run."""
+"""What results.json, the lines of cloudmask.log and the screen say of a run."""
 
 import numpy as np
 
 from harness import scores
+from harness.files import jsonable
+from harness.screen import amount, duration
+
+EPOCH_FORMAT = "{:>9} {:>8} {:>9} {:>9} {:>13} {:>8} {:>10}  {}"
 
 
 def training_results(state, paths, batches, warm_up_seconds):
@@ -31,6 +35,7 @@ def inference_results(rows, seconds):
     """The part `inference` of results.json."""
     return {
         "scenes": len(rows),
+        "scenes_labelled": sum(any(row[count] for count in scores.COUNTS) for row in rows),
         "seconds": seconds,
         "seconds_per_scene": seconds / len(rows),
         "seconds_per_scene_parts": {
@@ -104,7 +109,87 @@ def inference_line(config, devices, results):
 def result_event(results):
     """The final metrics, for the event `result` of MLCommons Science."""
     training, inference = results["training"] or {}, results["inference"] or {}
-    return {
-        **{name: training[name] for name in ("val_loss", "val_accuracy") if training},
-        **{name: inference[name] for name in ("accuracy", "seconds_per_scene") if inference},
-    }
+    return jsonable(
+        {
+            **{name: training[name] for name in ("val_loss", "val_accuracy") if training},
+            **{name: inference[name] for name in ("accuracy", "seconds_per_scene") if inference},
+        }
+    )
+
+
+# --- for the screen -------------------------------------------------------------------------
+
+
+def work_ahead(config, mode, n_train, n_test, n_masked):
+    """Lines that say what a run will do, from its configuration and numbers of scenes."""
+    size = config.patch_size
+    per_scene = (config.image_h // size) * (config.image_w // size)
+    shape = f"{config.image_h} x {config.image_w}"
+    lines = []
+    if mode != "inference":
+        lines += [
+            f"training    {n_train} scenes of {shape}, {n_train * per_scene} patches of {size}; "
+            f"{n_test} to validate",
+            f"            {config.epochs} epochs, batch {config.batch_size}, Adam "
+            f"{config.learning_rate:g}, {config.precision}, seed {config.seed}",
+        ]
+    if mode != "train":
+        how = {"patches": f"patches of {size}, overlap {config.crop_size}", "scene": "one pass"}
+        lines.append(f"inference   {n_masked} scenes of {shape}, {how[config.inference_mode]}")
+    return lines
+
+
+def epoch_header():
+    """The line above those of the epochs."""
+    return EPOCH_FORMAT.format(
+        *("epoch", "loss", "accuracy", "val_loss", "val_accuracy", "seconds", "patches/s", "left")
+    ).rstrip()
+
+
+def epoch_line(history, n_epochs):
+    """An epoch that has ended, and the time that those to come will take."""
+    row = history[-1]
+    left = (n_epochs - row["epoch"]) * float(np.median([row["seconds"] for row in history[-5:]]))
+    scores_of_epoch = (
+        f"{row[key]:.4f}" for key in ("loss", "accuracy", "val_loss", "val_accuracy")
+    )
+    speed = f"{row['seconds']:.1f}", f"{row['patches_per_second']:.1f}"
+    number = f"{row['epoch']}/{n_epochs}"
+    return EPOCH_FORMAT.format(
+        number, *scores_of_epoch, *speed, duration(left) if left else ""
+    ).rstrip()
+
+
+def summary(results):
+    """Lines that say what a run has reached, from what results.json holds."""
+    training, inference = results["training"], results["inference"]
+    lines = []
+    if inference and inference["scenes_labelled"]:
+        lines += [
+            f"accuracy    {inference['accuracy']:.3f} of pixels agree with the Bayesian mask; "
+            "the target is 0.9",
+            f"            {inference['valid_accuracy']:.3f} of those with data; all cloud "
+            f"{inference['all_cloud_accuracy']:.3f}, threshold "
+            f"{inference['threshold_accuracy']:.3f}",
+        ]
+    if inference and (n := inference["scenes"] - inference["scenes_labelled"]):
+        lines.append(f"no scores   of {n} scenes, which have no Bayesian mask")
+    if training:
+        lines += [
+            f"validation  accuracy {training['val_accuracy']:.3f}, loss {training['val_loss']:.4f} "
+            f"after epoch {training['best_epoch']} of {training['epochs_run']}, the best",
+            f"training    {training['seconds'] / training['epochs_run']:.1f} s an epoch, "
+            f"{training['patches_per_second']:.1f} patches/s",
+        ]
+    if inference:
+        parts = inference["seconds_per_scene_parts"]
+        lines.append(
+            f"inference   {inference['seconds_per_scene']:.2f} s a scene, "
+            f"{inference['scenes']} scenes; the network {parts['network']:.2f} s"
+        )
+    if bad := results["bad_scenes"]:
+        lines.append(f"left out    {len(bad)} bad scenes, named in results.json")
+    taken = f"in all      {duration(results['seconds'])}, {amount(results['peak_rss'])} of memory"
+    if (results["sampling"] or {}).get("energy_joules") is not None:
+        taken += f", {results['sampling']['energy_joules'] / 3.6e6:.3f} kWh"
+    return [*lines, taken]

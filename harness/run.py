@@ -8,6 +8,7 @@ import platform
 import resource
 import shutil
 import subprocess
+import sys
 import time
 import uuid
 from datetime import datetime, timezone
@@ -25,6 +26,7 @@ from harness.screen import log_to_file
 from harness.tensorboard import NoBoard
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+REPORT_SECONDS = 600  # [s] after which a report is given up
 PACKAGES = ("tensorflow", "keras", "numpy", "h5py", "scikit-learn", "mlperf-logging")
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class Run:
 
     Attributes:
         folder: The run's folder.
+        mode: 'benchmark', 'train' or 'inference'.
         results: What results.json will hold.
         mllog: MLLogger of the MLPerf log.
         bad_scenes: BadScenes of the run.
@@ -60,7 +63,7 @@ class Run:
 
     def __init__(self, config, devices, mode, folder, bad_scenes, earlier=None, scenes=None):
         self._config, self._devices, self.is_chief = config, devices, devices.is_chief
-        self.bad_scenes, self.board = bad_scenes, NoBoard()
+        self.mode, self.bad_scenes, self.board = mode, bad_scenes, NoBoard()
         self.folder, parts = folder, earlier["parts"] if earlier else []
         if earlier and earlier.get("scenes_sha256", scenes) != scenes:
             raise UserError(
@@ -117,6 +120,11 @@ class Run:
             "inference": None,
         }
         self.save_results("running")
+
+    @property
+    def needs_labels(self):
+        """Whether scenes need a Bayesian mask: masks alone can be made without."""
+        return self.mode != "inference"
 
     def mlperf_bytes(self):
         """Length of the MLPerf log so far; 0 on ranks that write none."""
@@ -181,8 +189,7 @@ class Run:
             raise
 
     def write_line(self, text):
-        """Append a result line to log_file, and show it; not again where an earlier part did."""
-        log.info("%s", text)
+        """Append a result line to log_file; not again where an earlier part did."""
         if self.is_chief and text not in self._log_file.read_text(encoding="utf-8").splitlines():
             with self._log_file.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
@@ -313,4 +320,27 @@ def git_commit():
         )
         if answer.returncode == 0:
             return answer.stdout.strip()
+    return None
+
+
+def make_report(folder):
+    """Make report.html of a run, in a process of its own: plotting is no part of the benchmark.
+
+    Returns:
+        Its path; None where it could not be made, which is told and does no harm.
+    """
+    report = folder / "report.html"
+    command = [sys.executable, str(REPOSITORY / "tools" / "report.py"), str(folder)]
+    try:
+        done = subprocess.run(
+            [*command, "-o", str(report)],
+            capture_output=True, text=True, timeout=REPORT_SECONDS, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        reason = str(error)
+    else:
+        if done.returncode == 0:
+            return report
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    log.warning("No report.html: %s", reason)
     return None

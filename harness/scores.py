@@ -52,7 +52,7 @@ def score_scene(mask, label, valid, bt_12um, min_sst):
 
     Args:
         mask: uint8 or bool (H, W), non-zero is cloud.
-        label: The Bayesian mask, likewise.
+        label: The Bayesian mask, likewise; None where there is none to compare with.
         valid: bool (H, W), False where a brightness temperature is missing.
         bt_12um: float32 (H, W), brightness temperature of S9 [K]; 0 where missing.
         min_sst: The threshold baseline calls colder pixels cloud [K].
@@ -60,14 +60,19 @@ def score_scene(mask, label, valid, bt_12um, min_sst):
     Returns:
         Dictionary with the score columns of scenes.csv.
     """
-    mask, label = mask.astype(bool), label.astype(bool)
+    mask = mask.astype(bool)
+    fractions = {"valid_fraction": float(valid.mean()), "cloud_fraction": float(mask.mean())}
+    if label is None:
+        unknown = dict.fromkeys(("valid_accuracy", *BASELINES), math.nan)
+        counts = dict.fromkeys(COUNTS, 0)
+        return {**ratios(**counts), **unknown, **counts, **fractions}
+    label = label.astype(bool)
     counts = confusion(mask, label)
     return {
         **ratios(**counts),
         "valid_accuracy": ratios(**confusion(mask[valid], label[valid]))["accuracy"],
         **counts,
-        "valid_fraction": float(valid.mean()),
-        "cloud_fraction": float(mask.mean()),
+        **fractions,
         "all_cloud_accuracy": float(label.mean()),
         "threshold_accuracy": float(((bt_12um < min_sst) == label).mean()),
     }

@@ -58,6 +58,7 @@ def settings(dataset):
         "learning_rate": 0.00001,
         "organisation": "tests",
         "platform": "pytest",
+        "report": False,  # test_report.py makes them
     }
 
 

@@ -39,6 +39,14 @@ def test_nothing_over_nothing_is_nan():
         assert math.isnan(row[name])
 
 
+def test_without_a_label_nothing_is_scored():
+    cold = np.array([[260.0, 280.0]])
+    row = scores.score_scene(cold < 270, None, cold > 0, cold, 273.15)
+    assert all(math.isnan(row[name]) for name in (*scores.RATIOS, *scores.BASELINES))
+    assert [row[name] for name in scores.COUNTS] == [0, 0, 0, 0]
+    assert (row["cloud_fraction"], row["valid_fraction"]) == (0.5, 1)
+
+
 def test_means_leave_nan_out_and_counts_add_up():
     base = {name: 0.5 for name in (*scores.RATIOS, *scores.BASELINES)}
     counts = {"tp": 1, "fp": 2, "fn": 3, "tn": 4}

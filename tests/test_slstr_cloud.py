@@ -32,7 +32,7 @@ def test_run_leaves_every_file_of_the_design(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
         "config.yaml", "cloudmask.log", "mlperf_cloudmask.log", "history.csv", "scenes.csv",
-        "results.json", "model.keras", "masks", "checkpoints", "rank-0.log",
+        "results.json", "model.keras", "masks", "checkpoints", "rank-0.log", "samples.csv",
     }  # fmt: skip
     assert len(list((finished / "masks").iterdir())) == 2
 
@@ -319,7 +319,9 @@ def test_users_mistake_is_one_line_and_status_2(settings, tmp_path, capsys, chan
         for key, value in change.items()
     }
     run = start(tmp_path, {**settings, **change})
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if not line.startswith("Run "))
+    (line,) = (
+        line for line in capsys.readouterr().err.splitlines() if not line.startswith(("Run ", "  "))
+    )
     assert run.status == 2 and words in line
 
 
@@ -373,7 +375,7 @@ def test_model_that_carries_code_is_refused(settings, tmp_path, capsys, suffix):
 
     run = start(tmp_path / "out", {**settings, "model_file": str(path)}, "--mode", "inference")
     error = capsys.readouterr().err
-    (line,) = (line for line in error.splitlines() if not line.startswith("Run "))
+    (line,) = (line for line in error.splitlines() if not line.startswith(("Run ", "  ")))
     assert run.status == 2 and str(path) in line and "Lambda" in line
     assert not os.path.exists(trace)
 
@@ -382,6 +384,94 @@ def test_model_of_another_patch_size_is_refused(finished, settings, tmp_path, ca
     changed = {**settings, "model_file": str(finished / "model.keras"), "PATCH_SIZE": 24}
     run = start(tmp_path, changed, "--mode", "inference")
     assert run.status == 2 and "(32, 32, 9)" in capsys.readouterr().err
+
+
+def without_labels(dataset, folder, n):
+    """A copy of the inference scenes, the first n of them without a Bayesian mask."""
+    shutil.copytree(dataset / "ssts", folder)
+    paths = sorted(folder.rglob("S3A*.hdf"))
+    for path in paths[:n]:
+        with h5py.File(path, "a") as file:
+            del file["bayes"]
+    return paths
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_scenes_without_labels_are_masked_all_the_same(finished, dataset, settings, tmp_path, n):
+    paths = without_labels(dataset, tmp_path / "mine", n)
+    changed = {**settings, "inference_dir": str(tmp_path / "mine")}
+    model = str(finished / "model.keras")
+    run = start(tmp_path / "out", changed, "--mode", "inference", "--model", model)
+    assert run.status == 0
+    for path in paths:
+        with h5py.File(run.folder / "masks" / f"{path.stem}.h5") as mine:
+            with h5py.File(finished / "masks" / f"{path.stem}.h5") as scored:
+                np.testing.assert_array_equal(mine["mask"], scored["mask"])
+    before = {row["scene"]: row for row in rows(finished / "scenes.csv")}
+    for row in rows(run.folder / "scenes.csv"):
+        assert row["cloud_fraction"] == before[row["scene"]]["cloud_fraction"]
+        if row["scene"] in {path.stem for path in paths[:n]}:
+            assert (row["accuracy"], row["all_cloud_accuracy"], row["tp"]) == ("nan", "nan", "0")
+        else:
+            assert row["accuracy"] == before[row["scene"]]["accuracy"]
+    inference = results(run.folder)["inference"]
+    assert (inference["scenes"], inference["scenes_labelled"]) == (2, 2 - n)
+    assert (inference["accuracy"] is None) == (n == 2)
+    assert objections_to(run.folder / "mlperf_cloudmask.log") == []
+
+
+def test_benchmark_wants_labels(dataset, settings, tmp_path, capsys):
+    without_labels(dataset, tmp_path / "mine", 1)
+    run = start(tmp_path / "out", {**settings, "inference_dir": str(tmp_path / "mine")})
+    assert run.status == 2 and "has no dataset 'bayes'" in capsys.readouterr().err
+
+
+def test_model_from_elsewhere_masks(settings, tmp_path):
+    """One that is no U-Net and takes images of any size: cloud where S9 is below 273.15 K."""
+    inputs = keras.Input((None, None, 9))
+    last = keras.layers.Conv2D(1, 1, activation="sigmoid")
+    model = keras.Model(inputs, last(inputs))
+    weights = np.zeros((1, 1, 9, 1), np.float32)
+    weights[0, 0, 8] = -1000
+    last.set_weights([weights, np.array([1000 * (273.15 - 270) / 22], np.float32)])
+    model.save(tmp_path / "threshold.keras")
+    run = start(
+        tmp_path / "out", settings, "--mode", "inference",
+        "--model", str(tmp_path / "threshold.keras"),
+    )  # fmt: skip
+    assert run.status == 0
+    for row in rows(run.folder / "scenes.csv"):
+        assert float(row["accuracy"]) == pytest.approx(float(row["threshold_accuracy"]), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "words"), [(2, "gives (32, 32, 2)"), (0, "gives (32, 32, 9) and (32, 32, 9)")]
+)
+def test_model_that_gives_no_mask_is_refused(settings, tmp_path, capsys, outputs, words):
+    inputs = keras.Input((PATCH, PATCH, 9))
+    made = keras.layers.Conv2D(outputs, 1)(inputs) if outputs else [inputs, inputs]
+    keras.Model(inputs, made).save(tmp_path / "m.keras")
+    run = start(
+        tmp_path / "out", settings, "--mode", "inference", "--model", str(tmp_path / "m.keras")
+    )
+    assert run.status == 2 and words in capsys.readouterr().err
+
+
+def test_model_is_for_inference_alone(settings, tmp_path, capsys):
+    run = start(tmp_path, settings, "--model", "m.keras")
+    assert run.status == 2 and "--mode inference" in capsys.readouterr().err
+
+
+def test_screen_tells_what_will_run_and_what_came_of_it(settings, tmp_path, capsys):
+    run = start(tmp_path, settings)
+    lines = capsys.readouterr().err.splitlines()
+    # 7 scenes at 0.75: 5 to train on; 12 patches each.
+    assert any("5 scenes of 100 x 135, 60 patches of 32; 2 to validate" in line for line in lines)
+    assert any(line.split()[0] == "2/2" for line in lines)
+    accuracy = f"{results(run.folder)['inference']['accuracy']:.3f}"
+    assert any(line.startswith(f"  accuracy    {accuracy} ") for line in lines)
+    assert lines[-1] == f"Results are in {run.folder}"
+    assert [line for line in lines if len(line) > 80 and str(run.folder) not in line] == []
 
 
 def test_bad_scene_aborts_masking_alone(finished, dataset, settings, tmp_path):
