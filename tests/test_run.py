@@ -34,7 +34,7 @@ def test_formatter_leaves_a_traceback_its_lines():
     assert PlainFormatter("%(message)s").format(record).startswith("a\\nb\nTraceback")
 
 
-@pytest.mark.parametrize("name", [FORGED, 'a,"b"'])
+@pytest.mark.parametrize("name", [FORGED, 'a,"b"'], ids=["forged", "quoted"])
 def test_row_of_csv_is_one_line(tmp_path, name):
     """A formula needs = + - or @ at the front of a cell; names of scenes begin with S3A."""
     write_csv(tmp_path / "scenes.csv", ["scene", "accuracy"], [{"scene": name, "accuracy": 0.5}])

@@ -177,7 +177,7 @@ def facts(run):
         "Peak memory": _told(amount, results.get("peak_rss")),
         "Peak GPU memory": _told(amount, measures(run)["peak_gpu_memory"]),
         "Energy of CPUs": _told(_energy, sampling.get("cpu_energy_joules")),
-        "Energy of GPUs": _told(_energy, sampling.get("gpu_energy_joules")),
+        "Energy of GPUs": _told(_energy, sampling.get("gpu_energy_joules") or None),
         "CPU time": _told(duration, sampling.get("cpu_seconds")),
         "Read": _told(amount, sampling.get("read_bytes")),
         "Written": _told(amount, sampling.get("written_bytes")),
