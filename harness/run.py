@@ -18,8 +18,9 @@ from harness import mlperf_log
 from harness.checkpoints import Checkpoints, TrainingState
 from harness.config import dump_config
 from harness.errors import UserError
-from harness.files import remove_unfinished, write_json, write_text
+from harness.files import digest_of_file, remove_unfinished, write_json, write_text
 from harness.interrupts import Interrupted
+from harness.machine import describe_machine
 from harness.mlperf_log import keys, open_mlperf_log
 from harness.screen import log_to_file
 
@@ -103,6 +104,7 @@ class Run:
                 "description": devices.describe(),
                 "deterministic": devices.deterministic,
             },
+            "machine": describe_machine(devices.kind) if self.is_chief else None,
             "versions": {
                 "python": platform.python_version(),
                 **{name: metadata.version(name) for name in PACKAGES},
@@ -189,27 +191,40 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         status = keys.SUCCESS if error is None else keys.ABORTED
+        text = None if error is None else f"{kind.__name__}: {error}"
+        n_bytes = 0
         try:
-            if self.is_chief:
-                self.save_results(status, None if error is None else f"{kind.__name__}: {error}")
-        except OSError:
-            status = keys.ABORTED
+            n_bytes = self.mlperf_bytes()
+            self._log_stop(status)
+            self.save_results(status, text)
+        except OSError as failure:
+            # What is written last says success, or nothing does.
+            with contextlib.suppress(OSError):
+                if n_bytes:
+                    os.truncate(self._mlperf_file, n_bytes)
+                self._log_stop(keys.ABORTED)
+            with contextlib.suppress(OSError):
+                self.save_results(keys.ABORTED, text or f"{type(failure).__name__}: {failure}")
             if error is None:  # the first error is the one to tell
                 raise
         finally:
-            with contextlib.suppress(OSError) if error else contextlib.nullcontext():
-                if self._has_started:
-                    self.mllog.end(keys.RUN_STOP, metadata={"status": status})
             if error is not None:
-                text = f"Aborted: {kind.__name__}: {error}"
-                record = log.makeRecord(log.name, logging.ERROR, "", 0, text, (), None)
+                aborted = f"Aborted: {text}"
+                record = log.makeRecord(log.name, logging.ERROR, "", 0, aborted, (), None)
                 self._rank_log.handle(record)
             for handler in (*self.mllog.logger.handlers, self._rank_log):
                 handler.close()
             logging.getLogger().removeHandler(self._rank_log)
 
+    def _log_stop(self, status):
+        if self._has_started:
+            self.mllog.end(keys.RUN_STOP, metadata={"status": status})
+
     def save_results(self, status, error=None):
-        """Write results.json as things stand; the chief does."""
+        """Write results.json as things stand; the chief does.
+
+        Of a run that has ended it holds the SHA-256 of its MLPerf log, which is whole by then.
+        """
         if not self.is_chief:
             return
         part = self.results["parts"][-1]
@@ -221,6 +236,7 @@ class Run:
             "peak_rss": peak_rss(),
             "peak_gpu_memory": self._devices.peak_gpu_memory(),
             "bad_scenes": self.bad_scenes.all(),
+            "mlperf_sha256": None if status == "running" else digest_of_file(self._mlperf_file),
         }
         write_json(self.folder / "results.json", self.results)
 
