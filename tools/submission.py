@@ -403,9 +403,8 @@ def readme_text(runs, system, references, remarks, scripts):
 
 {table}
 
-Means over {len(runs)} run(s) and, of several, the standard deviation. The reference value of
-accuracy is the convergence target of MLCommons Science, {TARGET};
-{n_reached} of {len(runs)} run(s) reached it.
+Means over {len(runs)} run(s) and, of several, the standard deviation. The convergence target of
+MLCommons Science is an accuracy of {TARGET}; {n_reached} of {len(runs)} run(s) reached it.
 {average}.
 
 {run_table}
