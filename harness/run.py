@@ -19,8 +19,9 @@ from harness import mlperf_log, results
 from harness.checkpoints import Checkpoints, TrainingState
 from harness.config import dump_config
 from harness.errors import UserError
-from harness.files import remove_unfinished, write_json, write_text
+from harness.files import digest_of_file, remove_unfinished, write_json, write_text
 from harness.interrupts import Interrupted
+from harness.machine import describe_machine
 from harness.mlperf_log import keys, open_mlperf_log
 from harness.screen import log_to_file
 from harness.tensorboard import NoBoard
@@ -109,6 +110,7 @@ class Run:
                 "description": devices.describe(),
                 "deterministic": devices.deterministic,
             },
+            "machine": describe_machine(devices.kind) if self.is_chief else None,
             "versions": {
                 "python": platform.python_version(),
                 **{name: metadata.version(name) for name in PACKAGES},
@@ -217,32 +219,45 @@ class Run:
 
     def __exit__(self, kind, error, traceback):
         status = keys.SUCCESS if error is None else keys.ABORTED
+        text = None if error is None else f"{kind.__name__}: {error}"
+        n_bytes = 0
         try:
             self.board.close()
             if self._sampler:
                 self._sampler.close()
                 if error is None or self._devices.n_ranks == 1:
                     self._count_samples()
-            if self.is_chief:
-                self.save_results(status, None if error is None else f"{kind.__name__}: {error}")
-        except OSError:
-            status = keys.ABORTED
+            n_bytes = self.mlperf_bytes()
+            self._log_stop(status)
+            self.save_results(status, text)
+        except Exception as failure:
+            # What is written last says success, or nothing does.
+            with contextlib.suppress(OSError):
+                if n_bytes:
+                    os.truncate(self._mlperf_file, n_bytes)
+                self._log_stop(keys.ABORTED)
+            with contextlib.suppress(OSError):
+                self.save_results(keys.ABORTED, text or f"{type(failure).__name__}: {failure}")
             if error is None:  # the first error is the one to tell
                 raise
         finally:
-            with contextlib.suppress(OSError) if error else contextlib.nullcontext():
-                if self._has_started:
-                    self.mllog.end(keys.RUN_STOP, metadata={"status": status})
             if error is not None:
-                text = f"Aborted: {kind.__name__}: {error}"
-                record = log.makeRecord(log.name, logging.ERROR, "", 0, text, (), None)
+                aborted = f"Aborted: {text}"
+                record = log.makeRecord(log.name, logging.ERROR, "", 0, aborted, (), None)
                 self._rank_log.handle(record)
             for handler in (*self.mllog.logger.handlers, self._rank_log):
                 handler.close()
             logging.getLogger().removeHandler(self._rank_log)
 
+    def _log_stop(self, status):
+        if self._has_started:
+            self.mllog.end(keys.RUN_STOP, metadata={"status": status})
+
     def save_results(self, status, error=None):
-        """Write results.json as things stand; the chief does."""
+        """Write results.json as things stand; the chief does.
+
+        Of a run that has ended it holds the SHA-256 of its MLPerf log, which is whole by then.
+        """
         if not self.is_chief:
             return
         part = self.results["parts"][-1]
@@ -257,6 +272,7 @@ class Run:
             "sampling": results.sampling_results(
                 [part.get("sampling") for part in self.results["parts"]]
             ),
+            "mlperf_sha256": None if status == "running" else digest_of_file(self._mlperf_file),
         }
         write_json(self.folder / "results.json", self.results)
 

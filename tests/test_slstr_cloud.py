@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import os
 import shutil
 import signal
@@ -210,6 +211,12 @@ def test_checker_misses_an_event(finished, tmp_path, key):
     lines = (finished / "mlperf_cloudmask.log").read_text().splitlines(keepends=True)
     (tmp_path / "log").write_text("".join(line for line in lines if f'"key": "{key}"' not in line))
     assert objections_to(tmp_path / "log") != []
+
+
+def test_results_hold_the_digest_of_the_log(finished):
+    log = (finished / "mlperf_cloudmask.log").read_bytes()
+    assert b'"run_stop"' in log.splitlines()[-1]
+    assert results(finished)["mlperf_sha256"] == hashlib.sha256(log).hexdigest()
 
 
 def test_events_say_what_ran(finished):
@@ -507,9 +514,11 @@ def test_results_that_cannot_be_written_are_no_success(settings, tmp_path, monke
 
     monkeypatch.setattr(files, "write_text", full)
     run = start(tmp_path, {**settings, "epochs": 1}, "--mode", "train")
-    assert run.status == 2 and results(run.folder)["status"] == "running"
-    (objection,) = objections_to(run.folder / "mlperf_cloudmask.log")
-    assert "run_stop" in objection
+    assert run.status == 2 and results(run.folder)["status"] == "aborted"
+    log = run.folder / "mlperf_cloudmask.log"
+    (objection,) = objections_to(log)
+    assert "run_stop" in objection and log.read_text().count('"run_stop"') == 1
+    assert results(run.folder)["mlperf_sha256"] == hashlib.sha256(log.read_bytes()).hexdigest()
 
 
 def test_verbose_shows_where(settings, tmp_path, capsys):
