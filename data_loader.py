@@ -9,14 +9,12 @@ reflectances S1-S6 first, then the three brightness temperatures S7-S9.
 """
 
 import contextlib
-import fnmatch
 import hashlib
 import itertools
 import logging
 import math
 import os
 import threading
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +23,11 @@ import numpy as np
 import tensorflow as tf
 from sklearn.model_selection import train_test_split
 
-from harness.errors import UserError
 from harness.hdf5_files import ForbiddenSource, open_dataset, open_file
 from harness.hdf5_rows import check_storage, read_blocks, storage
 from harness.readers import Readers
+from harness.scene_files import SceneError, day_or_night, find_scenes  # noqa: F401 (for callers)
 
-SCENE_NAME = "S3A*.hdf"
 REFLECTANCE_OFFSET = 0.5  # [1], mlcommons/science v1.1
 BT_OFFSET = 270.0  # [K], mlcommons/science v1.1
 BT_SCALE = 22.0  # [K], mlcommons/science v1.1
@@ -47,10 +44,6 @@ SCENES_AHEAD = 3  # scenes read before they are needed
 STRANGE = "%s holds %d numbers that no reflectance or brightness temperature has."
 
 log = logging.getLogger(__name__)
-
-
-class SceneError(UserError):
-    """Scenes that cannot be used; the message names the file, or the number, and what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -76,45 +69,6 @@ class Scene:
 # --- which scenes ---------------------------------------------------------------------------
 
 
-def find_scenes(directory):
-    """List the scene files below a directory, in an order that every file system gives.
-
-    Raises:
-        FileNotFoundError: If the directory is missing or holds no scene.
-        SceneError: If two scenes have one name.
-    """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise FileNotFoundError(
-            f"No directory {directory}. Set train_dir and inference_dir in the configuration; "
-            "see 'Data' in README.md."
-        )
-    paths = sorted(_walk(directory), key=lambda path: path.relative_to(directory).parts)
-    if not paths:
-        raise FileNotFoundError(
-            f"No scenes matching 'S3A*.hdf' under {directory}. Set train_dir and inference_dir in "
-            "the configuration; see 'Data' in README.md."
-        )
-    names = Counter(path.name for path in paths)
-    if twice := [name for name, n in names.items() if n > 1]:
-        raise SceneError(
-            f"{len(twice)} scene(s) stand twice under {directory}, {twice[0]} for one. "
-            "Masks are named after their scenes: remove one of each pair."
-        )
-    return paths
-
-
-def _walk(directory):
-    """Yield the scene files below a directory, through linked folders too, each folder once."""
-    seen = set()
-    for folder, subfolders, files in os.walk(directory, followlinks=True):
-        seen.add(os.path.realpath(folder))
-        subfolders[:] = [
-            name for name in subfolders if os.path.realpath(Path(folder, name)) not in seen
-        ]
-        yield from (Path(folder, name) for name in fnmatch.filter(files, SCENE_NAME))
-
-
 def split_scenes(paths, train_split):
     """Divide scenes, never patches, into a training and a validation set.
 
@@ -136,11 +90,6 @@ def split_scenes(paths, train_split):
             "or add scenes."
         )
     return train_test_split(paths, train_size=train_split, random_state=SPLIT_SEED)
-
-
-def day_or_night(path):
-    """The folder's word for a scene, `day` or `night`; `unknown` in any other folder."""
-    return next((part for part in reversed(path.parts[:-1]) if part in ("day", "night")), "unknown")
 
 
 # --- scene file -> normalised channels ------------------------------------------------------

@@ -20,17 +20,14 @@ need not be there: without them neither is known. A file of an earlier export is
 """
 
 import argparse
-import contextlib
 import functools
-import glob
 import json
 import logging
-import re
 import shlex
 import sys
 import warnings
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -42,20 +39,28 @@ import harness.quiet_tensorflow  # noqa: E402, F401  (a program in tools/ adds t
 import h5py  # noqa: E402
 import numpy as np  # noqa: E402
 
-from data_loader import find_scenes  # noqa: E402
 from harness.config import load_config  # noqa: E402
 from harness.errors import UserError, exit_status  # noqa: E402
 from harness.files import replacing  # noqa: E402
-from harness.hdf5_files import ForbiddenSource, open_dataset, open_file  # noqa: E402
-from harness.hdf5_rows import check_storage  # noqa: E402
 from harness.run import now  # noqa: E402
+from harness.scene_files import (  # noqa: E402
+    MOST_DEGREES,
+    PRODUCT_NAME,
+    check_geodetic,
+    find_masks,
+    find_scenes,
+    mask_of,
+    measured_pixels,
+    numbers,
+    read_positions,
+    reading,
+    times_of,
+)
 from harness.screen import log_to_screen, printable, progress  # noqa: E402
 
-PRODUCT_NAME = re.compile(r"(S3[A-D])_SL_1_RBT_+(\d{8}T\d{6})_(\d{8}T\d{6})_\d{8}T\d{6}_")
 MEANINGS = ("clear", "cloud")  # of 0 and 1
 COLOURS = ((8, 48, 107), (255, 255, 255), (140, 140, 140))  # clear, cloud, no data; by brightness
 GCP_STEP = 64  # pixels between ground control points
-MOST_DEGREES = {"latitude": 90, "longitude": 360}
 
 log = logging.getLogger("export_masks")
 
@@ -86,28 +91,6 @@ class MaskedScene:
 
 
 # --- reading --------------------------------------------------------------------------------
-
-
-def find_masks(folder, names):
-    """List the mask files of a run.
-
-    Args:
-        folder: The run's folder.
-        names: Scenes to list, without suffix; empty for all.
-
-    Raises:
-        UserError: If there are none, or one named is missing.
-    """
-    paths = {path.stem: path for path in sorted((folder / "masks").glob("*.h5"))}
-    paths = {name: path for name, path in paths.items() if not name.startswith(".")}
-    if not paths:
-        raise UserError(
-            f"No masks in {folder / 'masks'}: RUN_DIR should be the folder of a run of --mode "
-            "benchmark or inference."
-        )
-    if missing := [name for name in names if name not in paths]:
-        raise UserError(f"{folder} has no mask of the scene {missing[0]!r}, found {list(paths)}.")
-    return [paths[name] for name in names or paths]
 
 
 def locate_scenes(config, folder):
@@ -174,26 +157,19 @@ def read_masked_scene(path, scenes, geodetic, about_run):
     Raises:
         UserError: If a file is not what it should be.
     """
-    valid, positions = None, {}
-    with _reading(path) as file:
-        mask = _numbers(file, "mask")
-        if mask is None or mask.ndim != 2 or mask.dtype != np.uint8:
-            raise ValueError("it should have a dataset 'mask' of bytes, (H, W)")
-        mask = mask[:]
-        probability = _numbers(file, "probability", mask.shape)
+    valid = None
+    with reading(path) as file:
+        mask = mask_of(file)
+        probability = numbers(file, "probability", mask.shape)
         probability = None if probability is None else probability[:]
         made_by = {key: file.attrs[key] for key in ("scene", "threshold", "model", "model_sha256")}
     if scene_file := scenes.get(made_by["scene"]):
-        with _reading(scene_file) as file:
-            if (temperatures := _numbers(file, "bts", (*mask.shape, 3))) is not None:
-                temperatures = temperatures[:]
-                valid = (np.isfinite(temperatures) & (temperatures != 0)).all(axis=-1)
-            positions = _positions(file, mask.shape, "{}")
-    if geodetic:
-        with _reading(geodetic_file(geodetic, path.stem)) as file:
-            positions = _positions(file, mask.shape, "{}_in")
-            if not positions:
-                raise ValueError("it should have variables latitude_in and longitude_in")
+        with reading(scene_file) as file:
+            valid = measured_pixels(file, mask.shape)
+    positions = {
+        name: degrees.astype(np.float32)
+        for name, degrees in read_positions(scene_file, geodetic, path.stem, mask.shape).items()
+    }
     product = PRODUCT_NAME.match(path.stem)
     platform = {"platform": f"Sentinel-3{product[1][2]}", "instrument": "SLSTR"} if product else {}
     facts = about_run | platform | made_by
@@ -207,90 +183,6 @@ def read_masked_scene(path, scenes, geodetic, about_run):
         {key: printable(str(value)) for key, value in facts.items()},
         times_of(path.stem),
     )
-
-
-@contextlib.contextmanager
-def _reading(path):
-    """Open an HDF5 file; whatever goes wrong with it is the user's to mend."""
-    try:
-        with open_file(path) as file:
-            yield file
-    except ForbiddenSource as error:
-        raise UserError(str(error)) from error
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} cannot be used: {reason}. Make or copy it again.") from error
-
-
-def _numbers(file, name, shape=None):
-    """A dataset of numbers, as h5py.Dataset; None where there is none."""
-    dataset = open_dataset(file, name)
-    if dataset is None:
-        return None
-    if dataset.dtype.kind not in "fiu" or shape not in (None, dataset.shape):
-        raise ValueError(
-            f"'{name}' should hold numbers, {shape or 'rows and columns'}, found "
-            f"{str(dataset.dtype)[:99]} {dataset.shape}"
-        )
-    check_storage(dataset)
-    return dataset
-
-
-def _positions(file, shape, pattern):
-    """Latitude and longitude, float32 with NaN where missing; empty where one of them is absent."""
-    datasets = {name: _numbers(file, pattern.format(name), shape) for name in MOST_DEGREES}
-    if None in datasets.values():
-        return {}
-    return {name: _degrees(dataset, MOST_DEGREES[name]) for name, dataset in datasets.items()}
-
-
-def _degrees(dataset, most):
-    packing = {"_FillValue": np.nan, "scale_factor": 1, "add_offset": 0}
-    fill, scale, offset = (
-        float(np.ravel(dataset.attrs.get(key, default))[0]) for key, default in packing.items()
-    )
-    values = dataset[:].astype(np.float64)
-    values[values == fill] = np.nan
-    values = values * scale + offset
-    if (np.abs(values) > most).any() or not np.isfinite(values).any():
-        raise ValueError(f"'{dataset.name}' should hold degrees, -{most} to {most}")
-    return values.astype(np.float32)
-
-
-def geodetic_file(where, scene):
-    """The geodetic file of a scene.
-
-    Args:
-        where: The file itself; or a folder of products, PRODUCT.SEN3/geodetic_in.nc, one of which
-            has the scene's satellite, start and stop. A later processing of the product will do.
-        scene: Name of the scene.
-
-    Raises:
-        UserError: If there is none.
-    """
-    if where.is_file():
-        return where
-    product = PRODUCT_NAME.match(scene)
-    same = f"{glob.escape(scene[: product.end(3)] if product else scene)}*/geodetic_in.nc"
-    if not (found := sorted(where.glob(same))):
-        raise UserError(
-            f"No {where}/{same}. --geodetic should be a Sentinel-3 geodetic_in.nc or a folder of "
-            "products, one for each scene; --scene chooses scenes."
-        )
-    return found[-1]
-
-
-def times_of(name):
-    """Start and end of a product by its name, in UTC; None where that does not tell."""
-    if not (product := PRODUCT_NAME.match(name)):
-        return None
-    try:
-        return tuple(
-            datetime.strptime(text, "%Y%m%dT%H%M%S").replace(tzinfo=timezone.utc)
-            for text in product.groups()[1:]
-        )
-    except ValueError:  # of no calendar
-        return None
 
 
 # --- writing --------------------------------------------------------------------------------
@@ -492,17 +384,13 @@ def export(arguments, command):
     """Export the masks of a run."""
     config = load_config(arguments.run / "config.yaml")
     masks = find_masks(arguments.run, arguments.scene)
-    geodetic = arguments.geodetic
-    if geodetic and geodetic.is_file() and len(masks) > 1:
-        raise UserError(
-            f"{geodetic} is of one scene, and there are {len(masks)}: say --scene NAME."
-        )
+    check_geodetic(arguments.geodetic, masks)
     about_run = describe_run(arguments.run, config, command)
     scenes = locate_scenes(config, arguments.data)
     folder = arguments.output or arguments.run / "export"
     n_placed = 0
     for path in progress(masks, "Exporting", len(masks)):
-        scene = read_masked_scene(path, scenes, geodetic, about_run)
+        scene = read_masked_scene(path, scenes, arguments.geodetic, about_run)
         WRITERS[arguments.format](scene, folder)
         n_placed += scene.latitude is not None
     log.info(
