@@ -18,7 +18,7 @@ from harness.errors import UserError
 from harness.hdf5_files import ForbiddenSource, open_dataset, open_file
 from harness.hdf5_rows import check_storage
 
-SCENE_NAME = "S3A*.hdf"
+SCENE_NAME = "S3[A-D]*.hdf"  # the published scenes are all of S3A
 PRODUCT_NAME = re.compile(r"(S3[A-D])_SL_1_RBT_+(\d{8}T\d{6})_(\d{8}T\d{6})_\d{8}T\d{6}_")
 MOST_DEGREES = {"latitude": 90, "longitude": 360}
 
@@ -43,11 +43,11 @@ def find_scenes(directory):
             f"No directory {directory}. Set train_dir and inference_dir in the configuration; "
             "see 'Data' in README.md."
         )
-    paths = sorted(_walk(directory), key=lambda path: path.relative_to(directory).parts)
+    paths = sorted(walk_scenes(directory), key=lambda path: path.relative_to(directory).parts)
     if not paths:
         raise FileNotFoundError(
-            f"No scenes matching 'S3A*.hdf' under {directory}. Set train_dir and inference_dir in "
-            "the configuration; see 'Data' in README.md."
+            f"No scenes matching '{SCENE_NAME}' under {directory}. Set train_dir and inference_dir "
+            "in the configuration; see 'Data' in README.md."
         )
     names = Counter(path.name for path in paths)
     if twice := [name for name, n in names.items() if n > 1]:
@@ -58,7 +58,7 @@ def find_scenes(directory):
     return paths
 
 
-def _walk(directory):
+def walk_scenes(directory):
     """Yield the scene files below a directory, through linked folders too, each folder once."""
     seen = set()
     for folder, subfolders, files in os.walk(directory, followlinks=True):

@@ -138,7 +138,7 @@ def test_report_begins_with_both_metrics_and_the_baselines(run):
     assert "Target: 0.9" in page.text and page.html.count('class="mark" style="left:90.0%"') == 5
     assert page.headings == [
         "Accuracy", "Seconds per scene", "Training", "What ran where", "Training",
-        "Where the time went", "Pictures", "Scores", "Scenes",
+        "Where the time went", "Pictures", "Scores", "Scenes", "The machine",
     ]  # fmt: skip
     for text in (found["devices"]["description"], f"tensorflow {found['versions']['tensorflow']}",
                  f"{found['git_commit']}", "PATCH_SIZE 32 256", "batch_size 11 32"):  # fmt: skip

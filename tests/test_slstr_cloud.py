@@ -309,7 +309,7 @@ def copy_of_training_scenes(dataset, tmp_path):
     ("change", "words"),
     [
         ({"train_dir": "/nowhere/at/all"}, "No directory /nowhere/at/all"),
-        ({"train_dir": "{tmp_path}"}, "No scenes matching 'S3A*.hdf' under"),
+        ({"train_dir": "{tmp_path}"}, "No scenes matching 'S3[A-D]*.hdf' under"),
         ({"inference_dir": "/nowhere/at/all"}, "No directory /nowhere/at/all"),
         ({"train_split": 0.01}, "train_split 0.01 of 7 scenes leaves 0"),
         ({"batch_size": 2, "cpu_devices": 3}, "batch_size 2"),

@@ -48,13 +48,13 @@ from harness import screen  # noqa: E402  (a program in tools/ adds the reposito
 from harness.errors import Failure, UserError, exit_status, one_line  # noqa: E402
 from harness.files import digest_of, digest_of_file, sync, write_csv  # noqa: E402
 from harness.interrupts import Interrupted, deferred, heed_signals  # noqa: E402
+from harness.scene_files import SCENE_NAME  # noqa: E402
 from harness.screen import amount, duration, log_to_screen, progress, table  # noqa: E402
 
 ENDPOINT = "https://s3.echo.stfc.ac.uk"
 BUCKET = "sciml-datasets"
 PREFIX = "es/cloud_slstr_ds1"
 SETS = ("one-day", "ssts")
-SCENE_NAME = "S3A*.hdf"  # what the benchmark takes for a scene
 MANIFEST = "manifest.csv"
 COLUMNS = ("key", "size", "etag", "sha256")
 PARTIAL = ".download"

@@ -5,19 +5,15 @@ Nothing here needs TensorFlow.
 """
 
 import base64
-import contextlib
-import fnmatch
 import io
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from harness.errors import UserError
 from harness.files import replacing
-from harness.hdf5_files import ForbiddenSource, open_dataset, open_file
+from harness.hdf5_files import open_dataset
 from harness.hdf5_rows import check_storage
+from harness.scene_files import reading, walk_scenes
 
 CLEAR, CLOUD = (8, 48, 107), (255, 255, 255)  # of a mask, as export_masks.py draws it
 DIFFERENCES = {  # brightness of each differs from that of the next by a contrast of 3, WCAG 2
@@ -77,12 +73,7 @@ def mask_files(folder):
 
 def scene_files(folder):
     """Scene files below a folder by name of scene, through linked folders too; maybe none."""
-    found, seen = {}, set()
-    for here, subfolders, names in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(here))
-        subfolders[:] = [s for s in subfolders if os.path.realpath(Path(here, s)) not in seen]
-        found |= {Path(n).stem: Path(here, n) for n in fnmatch.filter(names, "S3A*.hdf")}
-    return found
+    return {path.stem: path for path in walk_scenes(folder)}
 
 
 def read_masked_scene(mask_path, scene_path):
@@ -125,19 +116,6 @@ def read_label_and_probability(mask_path, scene_path):
         measured = [np.isfinite(channel) & (channel != 0) for channel in channels]
         known = np.logical_and.reduce([*measured, np.isfinite(probability)])
         return np.nan_to_num(label[..., 0])[known] != 0, probability[known]
-
-
-@contextlib.contextmanager
-def reading(path):
-    """Open an HDF5 file; whatever goes wrong with it is the user's to mend."""
-    try:
-        with open_file(path) as file:
-            yield file
-    except ForbiddenSource as error:
-        raise UserError(str(error)) from error
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} cannot be used: {reason}. Make or copy it again.") from error
 
 
 def numbers(file, name, n_dimensions, grid=None):
