@@ -470,7 +470,7 @@ def spoil(what, tmp_path):
         "column twice": (text.replace("buoy_sst", "latitude"), "no column buoy_sst"),
         "text for a number": (text.replace("290.0", "warm\x1b", 1), r"row 1: buoy_sst should be a"),
         "short row": (text + "1,2\n", "line 5 has 2 fields, the header has 8"),
-        "no date": (text.replace("-06-", "-13-"), "time should be ISO 8601, found '2018-13-"),
+        "no date": (text.replace("-06-", "-13-"), "time should be ISO 8601, UTC, found '2018-13-"),
         "number for a time": (text.replace(good[0]["time"], "1527813667"), "time should be ISO"),
         "another time zone": (text.replace("Z", "+02:00"), "time should be ISO 8601"),
         "not on Earth": (text.replace("50.001", "95.001", 1), "latitude should be -90 to 90"),
@@ -506,7 +506,9 @@ def spoil(what, tmp_path):
             "link": (h5py.ExternalLink("/etc/passwd", "/x"), "link out of the file"),
         }
         del file["buoy_sst"]
-        if what == "no column in HDF5":
+        if what in ("no column in HDF5", "group in HDF5"):
+            if what == "group in HDF5":
+                file.create_group("buoy_sst")
             return path, "no column buoy_sst, found time, latitude"
         file["buoy_sst"] = values[what][0]
         return path, values[what][1]
@@ -518,7 +520,8 @@ def spoil(what, tmp_path):
         "no table", "no rows", "no column", "column twice", "text for a number", "short row",
         "no date", "number for a time", "another time zone", "not on Earth", "fill value",
         "open quotes", "no file", "bytes", "twice", "damaged HDF5", "no units", "days since",
-        "no column in HDF5", "text in HDF5", "lengths in HDF5", "matrix in HDF5", "link",
+        "no column in HDF5", "group in HDF5", "text in HDF5", "lengths in HDF5", "matrix in HDF5",
+        "link",
     ],
 )  # fmt: skip
 def test_bad_table_ends_in_one_line(run, tmp_path, capsys, what):

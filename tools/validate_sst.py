@@ -44,7 +44,6 @@ import csv
 import itertools
 import logging
 import math
-import operator
 import re
 import sys
 from datetime import datetime, timezone
@@ -83,7 +82,7 @@ COLUMNS = (
 TEMPERATURES = ("buoy_sst", "satellite_sst")
 LIMITS = {"latitude": (-90, 90), "longitude": (-180, 360), "satellite_zenith": (0, 90)}
 ISO_TIME = r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d)(:\d\d)?(\.\d+)?\s?(?:Z|UTC|[+-]00:?00)?"
-SINCE = re.compile(rf"seconds since (\d{{4}}-\d\d-\d\d$|{ISO_TIME})")
+SINCE = re.compile(rf"seconds since (\d{{4}}-\d\d-\d\d|{ISO_TIME})")
 
 # The science group's first system: github.com/stfc-sciml/e2e, case2, comparison of SSTs.
 BEST_QUALITY = 5
@@ -162,27 +161,22 @@ def _csv_columns(file, names):
     lines = csv.reader(file, strict=True)
     header = [name.strip() for name in next(lines, [])]
     _check_names(names, header)
-    needed = operator.itemgetter(*map(header.index, names.values()))
+    places = [header.index(name) for name in names.values()]
     rows = []
     for row in filter(None, lines):
         if len(row) != len(header):
             raise ValueError(
                 f"line {lines.line_num} has {len(row)} fields, the header has {len(header)}"
             )
-        rows.append(needed(row))
-    columns = zip(*rows, strict=True) if rows else itertools.repeat(())
-    return {
-        column: _parsed(texts, column, *((_seconds, "ISO 8601") if column == "time" else ()))
-        for column, texts in zip(names, columns, strict=bool(rows))
-    }
+        rows.append([row[place] for place in places])  # the others would fill the memory
+    return {column: _parsed([row[i] for row in rows], column) for i, column in enumerate(names)}
 
 
 def _hdf5_columns(file, names):
     datasets = {column: open_dataset(file, name) for column, name in names.items()}
     present = [names[column] for column, dataset in datasets.items() if dataset is not None]
-    _check_names(
-        names, present + [name for name in itertools.islice(file, 20) if name not in present]
-    )
+    others = [name for name in itertools.islice(file, 20) if name not in names.values()]
+    _check_names(names, present + others)
     shapes = {names[column]: dataset.shape for column, dataset in datasets.items()}
     if len(set(shapes.values())) > 1 or len(datasets["time"].shape) != 1:
         raise ValueError(f"its columns should be (N,), all of one N, found {shapes}")
@@ -206,7 +200,7 @@ def _times(dataset):
     """Seconds since 1970 of a dataset of texts, or of seconds since what `units` say."""
     if h5py.check_string_dtype(dataset.dtype):
         check_storage(dataset)
-        return _parsed(dataset.asstr()[:], "time", _seconds, "ISO 8601")
+        return _parsed(dataset.asstr()[:], "time")
     units = dataset.attrs.get("units", "")
     units = units.decode() if isinstance(units, bytes) else str(units)
     if not (since := SINCE.fullmatch(units.strip())):
@@ -219,8 +213,9 @@ def _times(dataset):
     return unpacked(numbers(dataset.file, dataset.name)) + epoch
 
 
-def _parsed(texts, column, parse=float, wanted="a number"):
+def _parsed(texts, column):
     """Texts as numbers, float64 (n,); NaN where they are empty."""
+    parse, wanted = (_seconds, "ISO 8601, UTC") if column == "time" else (float, "a number")
     values = np.full(len(texts), np.nan)
     for i, text in enumerate(texts):
         if text := text.strip():
