@@ -36,6 +36,7 @@ BT_SCALE = 22.0  # [K], mlcommons/science v1.1
 REFLECTANCE_RANGE = (-0.5, 10.0)  # [1]
 BT_RANGE = (150.0, 350.0)  # [K]
 SPLIT_SEED = 42  # mlcommons/science v1.1; apart from `seed`, so that every run has one split
+MAX_NAME = 200  # bytes of a scene's file name, which becomes part of others
 READER_THREADS = 4
 STRANGE_TOLD = 10  # scenes with values out of range that are named in the log of a training
 SCENES_MIXED = 8  # in a batch, at least; 49 MB each at full size
@@ -153,6 +154,11 @@ def check_scene(path, shape, labelled=True):
     Raises:
         SceneError: As `read_scene`, but for damage inside the numbers.
     """
+    if len(os.fsencode(path.name)) > MAX_NAME or not path.name.isprintable():
+        raise SceneError(
+            f"{path} should have a name of at most {MAX_NAME} bytes that can be printed: masks are "
+            "named after their scenes. Give it another name."
+        )
     with _open_scene(path, shape, labelled) as datasets:
         for dataset in datasets.values():
             check_storage(dataset)

@@ -29,7 +29,7 @@ from harness.config import load_config
 from harness.devices import open_devices, watch_ranks
 from harness.errors import UserError, is_users_mistake, one_line
 from harness.files import digest_of, digest_of_file, replacing, write_csv
-from harness.interrupts import Interrupted, deferred, heed_signals
+from harness.interrupts import Interrupted, check_signals, deferred, heed_signals
 from harness.launch import Meeting, detect_launch
 from harness.masks import MaskFolder
 from harness.mlperf_log import keys
@@ -278,7 +278,12 @@ def infer(config, devices, run, paths):
         run.start()
 
     made_by = {"threshold": THRESHOLD, "model_sha256": digest_of_file(run.model_file)}
-    masks = MaskFolder(run.path("masks"), devices.check_ranks, made_by)
+
+    def check():
+        check_signals()
+        devices.check_ranks()
+
+    masks = MaskFolder(run.path("masks"), check, made_by)
     if devices.is_chief:
         masks.forget_claims()
         run.bad_scenes.forget("inference")
@@ -336,6 +341,11 @@ def mask_scenes(config, devices, run, masks, leave_out, paths, predictor):
                 log.warning(data_loader.STRANGE, path, scene.out_of_range)
             clock = time.perf_counter()
             probability, network_seconds = predictor(scene.channels)
+            if not np.isfinite(probability).all():
+                raise FloatingPointError(
+                    f"{run.model_file} gives no finite probability for every pixel of {path}. Use "
+                    "another model, or precision: float32."
+                )
             mask = (probability > THRESHOLD).astype(np.uint8)
             stitched = time.perf_counter()
             label = None if scene.cloud is None else scene.cloud[..., 0]
@@ -429,7 +439,8 @@ def read_model(path):
     try:
         return keras.models.load_model(path, compile=False, safe_mode=True)
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        # Keras goes on to tell how to run code of a model that is trusted; here there is no way.
+        reason = str(error).strip().partition("\n")[0].partition(" If you trust")[0]
         raise UserError(f"{path} cannot be read as a Keras model: {reason}") from error
 
 
@@ -476,11 +487,11 @@ def run_benchmark(config, mode, launch, folder=None, earlier=None):
     with meeting or nullcontext(), watch_ranks(meeting):
         sets = find_sets(config, mode)
         bad = look_at_scenes(config, sets, folder) if launch.rank == 0 else {}
-        names = [path.name for paths in sets for path in paths]
+        names = [f"{path.name} {path.stat().st_size}" for paths in sets for path in paths]
         work = [mode, repr(config), names, str(folder)]
         devices, folder, bad = open_run(config, mode, launch, meeting, work, folder, bad)
         train_paths, test_paths, inference_paths = usable_scenes(config, sets, bad)
-        heed_signals()  # TensorFlow takes SIGTERM when it connects several ranks
+        heed_signals(anew=False)  # TensorFlow takes SIGTERM when it connects several ranks
         with (
             sole_user(folder) if devices.is_chief else nullcontext(),
             Run(config, devices, mode, folder, BadScenes(folder), earlier, digest_of(names)) as run,
@@ -501,6 +512,7 @@ def run_benchmark(config, mode, launch, folder=None, earlier=None):
                 train(config, devices, run, train_paths, test_paths)
             if mode != "train":
                 infer(config, devices, run, inference_paths)
+            check_signals()
             run.mllog.event(mlperf_log.RESULT, results.result_event(run.results))
             devices.gather(0)  # nobody leaves while another needs it
     if devices.is_chief:

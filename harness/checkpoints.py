@@ -5,12 +5,12 @@ import json
 import logging
 import os
 import shutil
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import tensorflow as tf
 
+from harness.errors import UserError
 from harness.files import digest_of_file, open_regular, sync
 
 KEPT = 2
@@ -82,7 +82,7 @@ class Checkpoints:
         try:
             _write_weights(trainer, temporary / "weights")
             if state.best:
-                _link_or_copy(model_file, temporary / f"{BEST_MODEL}{model_file.suffix}")
+                shutil.copyfile(model_file, temporary / f"{BEST_MODEL}{model_file.suffix}")
             (temporary / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
             files = sorted(temporary.iterdir())
             lines = [f"{digest_of_file(file)}  {file.name}\n" for file in files]
@@ -101,14 +101,23 @@ class Checkpoints:
         """The path and the TrainingState of the newest checkpoint that is whole; None if none is.
 
         What is damaged is told of and passed over.
+
+        Raises:
+            UserError: If there are checkpoints, and none of them is whole.
         """
-        for path in reversed(self._all()):
+        paths = self._all()
+        for path in reversed(paths):
             try:
                 _check_digests(path)
                 values = json.loads((path / STATE).read_text(encoding="utf-8"))
                 return path, TrainingState(**values)
             except (OSError, ValueError, TypeError) as error:
                 log.warning("Passed over the damaged checkpoint %s: %s", path, error)
+        if paths:
+            raise UserError(
+                f"No checkpoint in {self.folder} is whole. Put one back, or remove the folder to "
+                "begin the training again."
+            )
         return None
 
     def restore(self, path, trainer, model_file=None):
@@ -154,13 +163,3 @@ def _check_digests(folder):
     for name, digest in digests.items():
         if digest_of_file(folder / Path(name).name) != digest:
             raise ValueError(f"{name} is not what was written")
-
-
-def _link_or_copy(source, target):
-    """The source is replaced and never changed: a link holds it as it is now."""
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without links
-        with suppress(FileNotFoundError):
-            target.unlink()
-        shutil.copyfile(source, target)

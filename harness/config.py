@@ -23,6 +23,10 @@ from harness.errors import UserError
 MAX_BYTES = 1 << 20  # of a configuration file; the shipped one has 3612
 MAX_FAULTS = 30  # told at once
 COMBINED = ("PATCH_SIZE", "CROP_SIZE", "IMAGE_H", "IMAGE_W", "clip_offset")
+RESERVED = (  # in a run's folder
+    "config.yaml", "results.json", "history.csv", "scenes.csv", "samples.csv", "report.html",
+    "masks", "checkpoints", "bad_scenes", "tensorboard",
+)  # fmt: skip
 V1_UPPER_CASE = ("patch_size", "image_h", "image_w", "n_channels", "min_sst", "crop_size")
 
 
@@ -45,6 +49,8 @@ def _expand(value):
 def _plain_name(value):
     if isinstance(value, str) and (Path(value).name != value or value.startswith(".")):
         raise ValueError("should be a plain folder name without '/' and not starting with '.'")
+    if isinstance(value, str) and not (value.isprintable() and 0 < len(value.strip()) <= 200):
+        raise ValueError("should have 1 to 200 characters that can be printed")
     return str(value) if isinstance(value, int | float) else value
 
 
@@ -101,7 +107,7 @@ class Config(BaseModel):
     cache_dir: FilePath | None = None
     no_cache: bool | None = None
     on_bad_scene: Literal["stop", "skip"] = "stop"
-    read_timeout: Annotated[float, Number, Field(gt=0)] = 600.0
+    read_timeout: Annotated[float, Number, Field(gt=0, le=1e6)] = 600.0
 
     # Scenes and patches
     image_h: Count = 1200
@@ -174,12 +180,22 @@ class Config(BaseModel):
             problems.append("profile_steps are kept for TensorBoard; set tensorboard: true")
         if self.model_file.suffix not in (".keras", ".h5"):
             problems.append(f"model_file {self.model_file} must end in .keras or .h5")
-        for key in ("log_file", "mlperf_logfile"):
-            if not getattr(self, key).name:
-                problems.append(f"{key} must name a file")
+        problems += self._wrong_file_names()
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _wrong_file_names(self):
+        names = {key: getattr(self, key) for key in ("model_file", "log_file", "mlperf_logfile")}
+        for key, path in names.items():
+            first = Path(os.path.normpath(path)).parts[:1]
+            leads_out = first == ("..",) and key != "model_file"  # which may be an input
+            if not path.name or path.name == ".." or leads_out:
+                yield f"{key} {path} must name a file, in the run's folder or by an absolute path"
+            elif first and (first[0] in RESERVED or re.fullmatch(r"(rank|samples)-.*", first[0])):
+                yield f"{key} {path} is a file that every run writes; choose another name"
+        if len({os.path.normpath(path) for path in names.values()}) < len(names):
+            yield "model_file, log_file and mlperf_logfile must be three files"
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -208,7 +224,7 @@ def _parse(text):
     except RecursionError:
         raise UserError("lists or keys are nested too deeply") from None
     # A ValueError is a date or number that cannot be, 2019-13-45 say.
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, KeyError, OverflowError) as error:
         raise UserError(" ".join(str(error).split())) from None
 
 
@@ -242,11 +258,12 @@ def load_config(path, overrides=()):
         values = _parse(text)
     except UserError as error:
         raise UserError(f"{path} is not a valid configuration: {error}.") from None
-    if not isinstance(values or {}, dict):
+    values = {} if values is None else values  # an empty file
+    if not isinstance(values, dict):
         raise UserError(
             f"{path} should hold lines of 'key: value', found a {type(values).__name__}."
         )
-    return check({**(values or {}), **dict(map(_override, overrides))}, path)
+    return check({**values, **dict(map(_override, overrides))}, path)
 
 
 def _override(text):

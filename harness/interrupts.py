@@ -18,10 +18,25 @@ class Interrupted(SystemExit):
         return f"received {self.signal.name}"
 
 
-def heed_signals():
-    """Let SIGTERM and SIGINT raise Interrupted; TensorFlow may take SIGTERM for itself later on."""
+def heed_signals(anew=True):
+    """Let SIGTERM and SIGINT raise Interrupted; TensorFlow may take SIGTERM for itself later on.
+
+    Args:
+        anew: Whether signals that came before are forgotten.
+    """
+    if anew:
+        _state.received = None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _receive)
+
+
+def check_signals():
+    """Raise Interrupted if a signal has come.
+
+    It was raised at once, but where it came inside a destructor, say, Python drops what is raised.
+    """
+    if _state.received is not None:
+        raise Interrupted(_state.received)
 
 
 @contextlib.contextmanager
@@ -32,14 +47,11 @@ def deferred():
         yield
     finally:
         _state.deferred = False
-        number, _state.received = _state.received, None
-    if number:
-        raise Interrupted(number)
+    check_signals()
 
 
 def _receive(number, frame):
-    if _state.deferred and _state.received is None:
-        _state.received = number
-    else:
-        _state.received = None
-        raise Interrupted(number)
+    waits = _state.deferred and _state.received is None
+    _state.received = _state.received or number
+    if not waits:
+        raise Interrupted(_state.received)

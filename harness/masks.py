@@ -10,6 +10,7 @@ from contextlib import suppress
 import h5py
 
 from harness.files import replacing
+from harness.hdf5_files import open_file
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class MaskFolder:
                 file.create_dataset("mask", data=mask, compression="gzip", compression_opts=1)
                 if probability is not None:
                     file.create_dataset("probability", data=probability)
-                file.attrs.update(scene=path.name, **self._made_by, **attributes)
+                file.attrs.update(scene=path.name, **self._made_from(path), **attributes)
                 seconds = time.perf_counter() - begin
                 row = {**row, "write_seconds": seconds, "seconds": row["seconds"] + seconds}
                 file.attrs["row"] = json.dumps(row)
@@ -83,16 +84,21 @@ class MaskFolder:
     def _row(self, path):
         """The row of a scene's mask; None if there is no mask, or one that is not whole."""
         try:
-            with h5py.File(self._file(path), "r") as file:
-                if any(file.attrs[key] != value for key, value in self._made_by.items()):
+            if not self._file(path).exists():
+                return None
+            with open_file(self._file(path)) as file:
+                if any(file.attrs[key] != value for key, value in self._made_from(path).items()):
                     return None
                 _ = file["mask"][:]
                 return json.loads(file.attrs["row"])
-        except FileNotFoundError:
-            return None
         except (OSError, KeyError, ValueError) as error:
             log.warning("Made the mask of %s again: %s", path.stem, error)
             return None
+
+    def _made_from(self, path):
+        """Attributes of a mask that another scene, model or threshold would change."""
+        info = path.stat()
+        return {"scene_bytes": info.st_size, "scene_mtime": info.st_mtime_ns, **self._made_by}
 
     def _file(self, path):
         return self._folder / f"{path.stem}.h5"

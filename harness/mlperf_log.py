@@ -6,6 +6,8 @@ import sys
 from mlperf_logging.mllog import constants as keys
 from mlperf_logging.mllog.mllog import MLLogger
 
+from harness.errors import UserError
+
 # Keys of ours and of MLCommons Science that the package has no constant for.
 NUMBER_OF_RANKS = "number_of_ranks"
 NUMBER_OF_NODES = "number_of_nodes"
@@ -25,12 +27,20 @@ def open_mlperf_log(path, root_dir, n_bytes=0):
         path: File, or None.
         root_dir: Folder of the source files that events name.
         n_bytes: So many bytes of an earlier part of the run are kept.
+
+    Raises:
+        UserError: If there are fewer.
     """
     logger = logging.Logger("cloudmask.mlperf", logging.INFO)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
-            file.truncate(min(n_bytes, file.tell()))
+            if file.tell() < n_bytes:
+                raise UserError(
+                    f"{path} has {file.tell()} bytes, the run had written {n_bytes} by its last "
+                    "checkpoint. Put the file back, or start a new run."
+                )
+            file.truncate(n_bytes)
     logger.addHandler(_WholeFile(path) if path else logging.NullHandler())
     return MLLogger(logger, root_dir=str(root_dir))
 

@@ -6,10 +6,12 @@ import json
 import os
 from pathlib import Path
 
-from harness.config import load_config, resolved
+from harness.config import check, load_config, resolved
 from harness.errors import UserError
+from harness.files import open_regular
 from harness.run import scheduler_job
 
+MODES = ("benchmark", "train", "inference")
 # Keys that change neither weights nor masks of a run, or only how long it goes on.
 FREE_KEYS = {
     "epochs", "target_accuracy", "patience", "checkpoint_every", "on_bad_scene", "read_timeout",
@@ -34,15 +36,21 @@ def load_resumed(folder, config_file=None, overrides=()):
     """
     folder = Path(folder)
     try:
-        earlier = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        mode, parts = earlier["mode"], earlier["parts"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        with open_regular(folder / "results.json") as results:
+            earlier = json.loads(results.read())
+        mode, parts, _ = earlier["mode"], earlier["parts"], earlier["status"]
+        if mode not in MODES:
+            raise ValueError(f"mode {mode!r}")
+        _ = [part["start"] + part["status"] for part in parts], sum(p["seconds"] for p in parts)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{folder} cannot be resumed: --resume wants the folder of a run, with its "
             f"config.yaml and results.json ({type(error).__name__}: {error})."
         ) from None
     file = folder / "config.yaml"
     config = load_config(file)
+    if "config" in earlier:  # of a run that has begun; the file may have been edited since
+        config = check(earlier["config"], folder / "results.json")
     asked = load_config(config_file or file, overrides)
     if mode == "inference":
         asked = asked.model_copy(update={"model_file": asked.model_file.absolute()})

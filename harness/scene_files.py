@@ -61,7 +61,11 @@ def find_scenes(directory):
 def walk_scenes(directory):
     """Yield the scene files below a directory, through linked folders too, each folder once."""
     seen = set()
-    for folder, subfolders, files in os.walk(directory, followlinks=True):
+
+    def fail(error):  # os.walk passes over a folder that it cannot read
+        raise error
+
+    for folder, subfolders, files in os.walk(directory, onerror=fail, followlinks=True):
         seen.add(os.path.realpath(folder))
         subfolders[:] = [
             name for name in subfolders if os.path.realpath(Path(folder, name)) not in seen
