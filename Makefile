@@ -22,8 +22,9 @@ demo: $(VENV)/.run
 	$(BIN)/python tools/make_scenes.py --output $(DEMO)/data --train 16 --inference 4 --size 300 375
 	$(BIN)/python slstr_cloud.py --config target/demo.yaml
 
+# Two at once: most tests wait for a process, or use one core.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 torture: $(VENV)/.dev
 	$(BIN)/python -m pytest -s tests/test_kill.py --torture 7

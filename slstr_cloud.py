@@ -487,7 +487,7 @@ def run_benchmark(config, mode, launch, folder=None, earlier=None):
     with meeting or nullcontext(), watch_ranks(meeting):
         sets = find_sets(config, mode)
         bad = look_at_scenes(config, sets, folder) if launch.rank == 0 else {}
-        names = [f"{path.name} {path.stat().st_size}" for paths in sets for path in paths]
+        names = [path.name for paths in sets for path in paths]
         work = [mode, repr(config), names, str(folder)]
         devices, folder, bad = open_run(config, mode, launch, meeting, work, folder, bad)
         train_paths, test_paths, inference_paths = usable_scenes(config, sets, bad)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from harness.errors import UserError
 from harness.files import digest_of_file, open_regular, sync
 
 KEPT = 2
@@ -101,9 +100,6 @@ class Checkpoints:
         """The path and the TrainingState of the newest checkpoint that is whole; None if none is.
 
         What is damaged is told of and passed over.
-
-        Raises:
-            UserError: If there are checkpoints, and none of them is whole.
         """
         paths = self._all()
         for path in reversed(paths):
@@ -114,10 +110,7 @@ class Checkpoints:
             except (OSError, ValueError, TypeError) as error:
                 log.warning("Passed over the damaged checkpoint %s: %s", path, error)
         if paths:
-            raise UserError(
-                f"No checkpoint in {self.folder} is whole. Put one back, or remove the folder to "
-                "begin the training again."
-            )
+            log.warning("No checkpoint is whole: the training begins again, at epoch 1.")
         return None
 
     def restore(self, path, trainer, model_file=None):

@@ -191,7 +191,7 @@ class Config(BaseModel):
             first = Path(os.path.normpath(path)).parts[:1]
             leads_out = first == ("..",) and key != "model_file"  # which may be an input
             if not path.name or path.name == ".." or leads_out:
-                yield f"{key} {path} must name a file, in the run's folder or by an absolute path"
+                yield f"{key} must name a file in the run's folder, or one by its absolute path"
             elif first and (first[0] in RESERVED or re.fullmatch(r"(rank|samples)-.*", first[0])):
                 yield f"{key} {path} is a file that every run writes; choose another name"
         if len({os.path.normpath(path) for path in names.values()}) < len(names):

@@ -15,7 +15,8 @@ from scipy.interpolate import RegularGridInterpolator
 
 from data_loader import BT_OFFSET, BT_SCALE, REFLECTANCE_OFFSET, read_scene
 from harness.errors import Failure
-from tools import convert_sen3, export_masks
+from harness.scene_files import read_positions
+from tools import convert_sen3
 
 BUILDER = Path(__file__).with_name("sen3_product.py")
 SHAPE = (60, 75)
@@ -294,8 +295,8 @@ def test_zip_file_gives_the_same_scene(day, tmp_path):
 
 def test_positions_are_those_that_export_masks_looks_for(day, tmp_path):
     (path,) = convert(tmp_path, day[0], "--positions")
-    with h5py.File(path) as file:
-        positions = export_masks._positions(file, SHAPE, "{}")
+    positions = read_positions(path, None, path.stem, SHAPE)
+    assert set(positions) == {"latitude", "longitude"}
     assert np.isnan(positions["latitude"][0, 0])
     for name, degrees in positions.items():
         np.testing.assert_allclose(degrees, day[1][f"{name}_nadir"], atol=1e-5)

@@ -73,7 +73,7 @@ def wait_for(stage, folder, process, kept, rng):
     n_masks = len(list(masks.glob("*.h5")))
     signs = {
         "start-up": lambda: True,
-        "training": lambda: log.exists() and b" of %d: " % EPOCHS in log.read_bytes()[n_log:],
+        "training": lambda: log.exists() and b"/%d " % EPOCHS in log.read_bytes()[n_log:],
         "checkpointing": lambda: any((folder / "checkpoints").glob(".*.part")),
         "writing": lambda: set(unfinished(folder)) - kept,
         "inference": lambda: len(list(masks.glob("*.h5"))) > n_masks,
