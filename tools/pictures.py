@@ -73,7 +73,7 @@ def mask_files(folder):
 
 def scene_files(folder):
     """Scene files below a folder by name of scene, through linked folders too; maybe none."""
-    return {path.stem: path for path in walk_scenes(folder)}
+    return {path.stem: path for path in walk_scenes(folder)} if Path(folder).is_dir() else {}
 
 
 def read_masked_scene(mask_path, scene_path):
