@@ -7,6 +7,7 @@ Nothing here needs TensorFlow.
 import base64
 import io
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
