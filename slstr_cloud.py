@@ -279,11 +279,11 @@ def infer(config, devices, run, paths):
 
     made_by = {"threshold": THRESHOLD, "model_sha256": digest_of_file(run.model_file)}
 
-    def check():
+    def check_all():
         check_signals()
         devices.check_ranks()
 
-    masks = MaskFolder(run.path("masks"), check, made_by)
+    masks = MaskFolder(run.path("masks"), check_all, made_by)
     if devices.is_chief:
         masks.forget_claims()
         run.bad_scenes.forget("inference")

@@ -189,3 +189,30 @@ def test_resolved_configuration_is_the_same_configuration(tmp_path):
     )
     again = load(tmp_path, dump_config(config, "x"))
     assert again == config.model_copy(update={"run_name": None})
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ("log_file: results.json", "is a file that every run writes"),
+        ("mlperf_logfile: ./config.yaml", "is a file that every run writes"),
+        ("log_file: checkpoints/log", "is a file that every run writes"),
+        ("log_file: rank-0.log", "is a file that every run writes"),
+        ("log_file: a\nmlperf_logfile: ./a", "must be three files"),
+        ("log_file: ../a.log", "must name a file in the run's folder"),
+        ("run_name: ' '", "1 to 200 characters"),
+        (r'run_name: "a\nb"', "1 to 200 characters"),
+        ("[]", "found a list"),
+        ("epochs: !!bool x", "not a valid configuration"),
+    ],
+)
+def test_names_and_values_that_would_cost_a_run_its_files_are_refused(tmp_path, values, words):
+    (tmp_path / "c.yaml").write_text(values)
+    with pytest.raises(UserError) as error:
+        load_config(tmp_path / "c.yaml")
+    assert words in str(error.value)
+
+
+def test_model_to_read_may_lie_outside(tmp_path):
+    (tmp_path / "c.yaml").write_text("model_file: ../run/model.keras")
+    assert load_config(tmp_path / "c.yaml").model_file.name == "model.keras"

@@ -1,4 +1,5 @@
 import itertools
+import os
 import re
 import time
 import tracemalloc
@@ -515,3 +516,16 @@ def test_full_scene_has_63_patches():
 def test_reconstruct_refuses_a_grid_smaller_than_the_scene():
     with pytest.raises(ValueError, match="less than the scene's 33 x 20"):
         data_loader.reconstruct(np.zeros((2, 2, 16, 16, 1)), 33, 20)
+
+
+def test_folder_that_cannot_be_listed_is_an_error(dataset, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(folder):
+        if os.fspath(folder).endswith("night"):
+            raise PermissionError(13, "Permission denied", os.fspath(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root may read all
+    with pytest.raises(PermissionError, match="night"):
+        data_loader.find_scenes(dataset / "one-day")

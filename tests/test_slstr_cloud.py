@@ -464,6 +464,17 @@ def test_model_that_gives_no_mask_is_refused(settings, tmp_path, capsys, outputs
     assert run.status == 2 and words in capsys.readouterr().err
 
 
+def test_model_whose_output_is_not_finite_is_refused(settings, tmp_path, capsys):
+    inputs = keras.Input((PATCH, PATCH, 9))
+    last = keras.layers.Conv2D(1, 1)
+    model = keras.Model(inputs, last(inputs))
+    last.set_weights([np.full((1, 1, 9, 1), np.nan, np.float32), np.zeros(1, np.float32)])
+    model.save(tmp_path / "m.keras")
+    arguments = "--mode", "inference", "--model", str(tmp_path / "m.keras")
+    run = start(tmp_path / "out", settings, *arguments)
+    assert run.status == 1 and "no finite probability" in capsys.readouterr().err
+
+
 def test_model_is_for_inference_alone(settings, tmp_path, capsys):
     run = start(tmp_path, settings, "--model", "m.keras")
     assert run.status == 2 and "--mode inference" in capsys.readouterr().err
