@@ -27,6 +27,7 @@ RESERVED = (  # in a run's folder
     "config.yaml", "results.json", "history.csv", "scenes.csv", "samples.csv", "report.html",
     "masks", "checkpoints", "bad_scenes", "tensorboard",
 )  # fmt: skip
+FOLDER_KEYS = ("train_dir", "inference_dir", "output_dir", "cache_dir")
 V1_UPPER_CASE = ("patch_size", "image_h", "image_w", "n_channels", "min_sst", "crop_size")
 
 
@@ -319,7 +320,7 @@ def resolved(config):
     `run_name` is left to the next run, since no run writes into the folder of another.
     """
     values = config.model_dump(by_alias=True, mode="json", exclude={"run_name"})
-    for key in ("train_dir", "inference_dir", "output_dir", "cache_dir"):
+    for key in FOLDER_KEYS:
         if values[key] is not None:
             values[key] = os.path.abspath(values[key])
     return values

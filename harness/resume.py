@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from harness.config import check, load_config, resolved
+from harness.config import FOLDER_KEYS, check, load_config, resolved
 from harness.errors import UserError
 from harness.files import open_regular
 from harness.run import scheduler_job
@@ -50,7 +50,8 @@ def load_resumed(folder, config_file=None, overrides=()):
     file = folder / "config.yaml"
     config = load_config(file)
     if "config" in earlier:  # of a run that has begun; the file may have been edited since
-        config = check(earlier["config"], folder / "results.json")
+        folders = {key: value for key, value in resolved(config).items() if key in FOLDER_KEYS}
+        config = check({**earlier["config"], **folders}, folder / "results.json")
     asked = load_config(config_file or file, overrides)
     if mode == "inference":
         asked = asked.model_copy(update={"model_file": asked.model_file.absolute()})
