@@ -173,7 +173,7 @@ def summary(results):
             f"{inference['threshold_accuracy']:.3f}",
         ]
     if inference and (n := inference["scenes"] - inference["scenes_labelled"]):
-        lines.append(f"no scores   of {n} scenes, which have no Bayesian mask")
+        lines.append(f"no scores   of {n} scene(s) without a Bayesian mask")
     if training:
         lines += [
             f"validation  accuracy {training['val_accuracy']:.3f}, loss {training['val_loss']:.4f} "

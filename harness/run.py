@@ -88,6 +88,8 @@ class Run:
         if self.is_chief:
             self._log_file.parent.mkdir(parents=True, exist_ok=True)
             self._log_file.touch()  # now rather than after hours
+            if parts:
+                self._forget_lines(sum(part["status"] == keys.SUCCESS for part in parts))
             write_text(self.folder / "config.yaml", dump_config(config, self.folder.name))
         self.results = {
             "status": "running",
@@ -189,6 +191,13 @@ class Run:
                 self.save_checkpoint(trainer, state)
                 log.info("Saved epoch %d, step %d.", state.epoch, state.step)
             raise
+
+    def _forget_lines(self, n_kept):
+        """Leave so many inference lines in log_file: one of a part that did not end counts not."""
+        lines = self._log_file.read_text(encoding="utf-8").splitlines(keepends=True)
+        of_inference = [line for line in lines if line.startswith("CloudMask inference")]
+        if forgotten := of_inference[n_kept:]:
+            write_text(self._log_file, "".join(line for line in lines if line not in forgotten))
 
     def write_line(self, text):
         """Append a result line to log_file; not again where an earlier part did."""
