@@ -264,11 +264,9 @@ def _read_datasets(datasets, tiles):
         if any(tile.valid is not None for tile in tiles):
             valid = np.logical_and.reduce([block[..., i] != 0 for i in range(n_bts)])
             _share(tiles, first, col, valid, [tile.valid for tile in tiles])
-    bayes = datasets.get("bayes")
-    for first, col, block, _ in (
-        _blocks(bayes, tiles, (-np.inf, np.inf)) if bayes is not None else ()
-    ):
-        _share(tiles, first, col, block[..., 0] != 0, [tile.cloud[..., 0] for tile in tiles])
+    if "bayes" in datasets:
+        for first, col, block, _ in _blocks(datasets["bayes"], tiles, (-np.inf, np.inf)):
+            _share(tiles, first, col, block[..., 0] != 0, [tile.cloud[..., 0] for tile in tiles])
     return out_of_range
 
 
