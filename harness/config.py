@@ -195,6 +195,8 @@ class Config(BaseModel):
                 yield f"{key} must name a file in the run's folder, or one by its absolute path"
             elif first and (first[0] in RESERVED or re.fullmatch(r"(rank|samples)-.*", first[0])):
                 yield f"{key} {path} is a file that every run writes; choose another name"
+            elif path.is_absolute() and path.exists() and not path.is_file():
+                yield f"{key} {path} is no regular file; choose another name"
         if len({os.path.normpath(path) for path in names.values()}) < len(names):
             yield "model_file, log_file and mlperf_logfile must be three files"
 

@@ -28,6 +28,7 @@ BLOCK_BYTES = 1 << 20
 FILTERS = {h5py.h5z.FILTER_DEFLATE: "gzip", h5py.h5z.FILTER_SHUFFLE: "shuffle"}
 PIPELINES = ([], ["gzip"], ["shuffle", "gzip"])  # of filters; h5py reads what has others
 MAX_CHUNKS = 1 << 16  # whose places are kept, 20 MB of them; h5py reads what has more
+MAX_CHUNKS_AT_ONCE = 1 << 13  # in a call of h5py: HDF5 takes 6 kB of memory for each
 MAX_CHUNK_SHARE = 4  # numbers of a chunk per number of its dataset; it may reach past its edges
 
 
@@ -46,9 +47,14 @@ def storage(dataset):
     ):
         return "h5py"
     if plan.get_layout() == h5py.h5d.CHUNKED:
-        grid = (-(-n // step) for n, step in zip(dataset.shape, dataset.chunks, strict=True))
-        return "chunked" if math.prod(grid) <= MAX_CHUNKS else "h5py"
+        n_chunks = math.prod(_grid(dataset.shape, dataset.chunks))
+        return "chunked" if n_chunks <= MAX_CHUNKS else "h5py"
     return "h5py" if dataset.id.get_offset() is None else "contiguous"  # compact, never written
+
+
+def _grid(shape, chunks):
+    """How many chunks there are along each dimension."""
+    return [-(-n // step) for n, step in zip(shape, chunks, strict=True)]
 
 
 def _filters(plan):
@@ -124,7 +130,11 @@ def _rows_in(n_bytes, dataset, multiple):
 def _h5py_blocks(dataset, rows, cols, multiple):
     # A compressed chunk is decompressed whole: blocks of whole chunks do that once for each.
     step = math.lcm(dataset.chunks[0], multiple) if dataset.chunks else multiple
-    step *= -(-_rows_in(4 * BLOCK_BYTES, dataset, 1) // step)
+    n_steps = -(-_rows_in(4 * BLOCK_BYTES, dataset, 1) // step)
+    if dataset.chunks:
+        n_chunks = math.prod(_grid((step, *dataset.shape[1:]), dataset.chunks))
+        n_steps = max(min(n_steps, MAX_CHUNKS_AT_ONCE // n_chunks), 1)
+    step *= n_steps
     _stored_chunks(dataset, lambda chunk: None)
     for first, stop in _steps(rows, step):
         yield first, dataset[first:stop, cols]

@@ -199,6 +199,8 @@ def test_resolved_configuration_is_the_same_configuration(tmp_path):
         ("log_file: checkpoints/log", "is a file that every run writes"),
         ("log_file: rank-0.log", "is a file that every run writes"),
         ("log_file: a\nmlperf_logfile: ./a", "must be three files"),
+        ("log_file: /dev/full", "log_file /dev/full is no regular file"),
+        ("model_file: /dev", "model_file /dev is no regular file"),
         ("log_file: ../a.log", "must name a file in the run's folder"),
         ("run_name: ' '", "1 to 200 characters"),
         (r'run_name: "a\nb"', "1 to 200 characters"),

@@ -300,6 +300,20 @@ def test_h5py_reads_very_many_chunks(tmp_path, numbers, monkeypatch):
         np.testing.assert_array_equal(read(file["x"]), numbers)
 
 
+def test_h5py_reads_few_of_very_small_chunks_at_once(tmp_path):
+    """HDF5 takes 6 kB for each: a file of 5 MB once took 2 GB."""
+    numbers = np.arange(100 * 60 * 6).reshape(100, 60, 6).astype(np.float64)
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file.create_dataset("x", data=numbers, chunks=(1, 2, 1))  # 180 in a row
+    with h5py.File(tmp_path / "x.h5") as file, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hdf5_rows, "MAX_CHUNKS", 0)
+        for most, n_rows in ((4 * 180, 4), (180, 2), (1, 2)):
+            patch.setattr(hdf5_rows, "MAX_CHUNKS_AT_ONCE", most)
+            blocks = hdf5_rows.read_blocks(file["x"], slice(0, 100), slice(0, 60), 2)
+            assert {len(block) for _, block in blocks} == {n_rows}
+            np.testing.assert_array_equal(read(file["x"], slice(0, 100), slice(0, 60), 2), numbers)
+
+
 def test_chunk_and_numbers_beyond_the_file_are_an_error(tmp_path, numbers):
     """The file ends after the places were read; no byte beyond it is asked for."""
     for name, options in (("a", {}), ("b", CHUNKED)):
