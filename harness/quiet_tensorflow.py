@@ -6,6 +6,7 @@ heeds TF_CPP_MIN_LOG_LEVEL in some of them only. `--verbose` leaves all of them 
 
 import contextlib
 import os
+import signal
 import sys
 import tempfile
 
@@ -18,6 +19,8 @@ def _held_back():
         os.dup2(held.fileno(), 2)
         try:
             yield
+        except KeyboardInterrupt:  # nothing was begun yet: a traceback would tell nothing
+            raise SystemExit(128 + signal.SIGINT) from None
         except BaseException:
             held.seek(0)
             screen.write(held.read())
