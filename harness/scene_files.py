@@ -6,6 +6,7 @@ Nothing here needs TensorFlow.
 import contextlib
 import fnmatch
 import glob
+import itertools
 import os
 import re
 from collections import Counter
@@ -19,7 +20,8 @@ from harness.hdf5_files import ForbiddenSource, open_dataset, open_file
 from harness.hdf5_rows import check_storage
 
 SCENE_NAME = "S3[A-D]*.hdf"  # the published scenes are all of S3A
-PRODUCT_NAME = re.compile(r"(S3[A-D])_SL_1_RBT_+(\d{8}T\d{6})_(\d{8}T\d{6})_\d{8}T\d{6}_")
+PRODUCT_NAME = re.compile(r"(S3[A-D])_SL_1_RBT_+(\d{8}T\d{6})_(\d{8}T\d{6})_\d{8}T\d{6}_\w*")
+MOST_NUMBERS = 200_000_000  # of one dataset; a scene's reflectances on 500 m are 43 million
 MOST_DEGREES = {"latitude": 90, "longitude": 360}
 
 
@@ -94,6 +96,12 @@ def times_of(name):
 # --- masks ----------------------------------------------------------------------------------
 
 
+def mask_files(folder):
+    """Mask files of a run by name of scene; maybe none."""
+    paths = sorted((Path(folder) / "masks").glob("*.h5"))
+    return {path.stem: path for path in paths if not path.name.startswith(".")}
+
+
 def find_masks(folder, names):
     """List the mask files of a run.
 
@@ -104,9 +112,7 @@ def find_masks(folder, names):
     Raises:
         UserError: If there are none, or one named is missing.
     """
-    paths = {path.stem: path for path in sorted((folder / "masks").glob("*.h5"))}
-    paths = {name: path for name, path in paths.items() if not name.startswith(".")}
-    if not paths:
+    if not (paths := mask_files(folder)):
         raise UserError(
             f"No masks in {folder / 'masks'}: RUN_DIR should be the folder of a run of --mode "
             "benchmark or inference."
@@ -122,9 +128,9 @@ def mask_of(file):
     Raises:
         ValueError: If it has none.
     """
-    mask = numbers(file, "mask")
-    if mask is None or mask.ndim != 2 or mask.dtype != np.uint8:
-        raise ValueError("it should have a dataset 'mask' of bytes, (H, W)")
+    mask = numbers(file, "mask", (None, None))
+    if mask.dtype != np.uint8:
+        raise ValueError(f"'mask' should hold bytes, found {mask.dtype}")
     return mask[:]
 
 
@@ -138,7 +144,7 @@ def measured_pixels(file, shape):
     Returns:
         bool (H, W), or None if the file has no `bts`.
     """
-    if (temperatures := numbers(file, "bts", (*shape, 3))) is None:
+    if (temperatures := numbers(file, "bts", (*shape, 3), optional=True)) is None:
         return None
     temperatures = temperatures[:]
     return (np.isfinite(temperatures) & (temperatures != 0)).all(axis=-1)
@@ -212,7 +218,9 @@ def geodetic_file(where, scene):
 
 def _positions(file, shape, pattern):
     """Latitude and longitude, as `read_positions`; empty where one of them is absent."""
-    datasets = {name: numbers(file, pattern.format(name), shape) for name in MOST_DEGREES}
+    datasets = {
+        name: numbers(file, pattern.format(name), shape, optional=True) for name in MOST_DEGREES
+    }
     if None in datasets.values():
         return {}
     return {name: _degrees(dataset, MOST_DEGREES[name]) for name, dataset in datasets.items()}
@@ -229,27 +237,51 @@ def _degrees(dataset, most):
 
 
 @contextlib.contextmanager
-def reading(path):
-    """Open an HDF5 file; whatever goes wrong with it is the user's to mend."""
+def reading(path, name=None, advice="Make or copy it again."):
+    """Open an HDF5 file; whatever goes wrong with it is the user's to mend.
+
+    Args:
+        path: HDF5 or NetCDF-4 file.
+        name: What the error calls it, if not by its path.
+        advice: What the error says is to be done.
+    """
     try:
         with open_file(path) as file:
             yield file
     except ForbiddenSource as error:
         raise UserError(str(error)) from error
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+    # All of these mean damage in h5py; a type that NumPy lacks is a TypeError.
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} cannot be used: {reason}. Make or copy it again.") from error
+        raise UserError(f"{name or path} cannot be used: {reason}. {advice}") from error
 
 
-def numbers(file, name, shape=None):
-    """A dataset of numbers, as h5py.Dataset; None where there is none."""
+def numbers(file, name, shape=None, optional=False):
+    """A dataset of numbers, as h5py.Dataset.
+
+    Args:
+        file: Of `reading`.
+        name: Of the dataset.
+        shape: The shape that it should have, None for any length; None for any shape.
+        optional: Whether it may be absent; it is None then.
+
+    Raises:
+        ValueError: If it is absent or something else.
+    """
     dataset = open_dataset(file, name)
     if dataset is None:
-        return None
-    if dataset.dtype.kind not in "fiu" or shape not in (None, dataset.shape):
+        if optional:
+            return None
+        raise ValueError(f"it has no '{name}', found {list(itertools.islice(file, 8)) or 'none'}")
+    found = dataset.shape
+    fits = shape is None or (
+        len(shape) == len(found) and all(n in (None, m) for n, m in zip(shape, found, strict=True))
+    )
+    if dataset.dtype.kind not in "fiu" or not fits or not 0 < dataset.size <= MOST_NUMBERS:
+        wanted = " x ".join("any" if n is None else str(n) for n in shape or ())
         raise ValueError(
-            f"'{name}' should hold numbers, {shape or 'rows and columns'}, found "
-            f"{str(dataset.dtype)[:99]} {dataset.shape}"
+            f"'{name}' should hold numbers, {wanted or 'of any shape'}, found "
+            f"{str(dataset.dtype)[:99]} {found}"
         )
     check_storage(dataset)
     return dataset
@@ -257,10 +289,18 @@ def numbers(file, name, shape=None):
 
 def unpacked(dataset):
     """The numbers of a dataset, float64, with NaN where missing, by NetCDF's attributes."""
-    packing = {"_FillValue": np.nan, "scale_factor": 1, "add_offset": 0}
-    fill, scale, offset = (
-        float(np.ravel(dataset.attrs.get(key, default))[0]) for key, default in packing.items()
-    )
-    values = dataset[:].astype(np.float64)
-    values[values == fill] = np.nan
-    return values * scale + offset
+    packed = dataset[:]
+    values = packed.astype(np.float64)
+    values *= _attribute(dataset, "scale_factor", 1)
+    values += _attribute(dataset, "add_offset", 0)
+    values[is_fill(dataset, packed)] = np.nan
+    return values
+
+
+def is_fill(dataset, packed):
+    """Where numbers of a dataset, as they are stored, are its _FillValue."""
+    return packed == _attribute(dataset, "_FillValue", np.nan)
+
+
+def _attribute(dataset, name, default):
+    return np.ravel(dataset.attrs.get(name, default))[0]

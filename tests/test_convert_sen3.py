@@ -358,7 +358,7 @@ def spoil(what, product, tmp_path):
         return pack(product, tmp_path / "x.zip"), "it has no S3_quality_an.nc"
     if what == "damaged NetCDF":
         truncate(product / "S5_radiance_an.nc")
-        return product, "S5_radiance_an.nc cannot be read as NetCDF"
+        return product, "S5_radiance_an.nc cannot be used"
     if what == "damaged numbers":
         path = product / "S7_BT_in.nc"
         with h5py.File(path) as file:
@@ -366,10 +366,10 @@ def spoil(what, product, tmp_path):
         with path.open("r+b") as file:
             file.seek(chunk.byte_offset + 2)
             file.write(b"\xff" * 8)
-        return product, "S7_BT_in.nc cannot be read as NetCDF"
+        return product, "S7_BT_in.nc cannot be used"
     if what == "no NetCDF":
         (product / "flags_in.nc").write_text("<html>Sign in</html>")
-        return product, "flags_in.nc cannot be read as NetCDF"
+        return product, "flags_in.nc cannot be used"
     if what == "another sensor":
         name = product.name.replace("SL_1_RBT___", "OL_1_EFR___")
         return product.rename(tmp_path / name), "S3A_OL_1_EFR___"

@@ -302,7 +302,7 @@ def spoil(what, run, scenes, tmp_path):
         return ["--data", str(run)], "No scenes"
     if what == "positions of another shape":
         place(scenes[0], *(degrees[:-1] for degrees in swath()))
-        return data, str(SHAPE)
+        return data, "{} x {}".format(*SHAPE)
     if what == "positions that are no degrees":
         place(scenes[0], *(1000 + degrees for degrees in swath()))
         return data, "-90 to 90"

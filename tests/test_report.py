@@ -17,6 +17,7 @@ from PIL import Image
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_auc_score
 
+from harness.scene_files import mask_files
 from tools import charts, pictures, report, report_run
 from tools.runs import read_run
 
@@ -258,8 +259,8 @@ def test_errors_of_a_mask_are_told_by_brightness_alone():
 
 
 def test_calibration_agrees_with_scikit_learn(run):
-    masks = pictures.mask_files(run)
-    scenes = pictures.scene_files(results(run)["config"]["inference_dir"])
+    masks = mask_files(run)
+    scenes = pictures.scenes_by_name(results(run)["config"]["inference_dir"])
     notes = []
     found = report_run.calibration({n: (masks[n], scenes[n]) for n in masks}, notes)
     labels, probabilities = [], []
@@ -517,8 +518,8 @@ def test_pictures_of_all_masked_scenes(run, tmp_path):
 
 
 def test_reflectances_may_be_on_the_finer_grid(run):
-    masks = pictures.mask_files(run)
-    scenes = pictures.scene_files(results(run)["config"]["inference_dir"])
+    masks = mask_files(run)
+    scenes = pictures.scenes_by_name(results(run)["config"]["inference_dir"])
     name = next(name for name in masks if "day" in scenes[name].parts)
     coarse = pictures.read_masked_scene(masks[name], scenes[name])
     fine = run / scenes[name].name

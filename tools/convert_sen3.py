@@ -29,12 +29,10 @@ import argparse
 import concurrent.futures
 import contextlib
 import functools
-import itertools
 import logging
 import math
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import sys
@@ -57,13 +55,11 @@ from scipy.ndimage import map_coordinates  # noqa: E402
 
 from harness.errors import Failure, UserError, exit_status, one_line  # noqa: E402
 from harness.files import replacing  # noqa: E402
-from harness.hdf5_files import ForbiddenSource, open_dataset, open_file  # noqa: E402
-from harness.hdf5_rows import check_storage  # noqa: E402
+from harness.hdf5_files import open_dataset  # noqa: E402
+from harness.scene_files import PRODUCT_NAME, is_fill, numbers, reading, unpacked  # noqa: E402
 from harness.screen import log_to_screen  # noqa: E402
 
-PRODUCT_NAME = re.compile(r"S3[A-D]_SL_1_RBT_+(\d{8}T\d{6}_){3}\w+")
 REFLECTIVE, THERMAL = range(1, 7), range(7, 10)  # channels S1 to S6, S7 to S9
-MOST_NUMBERS = 50_000_000  # of one variable; 2400 x 3000 pixels are 7.2 million
 MOST_BYTES = 4_000_000_000  # that a zip file may unpack to; a product needs 0.5 GB
 
 log = logging.getLogger("convert_sen3")
@@ -118,7 +114,7 @@ def product_name(path):
 
 
 @contextlib.contextmanager
-def unpacked(path, names):
+def unzipped(path, names):
     """Give the folder that holds these files of a product; of a zip file, a temporary one.
 
     Raises:
@@ -183,40 +179,8 @@ def _folder_in(archive):
     return folders.pop()
 
 
-@contextlib.contextmanager
 def _reading(path):
-    """Open a NetCDF-4 file, as HDF5; whatever goes wrong with it is the user's to mend."""
-    try:
-        with open_file(path) as file:
-            yield file
-    except ForbiddenSource as error:
-        raise UserError(str(error)) from error
-    # All of these mean damage in h5py; a type that NumPy lacks is a TypeError.
-    except (OSError, RuntimeError, LookupError, ValueError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"{path.name} cannot be read as NetCDF: {reason}. Download the product again."
-        ) from error
-
-
-def _variable(file, name, shape):
-    """A variable of numbers, as h5py.Dataset; `shape` may have None for any length."""
-    dataset = open_dataset(file, name)
-    if dataset is None:
-        raise ValueError(f"it has no '{name}', found {list(itertools.islice(file, 8)) or 'none'}")
-    if (
-        dataset.dtype.kind not in "fiu"
-        or dataset.size > MOST_NUMBERS
-        or len(dataset.shape) != len(shape)
-        or any(n not in (None, m) for n, m in zip(shape, dataset.shape, strict=True))
-    ):
-        wanted = " x ".join("any" if n is None else str(n) for n in shape)
-        raise ValueError(
-            f"'{name}' should hold numbers, {wanted}, found {str(dataset.dtype)[:99]} "
-            f"{dataset.shape}"
-        )
-    check_storage(dataset)
-    return dataset
+    return reading(path, path.name, "Download the product again.")
 
 
 def read_variable(path, name, shape):
@@ -234,22 +198,7 @@ def read_variable(path, name, shape):
         UserError: If it cannot be read.
     """
     with _reading(path) as file:
-        dataset = _variable(file, name, shape)
-        packed = dataset[:]
-        values = packed.astype(np.float64)
-        values *= _number(dataset, "scale_factor", 1.0)
-        values += _number(dataset, "add_offset", 0.0)
-        values[_is_fill(dataset, packed)] = np.nan
-    return values
-
-
-def _number(dataset, attribute, default):
-    return float(np.ravel(dataset.attrs.get(attribute, default))[0])
-
-
-def _is_fill(dataset, packed):
-    fill = np.ravel(dataset.attrs.get("_FillValue", []))
-    return packed == fill[0] if fill.size else np.zeros(packed.shape, bool)
+        return unpacked(numbers(file, name, shape))
 
 
 # --- flags ----------------------------------------------------------------------------------
@@ -271,7 +220,7 @@ def read_flags(path, name, shape, needed=()):
         UserError: If it cannot be read or lacks a flag.
     """
     with _reading(path) as file:
-        dataset = _variable(file, name, shape)
+        dataset = numbers(file, name, shape)
         if dataset.dtype.kind == "f":
             raise ValueError(f"'{name}' should hold bits, found {dataset.dtype}")
         text = np.ravel(dataset.attrs["flag_meanings"])[0]
@@ -284,7 +233,7 @@ def read_flags(path, name, shape, needed=()):
                 f"them, found {len(masks)} masks for '{' '.join(meanings)}'"
             )
         packed = dataset[:]
-        present = ~_is_fill(dataset, packed)
+        present = ~is_fill(dataset, packed)
     return {
         meaning: (packed & mask != 0) & present
         for meaning, mask in zip(meanings, masks, strict=True)
@@ -534,7 +483,7 @@ def convert(path, output, view, refs_grid, positions, overwrite):
     targets = {part: output / part / f"{name}.hdf" for part in ("day", "night")}
     if existing := [target for target in targets.values() if target.exists() and not overwrite]:
         return Outcome("skipped", f"{existing[0]} exists: skipped. --overwrite makes it anew.")
-    with unpacked(path, files_of(view, positions)) as folder:
+    with unzipped(path, files_of(view, positions)) as folder:
         scene, by_day = read_product(folder, view, refs_grid, positions)
     part = "day" if by_day else "night"
     with replacing(targets[part]) as temporary, h5py.File(temporary, "w") as file:

@@ -160,7 +160,7 @@ def read_masked_scene(path, scenes, geodetic, about_run):
     valid = None
     with reading(path) as file:
         mask = mask_of(file)
-        probability = numbers(file, "probability", mask.shape)
+        probability = numbers(file, "probability", mask.shape, optional=True)
         probability = None if probability is None else probability[:]
         made_by = {key: file.attrs[key] for key in ("scene", "threshold", "model", "model_sha256")}
     if scene_file := scenes.get(made_by["scene"]):

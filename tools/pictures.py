@@ -12,9 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.files import replacing
-from harness.hdf5_files import open_dataset
-from harness.hdf5_rows import check_storage
-from harness.scene_files import reading, walk_scenes
+from harness.scene_files import mask_of, measured_pixels, numbers, reading, walk_scenes
 
 CLEAR, CLOUD = (8, 48, 107), (255, 255, 255)  # of a mask, as export_masks.py draws it
 DIFFERENCES = {  # brightness of each differs from that of the next by a contrast of 3, WCAG 2
@@ -66,13 +64,7 @@ class Panel:
 # --- reading --------------------------------------------------------------------------------
 
 
-def mask_files(folder):
-    """Mask files of a run by name of scene."""
-    paths = sorted((folder / "masks").glob("*.h5"))
-    return {path.stem: path for path in paths if not path.name.startswith(".")}
-
-
-def scene_files(folder):
+def scenes_by_name(folder):
     """Scene files below a folder by name of scene, through linked folders too; maybe none."""
     return {path.stem: path for path in walk_scenes(folder)} if Path(folder).is_dir() else {}
 
@@ -84,13 +76,11 @@ def read_masked_scene(mask_path, scene_path):
         UserError: If a file is not what it should be.
     """
     with reading(mask_path) as file:
-        mask = numbers(file, "mask", 2)[:] != 0
+        mask = mask_of(file) != 0
     with reading(scene_path) as file:
-        temperatures = _measured(numbers(file, "bts", 3, mask.shape)[:])
-        if temperatures.shape[2] != 3:
-            raise ValueError(f"'bts' should hold three channels, found {temperatures.shape[2]}")
-        reflectances = _reflectances(numbers(file, "refs", 3), mask.shape)
-        label = numbers(file, "bayes", 3, mask.shape)
+        temperatures = _measured(numbers(file, "bts", (*mask.shape, 3))[:])
+        reflectances = _reflectances(numbers(file, "refs", (None, None, None)), mask.shape)
+        label = numbers(file, "bayes", (*mask.shape, None), optional=True)
         label = None if label is None else np.nan_to_num(label[..., 0]) != 0
     return MaskedScene(mask, label, reflectances, temperatures)
 
@@ -105,47 +95,17 @@ def read_label_and_probability(mask_path, scene_path):
         UserError: If a file is not what it should be.
     """
     with reading(mask_path) as file:
-        probability = numbers(file, "probability", 2)
+        probability = numbers(file, "probability", (None, None), optional=True)
         probability = None if probability is None else probability[:]
     if probability is None:
         return None
     with reading(scene_path) as file:
-        label = numbers(file, "bayes", 3, probability.shape)
-        if label is None:
+        label = numbers(file, "bayes", (*probability.shape, None), optional=True)
+        measured = measured_pixels(file, probability.shape)
+        if label is None or measured is None:
             return None
-        channels = np.moveaxis(numbers(file, "bts", 3, probability.shape)[:], -1, 0)
-        measured = [np.isfinite(channel) & (channel != 0) for channel in channels]
-        known = np.logical_and.reduce([*measured, np.isfinite(probability)])
+        known = measured & np.isfinite(probability)
         return np.nan_to_num(label[..., 0])[known] != 0, probability[known]
-
-
-def numbers(file, name, n_dimensions, grid=None):
-    """A dataset of numbers, as h5py.Dataset; None where only label or probability is absent.
-
-    Args:
-        file: Of `reading`.
-        name: Of the dataset.
-        n_dimensions: 2 or 3.
-        grid: (H, W) that it should have; None for any.
-    """
-    dataset = open_dataset(file, name)
-    if dataset is None:
-        if name in ("bayes", "probability"):
-            return None
-        raise ValueError(f"it has no dataset '{name}'")
-    shape = dataset.shape
-    if (
-        dataset.dtype.kind not in "fiu"
-        or len(shape) != n_dimensions
-        or 0 in shape
-        or grid not in (None, shape[:2])
-    ):
-        raise ValueError(
-            f"'{name}' should hold numbers of {grid or 'rows and columns'}, found "
-            f"{str(dataset.dtype)[:99]} {shape}"
-        )
-    check_storage(dataset)
-    return dataset
 
 
 def _measured(values):

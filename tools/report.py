@@ -28,6 +28,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from harness.errors import UserError, exit_status  # noqa: E402  (tools/ adds the repository)
 from harness.files import write_text  # noqa: E402
+from harness.scene_files import mask_files  # noqa: E402
 from harness.screen import duration, log_to_screen, printable, progress  # noqa: E402
 from tools import charts, pictures  # noqa: E402
 from tools.report_run import (  # noqa: E402
@@ -169,14 +170,14 @@ def write_pictures(run, data, folder):
     Raises:
         UserError: If there is no mask, or no scene file of one.
     """
-    masks = pictures.mask_files(run.folder)
+    masks = mask_files(run.folder)
     if not masks:
         raise UserError(
             f"No masks in {run.folder / 'masks'}: RUN_DIR should be the folder of a run of --mode "
             "benchmark or inference."
         )
     where = scene_folder(run, data)
-    scenes = pictures.scene_files(where)
+    scenes = pictures.scenes_by_name(where)
     if missing := masks.keys() - scenes.keys():
         raise UserError(
             f"{len(missing)} of {len(masks)} masked scenes are not in {where}, {min(missing)} for "

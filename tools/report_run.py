@@ -10,6 +10,7 @@ import numpy as np
 
 from harness.config import Config, load_config
 from harness.errors import UserError
+from harness.scene_files import mask_files, reading
 from harness.screen import amount, duration, progress
 from tools import charts, pictures
 from tools.runs import PLACES, measures
@@ -71,13 +72,13 @@ def report_of_one(run, data):
     """
     results, notes = run.results, []
     training, inference = results["training"], results["inference"]
-    masks = pictures.mask_files(run.folder)
+    masks = mask_files(run.folder)
     rows = run.scenes
     if masks and not rows:
         rows = rows_of_masks(masks)
         notes.append(f"Masking had not ended: scores are those of the {len(rows)} masks so far.")
     folder = scene_folder(run, data)
-    scenes = pictures.scene_files(folder) if masks else {}
+    scenes = pictures.scenes_by_name(folder) if masks else {}
     if masks and not scenes:
         notes.append(f"No pictures: there are no scene files in {folder} (--data says where).")
     known = {name: (masks[name], scenes[name]) for name in masks if name in scenes}
@@ -134,7 +135,7 @@ def rows_of_masks(masks):
     """Rows as in scenes.csv, of the masks of a run that ended before it wrote that file."""
     rows = []
     for path in masks.values():
-        with pictures.reading(path) as file:
+        with reading(path) as file:
             rows.append(json.loads(file.attrs["row"]))
     return dictionaries(rows)
 

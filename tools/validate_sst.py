@@ -357,7 +357,7 @@ def _match_scene(path, scenes, geodetic, latitude, longitude):
     if np.isfinite(found["distance"]).any():
         with reading(scene) as file:
             measured = measured_pixels(file, mask.shape)
-            bayes = numbers(file, "bayes", (*mask.shape, 1))
+            bayes = numbers(file, "bayes", (*mask.shape, 1), optional=True)
             if measured is None or bayes is None:
                 raise ValueError("it should have datasets 'bts' and 'bayes'")
             label = bayes[:][..., 0][pixel]
