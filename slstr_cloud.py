@@ -103,8 +103,8 @@ def train(config, devices, run, train_paths, test_paths):
 
 def train_epochs(config, devices, run, trainer, training, validation, state):
     """Train to the end, yielding after each epoch; the state goes along, and is saved."""
-    training_feed = devices.distribute(training.dataset)
-    validation_feed = devices.distribute(validation.dataset)
+    training_feed = devices.distribute(training.dataset())
+    validation_feed = devices.distribute(validation.dataset())
     if state.history:
         yield
     log.info("%s", results.epoch_header())
@@ -645,7 +645,7 @@ def measure(config, scenes):
     seconds = []
     with batches(train_paths, shuffle=True, batch_size=config.batch_size) as training:
         trainer.warm_up(training.replica_batch, training.replica_batch)
-        feed = devices.distribute(training.dataset)
+        feed = devices.distribute(training.dataset())
         for _ in range(1 + STEPS_MEASURED):
             begin = time.perf_counter()
             trainer.train_step(next(feed))

@@ -114,9 +114,11 @@ class Devices:
             wanted = CPU_MICRO_BATCH if self.kind == "CPU" else share
         return min(wanted, share)
 
-    def distribute(self, dataset):
-        """An iterator over the elements of `dataset()`, one for each replica in turn."""
-        return iter(self.strategy.distribute_datasets_from_function(lambda context: dataset()))
+    def distribute(self, elements):
+        """Yield an element for each replica of this process at once, each on its device."""
+        elements = iter(elements)
+        while True:
+            yield on_replicas(self.strategy, elements)
 
     def describe(self):
         """One line for people: '2 nodes, 4 ranks, 8 GPU replicas (NVIDIA A100)'."""
@@ -124,6 +126,28 @@ class Devices:
         counts = ((self.n_nodes, "node"), (self.n_ranks, "rank"), (self.n_replicas, replica))
         words = ", ".join(f"{n} {word}{'s' if n > 1 else ''}" for n, word in counts)
         return f"{words} ({_hardware_name(self.kind)})"
+
+
+def on_replicas(strategy, elements):
+    """Take an element for each replica of this process, and put it on the replica's device.
+
+    `distribute_datasets_from_function` would do this with datasets of its own. Each of them has a
+    thread that tunes it, and who drops it waits for that thread: up to a minute in TensorFlow 2.21.
+
+    Args:
+        strategy: tf.distribute.Strategy.
+        elements: Iterator over nested tuples of tensors.
+
+    Returns:
+        Such a tuple, of what `strategy.run` takes.
+    """
+    devices = iter(strategy.extended.worker_devices)
+
+    def next_element(context):
+        with tf.device(next(devices)):
+            return tf.nest.map_structure(tf.identity, next(elements))
+
+    return strategy.experimental_distribute_values_from_function(next_element)
 
 
 def open_devices(

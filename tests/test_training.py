@@ -29,7 +29,7 @@ def trainer_and_feed(n_replicas, batch_size=11, micro_batch=2, policy="float32",
         range(7), scene, P, 4, 9, batch_size, devices.replicas, devices.n_replicas,
         seed=1, multiple=trainer.micro_batch,
     )  # fmt: skip
-    return trainer, batches, devices.distribute(batches.dataset)
+    return trainer, batches, devices.distribute(batches.dataset())
 
 
 def train(n_replicas, n_epochs=2, **options):

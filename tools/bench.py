@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import functools
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -641,7 +642,7 @@ def measure_training(bench):
     for name, (precision, xla) in kinds.items():
         log.info("    tracing %s ...", name)
         trainer = bench.trainer(precision, xla)
-        batch = next(bench.devices.distribute(functools.partial(in_memory, bench, trainer)))
+        batch = next(bench.devices.distribute(in_memory(bench, trainer)))
         step = functools.partial(train_on, trainer, batch)
         first[name] = timed(step)()
         functions[name] = timed(step)
@@ -671,7 +672,7 @@ def measure_training(bench):
 
 
 def in_memory(bench, trainer):
-    """A dataset that repeats one batch, for the replicas of a Trainer."""
+    """One batch for ever, for the replicas of a Trainer."""
     share = -(-trainer.batch_size // bench.devices.n_replicas)
     share = -(-share // trainer.micro_batch) * trainer.micro_batch
     rng = np.random.default_rng(0)
@@ -681,7 +682,7 @@ def in_memory(bench, trainer):
         rng.integers(0, 2, (*shape, 1), np.uint8),
         np.ones(share, np.float32),
     )
-    return tf.data.Dataset.from_tensors(batch).repeat()
+    return itertools.repeat(tuple(map(tf.constant, batch)))
 
 
 def plain_step(bench):
@@ -714,7 +715,7 @@ def plain_step(bench):
         optimizer.apply(total, model.trainable_variables)
 
     with tf.device(bench.devices.local[0]):
-        batch = [tf.constant(a) for a in next(iter(in_memory(bench, ours)))[:2]]
+        batch = [tf.constant(a) for a in next(in_memory(bench, ours))[:2]]
 
     def run():
         step(*batch)
@@ -733,7 +734,7 @@ def measure_epoch(bench):
     batch_size = 4 if bench.quick else bench.config.batch_size
     trainer = make_trainer(bench, precision, batch_size)
     paths = data_loader.find_scenes(loader_folder(bench, "contiguous"))
-    memory = bench.devices.distribute(functools.partial(in_memory, bench, trainer))
+    memory = bench.devices.distribute(in_memory(bench, trainer))
     train_on(trainer, next(memory))
 
     def step(source):
@@ -745,7 +746,7 @@ def measure_epoch(bench):
 
     baseline = [step(memory)[1]]
     with open_batches(bench, paths, batch_size) as batches:
-        feed = bench.devices.distribute(batches.dataset)
+        feed = bench.devices.distribute(batches.dataset())
         for _ in range(3):  # empty the queues, which fill up at the start
             step(feed)
         steps = [step(feed) for _ in range(SCENE_CYCLE)]
@@ -1020,10 +1021,10 @@ def measure_against_torch(bench):
 def _torch_training(bench, theirs, work, precision, model):
     """Functions that take one training step and return its seconds: ours, eager, compiled."""
     trainer = bench.trainer(precision)
-    batch = next(bench.devices.distribute(functools.partial(in_memory, bench, trainer)))
+    batch = next(bench.devices.distribute(in_memory(bench, trainer)))
     arrays = [
         theirs.to_device(array.numpy().astype(np.float32))
-        for array in next(iter(in_memory(bench, trainer)))[:2]
+        for array in next(in_memory(bench, trainer))[:2]
     ]
     return [
         timed(functools.partial(train_on, trainer, batch)),
