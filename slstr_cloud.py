@@ -92,6 +92,8 @@ def train(config, devices, run, train_paths, test_paths):
             run.start()
         if config.tensorboard and run.is_chief:
             run.board = open_board(config, run, test_paths[0])
+            if config.profile_steps and config.profile_steps[0] > config.epochs * training.n_steps:
+                log.warning("profile_steps are beyond the last step: none is profiled.")
         for _ in train_epochs(config, devices, run, trainer, training, validation, state):
             run.results["training"] = results.training_results(
                 state, (train_paths, test_paths), (training, validation), warm_up_seconds

@@ -1,5 +1,7 @@
 """What results.json, the lines of cloudmask.log and the screen say of a run."""
 
+import itertools
+
 import numpy as np
 
 from harness import scores
@@ -34,8 +36,7 @@ def training_results(state, paths, batches, warm_up_seconds):
 def inference_results(rows, seconds):
     """The part `inference` of results.json."""
     return {
-        "scenes": len(rows),
-        "scenes_labelled": sum(any(row[count] for count in scores.COUNTS) for row in rows),
+        **scene_results(rows),
         "seconds": seconds,
         "seconds_per_scene": seconds / len(rows),
         "seconds_per_scene_parts": {
@@ -51,6 +52,14 @@ def inference_results(rows, seconds):
             for device in sorted({row["device"] for row in rows})
             if (of_device := [row for row in rows if row["device"] == device])
         ],
+    }
+
+
+def scene_results(rows):
+    """What of `inference` the rows of scenes.csv tell: counts and scores."""
+    return {
+        "scenes": len(rows),
+        "scenes_labelled": sum(any(row[count] for count in scores.COUNTS) for row in rows),
         **scores.mean_scores(rows),
         "out_of_range": sum(row["out_of_range"] for row in rows),
         **{
@@ -79,6 +88,15 @@ def sampling_results(parts):
         total[key] = None if None in values else add(values)
     joules = total["cpu_energy_joules"], total["gpu_energy_joules"]
     return {**total, "energy_joules": None if None in joules else sum(joules)}
+
+
+def peaks(parts):
+    """Most memory that any part of a run took, of the process and by GPU [bytes]."""
+    by_gpu = [part.get("peak_gpu_memory", []) for part in parts]
+    return {
+        "peak_rss": max(part.get("peak_rss", 0) for part in parts),
+        "peak_gpu_memory": [max(gpu) for gpu in itertools.zip_longest(*by_gpu, fillvalue=0)],
+    }
 
 
 def training_line(config, devices, state, n_scenes):

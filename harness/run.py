@@ -91,6 +91,22 @@ class Run:
             if parts:
                 self._forget_lines(sum(part["status"] == keys.SUCCESS for part in parts))
             write_text(self.folder / "config.yaml", dump_config(config, self.folder.name))
+        made_by = {  # of the last part; each part has its own besides
+            "devices": {
+                "kind": devices.kind,
+                "replicas": devices.n_replicas,
+                "ranks": devices.n_ranks,
+                "nodes": devices.n_nodes,
+                "accelerators_per_node": devices.accelerators_per_node,
+                "description": devices.describe(),
+                "deterministic": devices.deterministic,
+            },
+            "versions": {
+                "python": platform.python_version(),
+                **{name: metadata.version(name) for name in PACKAGES},
+            },
+            "git_commit": git_commit(),
+        }
         self.results = {
             "status": "running",
             "run": self.folder.name,
@@ -101,23 +117,16 @@ class Run:
             "resumed": self.part,
             "parts": [
                 *parts,
-                {"start": now(), "status": "running", "seconds": 0.0, "checkpoint_seconds": 0.0},
+                {
+                    "start": now(),
+                    "status": "running",
+                    "seconds": 0.0,
+                    "checkpoint_seconds": 0.0,
+                    **made_by,
+                },
             ],
-            "devices": {
-                "kind": devices.kind,
-                "replicas": devices.n_replicas,
-                "ranks": devices.n_ranks,
-                "nodes": devices.n_nodes,
-                "accelerators_per_node": devices.accelerators_per_node,
-                "description": devices.describe(),
-                "deterministic": devices.deterministic,
-            },
+            **made_by,
             "machine": describe_machine(devices.kind) if self.is_chief else None,
-            "versions": {
-                "python": platform.python_version(),
-                **{name: metadata.version(name) for name in PACKAGES},
-            },
-            "git_commit": git_commit(),
             "scenes_sha256": scenes,
             "config": config.model_dump(by_alias=True, mode="json"),
             "training": None,
@@ -270,13 +279,17 @@ class Run:
         if not self.is_chief:
             return
         part = self.results["parts"][-1]
-        part |= {"status": status, "seconds": time.perf_counter() - self._opened}
+        part |= {
+            "status": status,
+            "seconds": time.perf_counter() - self._opened,
+            "peak_rss": peak_rss(),
+            "peak_gpu_memory": self._devices.peak_gpu_memory(),
+        }
         self.results |= {
             "status": status,
             "error": error and error[:2000],
             "seconds": sum(part["seconds"] for part in self.results["parts"]),
-            "peak_rss": peak_rss(),
-            "peak_gpu_memory": self._devices.peak_gpu_memory(),
+            **results.peaks(self.results["parts"]),
             "bad_scenes": self.bad_scenes.all(),
             "sampling": results.sampling_results(
                 [part.get("sampling") for part in self.results["parts"]]
@@ -308,8 +321,17 @@ def make_folder(config, mode):
         The folder's absolute path.
 
     Raises:
-        UserError: If there is one of that name.
+        UserError: If there is one of that name, or a file that lies elsewhere exists.
     """
+    outputs = {key: getattr(config, key) for key in ("model_file", "log_file", "mlperf_logfile")}
+    if mode == "inference":
+        del outputs["model_file"]  # an input
+    for key, path in outputs.items():
+        if path.is_absolute() and path.exists():
+            raise UserError(
+                f"{path} exists: a run never writes over the file of another. Set another {key}, "
+                "one in the run's folder say, or move the file."
+            )
     name = config.run_name or f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-"
     name += "" if config.run_name else scheduler_job() or str(os.getpid())
     folder = Path(config.output_dir).resolve() / name

@@ -410,6 +410,11 @@ def test_tf_dataset_gives_the_batches_and_no_end():
             np.testing.assert_array_equal(a, b)
 
 
+def test_no_thread_tunes_the_dataset():
+    """To drop an iterator is to wait for that thread, up to a minute."""
+    assert feed(range(1), 1).dataset().options().autotune.enabled is False
+
+
 def test_tf_dataset_begins_anew_when_it_is_iterated_again():
     dataset = feed(range(1), 1).dataset()
     first, again = (next(iter(dataset)) for _ in range(2))

@@ -130,6 +130,8 @@ def test_resumed_run_equals_one_that_was_never_stopped(
     assert report["resumed"] == 1
     assert [part["status"] for part in report["parts"]] == ["aborted", "success"]
     assert report["seconds"] == pytest.approx(sum(part["seconds"] for part in report["parts"]))
+    assert report["peak_rss"] == max(part["peak_rss"] for part in report["parts"])
+    assert {part["git_commit"] for part in report["parts"]} == {report["git_commit"]}
     assert len(events(run.folder, "resumed")) == 1
 
 

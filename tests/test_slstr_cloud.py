@@ -18,6 +18,7 @@ from mlperf_logging.compliance_checker.mlp_parser import parse_file
 import data_loader
 import slstr_cloud
 from harness.config import load_config
+from harness.results import peaks
 from harness.run import REPOSITORY
 
 
@@ -569,3 +570,16 @@ def test_sigterm_ends_with_143_and_an_aborted_run(settings, tmp_path):
     assert results(tmp_path / "run")["status"] == "aborted"
     objections = objections_to(tmp_path / "run/mlperf_cloudmask.log")
     assert len(objections) == 1 and "run_stop" in objections[0]
+
+
+@pytest.mark.parametrize("key", ["model_file", "log_file", "mlperf_logfile"])
+def test_run_never_writes_over_a_file_elsewhere(settings, tmp_path, capsys, key):
+    (tmp_path / "earlier.h5").write_text("earned")
+    run = start(tmp_path / "out", {**settings, key: str(tmp_path / "earlier.h5")})
+    assert run.status == 2 and "earlier.h5 exists" in capsys.readouterr().err
+    assert (tmp_path / "earlier.h5").read_text() == "earned" and run.folder is None
+
+
+def test_peak_memory_is_that_of_all_parts():
+    parts = [{"peak_rss": 5, "peak_gpu_memory": [1, 9]}, {"peak_rss": 3, "peak_gpu_memory": [2]}]
+    assert peaks([*parts, {}]) == {"peak_rss": 5, "peak_gpu_memory": [2, 9]}

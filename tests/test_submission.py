@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -33,9 +34,12 @@ def copy(run, folder, change=lambda found: None, commit=COMMIT, config=None):
         event = json.loads(line.removeprefix(TOKEN))
         if event["key"] == "submission_github_commit_version":
             event["value"] = commit
+        event["time_ms"] += ord(folder.name[0])  # no two runs are of one millisecond
         lines.append(f"{TOKEN}{json.dumps(event)}\n")
     (folder / LOG).write_text("".join(lines))
     found = results(run) | {"git_commit": commit}
+    for part in found["parts"]:
+        part["git_commit"] = commit
     found["mlperf_sha256"] = digest((folder / LOG).read_bytes())
     found["config"] |= {"run_name": folder.name, **(config or {})}
     change(found)
@@ -358,6 +362,8 @@ def test_unfit_run_is_named(finished, tmp_path, values, word):
     [
         ("training", "epochs_run", 3), ("training", "val_loss", 0.1), ("training", "accuracy", 0.1),
         ("training", "seconds_per_epoch", [1.0, 2.0]), ("training", "best_epoch", 9),
+        ("training", "seconds", 0.1), ("training", "patches_per_second", 99999.0),
+        ("inference", "out_of_range", 7), ("inference", "day", {"accuracy": 0.99}),
         ("inference", "accuracy", 0.99), ("inference", "tp", 1), ("inference", "scenes", 3),
         ("inference", "seconds_per_scene", 0.001), ("inference", "valid_accuracy", None),
     ],
@@ -365,6 +371,46 @@ def test_unfit_run_is_named(finished, tmp_path, values, word):
 def test_results_that_other_files_contradict_are_named(finished, tmp_path, part, name, value):
     folder = copy(finished, tmp_path / "a", lambda found: found[part].update({name: value}))
     assert any(f"results.json has {part}.{name}" in text for text in faults(folder))
+
+
+@pytest.mark.parametrize("name", ["git_commit", "versions", "devices"])
+def test_part_that_other_code_or_devices_made_is_named(finished, tmp_path, name):
+    def change(found):
+        found["parts"] = [found["parts"][0] | {name: "other"}, *found["parts"]]
+
+    (fault,) = (text for text in faults(copy(finished, tmp_path / "a", change)) if "part" in text)
+    assert f"other {name} than the last" in fault
+
+
+def test_copy_of_a_run_is_no_other_run(run, tmp_path):
+    shutil.copytree(run, tmp_path / "copy")
+    (fault,) = faults(run, tmp_path / "copy")
+    assert "are one run" in fault
+
+
+def test_scenes_of_an_edited_configuration_are_named(run):
+    values = yaml.safe_load((run / "config.yaml").read_text()) | {"train_dir": "/elsewhere"}
+    (run / "config.yaml").write_text(yaml.safe_dump(values))
+    (fault,) = faults(run)
+    assert "config.yaml has train_dir /elsewhere" in fault
+
+
+def test_files_elsewhere_are_left_to_each_run(finished, tmp_path):
+    values = {"mlperf_logfile": str(tmp_path / "a" / LOG), "model_file": "/x/model.keras"}
+    assert submit(copy(finished, tmp_path / "a", config=values), to=tmp_path / "out") == 0
+    found = load_config(tmp_path / "out/tests/cloudmask/box/experiment-1/config.yaml")
+    assert (str(found.mlperf_logfile), str(found.model_file)) == (LOG, "model.keras")
+
+
+@pytest.mark.parametrize("name", ["start", "devices.description", "config.precision"])
+def test_results_that_lack_a_value_are_refused(finished, tmp_path, capsys, name):
+    def change(found):
+        *outer, key = name.split(".")
+        place = found[outer[0]] if outer else found
+        del place[key]
+
+    assert submit(copy(finished, tmp_path / "a", change), to=tmp_path / "out") == 2
+    assert "Error: " in capsys.readouterr().err
 
 
 def test_configuration_that_was_edited_is_named(run):
@@ -450,14 +496,14 @@ def test_name_that_leaves_the_folder_is_refused(run, tmp_path, option, name, cap
     assert f"--{option}" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"coolling": "air"}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"coolling": "air"}', '{"system_name": "x"}'])
 def test_system_that_cannot_be_used_is_refused(run, tmp_path, content, capsys):
     (tmp_path / "system.json").write_text(content)
     status = submit(run, to=tmp_path / "out", **{"system-json": tmp_path / "system.json"})
     assert status == 2 and "system.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["accuracy", "accuracy=high", "speed=1"])
+@pytest.mark.parametrize("text", ["accuracy", "accuracy=high", "accuracy=nan", "speed=1"])
 def test_reference_that_is_none_is_refused(run, tmp_path, text, capsys):
     assert submit(run, to=tmp_path / "out", reference=text) == 2
     assert "--reference" in capsys.readouterr().err
@@ -472,7 +518,17 @@ def test_script_that_cannot_come_along_is_refused(run, tmp_path, name, capsys):
 
 def test_run_that_stands_twice_is_refused(run, tmp_path, capsys):
     assert submit(run, run, to=tmp_path / "out") == 2
-    assert "twice" in capsys.readouterr().err
+    assert "are one run" in capsys.readouterr().err
+
+
+def test_scripts_of_one_name_are_refused(run, tmp_path, capsys):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "job.sh").write_text(folder)
+    scripts = [str(tmp_path / folder / "job.sh") for folder in ("x", "y")]
+    arguments = [str(run), "-o", str(tmp_path / "out"), "--system", "box", "--script", *scripts]
+    assert submission.main(arguments) == 2
+    assert "have one name" in capsys.readouterr().err
 
 
 def test_organisation_becomes_a_name_that_git_likes():

@@ -5,11 +5,12 @@ import hashlib
 import json
 import logging
 import math
+import statistics
 from itertools import pairwise
 from pathlib import Path
 
-from harness import scores
-from harness.results import result_event
+from harness.files import jsonable
+from harness.results import result_event, scene_results
 from harness.screen import printable
 
 RULES = Path(__file__).resolve().parent.parent / "harness/mlperf_rules.yaml"
@@ -242,6 +243,7 @@ def table_objections(run):
     best = min(run.history, key=lambda row: row["val_loss"], default={})
     wanted = {
         "training.epochs_run": (training["epochs_run"], len(run.history)),
+        "training.seconds": (training["seconds"], sum(row["seconds"] for row in run.history)),
         "training.seconds_per_epoch": (
             training["seconds_per_epoch"],
             [row["seconds"] for row in run.history],
@@ -253,14 +255,15 @@ def table_objections(run):
                 ("val_loss", "val_loss"), ("val_accuracy", "val_accuracy"),
             )
         },
-        "inference.scenes": (inference["scenes"], len(run.scenes)),
     }  # fmt: skip
-    for name, value in scores.mean_scores(run.scenes).items():
-        is_missing = isinstance(value, float) and math.isnan(value)
-        wanted[f"inference.{name}"] = (inference[name], None if is_missing else value)
+    if run.history and not run.results.get("bad_scenes"):  # epochs of equally many patches
+        rates = [row["patches_per_second"] for row in run.history]
+        mean = statistics.harmonic_mean(rates[1:] or rates)
+        wanted["training.patches_per_second"] = (training["patches_per_second"], mean)
     if run.scenes:
-        per_scene = inference["seconds"] / len(run.scenes)
-        wanted["inference.seconds_per_scene"] = (inference["seconds_per_scene"], per_scene)
+        counted = jsonable(scene_results(run.scenes))
+        counted["seconds_per_scene"] = inference["seconds"] / len(run.scenes)
+        wanted |= {f"inference.{name}": (inference[name], counted[name]) for name in counted}
     for name, (said, counted) in wanted.items():
         if not _same(said, counted):
             table = "history.csv" if name.startswith("training") else "scenes.csv"
@@ -276,6 +279,8 @@ def _same(one, other):
     """Equal, numbers up to the rounding of sums."""
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         return all(map(_same, one, other))
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return all(_same(one[key], other[key]) for key in one)
     if isinstance(one, int | float) and isinstance(other, int | float):
         return math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-12)
     return one == other

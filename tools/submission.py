@@ -34,11 +34,14 @@ machine that this program runs on. --system-json gives the rest: {"field": "text
 import argparse
 import json
 import logging
+import math
+import os
 import re
 import shutil
 import statistics
 import sys
 import uuid
+from collections import defaultdict
 from pathlib import Path
 
 import yaml
@@ -87,6 +90,7 @@ SYSTEM_FIELDS = (
     "accelerator_interconnect_topology", "cooling", "hw_notes", "framework",
     "other_software_stack", "operating_system", "sw_notes",
 )  # fmt: skip
+TOLD_BY_RUNS = ("submitter", "division", "status", "system_name")
 
 # Rows of the table in README.md: name, measure of tools/runs.py, decimals, what it is.
 MEASUREMENTS = (
@@ -126,9 +130,19 @@ def faults_of(runs):
         if run.results.get("mode") != "benchmark":
             found.append(f"{name}it is of --mode {run.results.get('mode')}, wanted is benchmark")
             continue
-        found += [
-            name + text for text in (*code_faults(run), *config_faults(run), *objections(run))
-        ]
+        try:
+            texts = [*code_faults(run), *config_faults(run), *objections(run)]
+        except (KeyError, TypeError, AttributeError) as error:
+            texts = [f"results.json is not that of a whole run ({type(error).__name__}: {error})"]
+        found += [name + text for text in texts]
+    by_log = defaultdict(list)
+    for run in runs:
+        by_log[str(run.results.get("mlperf_sha256", run.folder))].append(str(run.folder))
+    found += [
+        f"{' and '.join(folders)} are one run. Name each once"
+        for folders in by_log.values()
+        if len(folders) > 1
+    ]
     for place, values in differences([r for r in runs if r.status == "success"]).items():
         shown = ", ".join(json.dumps(value) for value in dict.fromkeys(map(_hashable, values)))
         found.append(f"The runs should be of one kind, {place} differs: {shown}")
@@ -140,13 +154,17 @@ def _hashable(value):
 
 
 def code_faults(run):
-    """Whether the code of a run is known."""
+    """Whether the code of a run is known, and one in all its parts."""
     commit = run.results.get("git_commit")
     if commit is None:
         return ["its commit is not known. Run it in a git checkout of the benchmark"]
     if not re.fullmatch("[0-9a-f]{40}", str(commit)):
         return [f"its code was changed, commit {commit}. Commit the changes and run it again"]
-    return []
+    return [
+        f"a part of it was made with other {name} than the last. Run it anew"
+        for name in ("git_commit", "versions", "devices")
+        if any(part.get(name) != run.results[name] for part in run.results["parts"])
+    ]
 
 
 def config_faults(run):
@@ -157,6 +175,10 @@ def config_faults(run):
     except UserError as error:
         return [str(error)]
     found, values = [], resolved(of_results)
+    for key in ("train_dir", "inference_dir"):  # results.json has them as they were given
+        given = os.path.normpath(run.results["config"][key])
+        if not given.startswith("..") and not f"/{getattr(config, key)}".endswith(f"/{given}"):
+            found.append(f"config.yaml has {key} {getattr(config, key)}, results.json {given}")
     for key, value in resolved(config).items():
         if key not in OF_THE_PLACE and value != values[key]:
             found.append(f"config.yaml has {key} {value}, results.json {values[key]}")
@@ -289,6 +311,8 @@ def read_system_json(path):
         raise UserError(f"{path} is no JSON: {error}.") from None
     if not isinstance(given, dict):
         raise UserError(f'{path} should hold {{"field": "text", ...}}.')
+    if told := [key for key in given if key in TOLD_BY_RUNS]:
+        raise UserError(f"{path} has the field {told[0]}, which the runs or --system tell.")
     if unknown := [key for key in given if key not in SYSTEM_FIELDS]:
         raise UserError(
             f"{path} has the unknown field {unknown[0]}; known are {', '.join(SYSTEM_FIELDS)}."
@@ -305,6 +329,9 @@ def config_text(run):
     """config.yaml of the submission: the runs' own, with the commit."""
     values = resolved(load_config(run.folder / "config.yaml"))
     values["output_dir"] = "outputs"
+    for key in ("model_file", "log_file", "mlperf_logfile"):
+        if os.path.isabs(values[key]):  # where one run would replace the file of another
+            values[key] = os.path.basename(values[key])
     values["submission"]["github_commit_version"] = run.results["git_commit"]
     return CONFIG_HEADER + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
@@ -548,7 +575,7 @@ def read_references(texts):
     for text in texts:
         name, _, value = text.partition("=")
         try:
-            if name not in known:
+            if name not in known or not math.isfinite(float(value)):
                 raise ValueError
             found[name] = float(value)
         except ValueError:
@@ -569,28 +596,34 @@ def submit(arguments):
     references = read_references(arguments.reference)
     given = read_system_json(arguments.system_json) if arguments.system_json else {}
     scripts = {path.name: path for path in arguments.script}
+    if len(scripts) < len(arguments.script):
+        raise UserError("Two files of --script have one name. Rename one.")
     if missing := [path for path in arguments.script if not path.is_file()]:
         raise UserError(f"No file {missing[0]}. --script names files that start the runs.")
-    if len({folder.resolve() for folder in arguments.runs}) < len(arguments.runs):
-        raise UserError("A run stands twice. Name each once.")
     runs = [read_run(folder) for folder in arguments.runs]
     if faults := faults_of(runs):
         for fault in faults:
             log.error("%s", fault)
         raise UserError(f"{len(faults)} fault(s), see above; nothing was written.")
 
-    system, remarks = describe_system(runs[0], arguments.system, given), remarks_on(runs)
     folder = Path(
         *(arguments.output, folder_name(runs[0].results["config"]["organisation"]), "cloudmask"),
         *(arguments.system, arguments.descriptor),
     )
-    files = {
-        "config.yaml": config_text(runs[0]),
-        "run.sh": script_text(runs[0], len(runs)),
-        f"{arguments.system}.json": system,
-        "README.md": readme_text(runs, system, references, remarks, list(scripts)),
-        "scientific_contribution.md": contribution_text(runs),
-    }
+    try:
+        system, remarks = describe_system(runs[0], arguments.system, given), remarks_on(runs)
+        files = {
+            "config.yaml": config_text(runs[0]),
+            "run.sh": script_text(runs[0], len(runs)),
+            f"{arguments.system}.json": system,
+            "README.md": readme_text(runs, system, references, remarks, list(scripts)),
+            "scientific_contribution.md": contribution_text(runs),
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"results.json is not that of a whole run ({type(error).__name__}: {error}). Take it "
+            "from the run again."
+        ) from error
     logs = {f"result-{number}.txt": log_file(run) for number, run in enumerate(runs, 1)}
     if taken := scripts.keys() & (files.keys() | logs.keys()):
         raise UserError(
