@@ -494,6 +494,39 @@ def test_several_runs_stand_side_by_side(run, finished, tmp_path):
     ]
 
 
+def test_untrained_run_stands_beside_a_trained_one(run, finished):
+    (run / "history.csv").unlink()
+    change(run, training=None)
+    page = page_of(run, finished)
+    assert "validation loss of each run, epoch by epoch" in page.charts
+    assert ">training</text>" not in page.html  # of several runs validation only
+
+
+def test_curves_of_many_runs_have_room(finished, tmp_path):
+    runs = [tmp_path / f"20260101T0000{i:02d}Z-12345" for i in range(10)]
+    for folder in runs:
+        folder.mkdir()
+        for name in ("results.json", "history.csv"):
+            shutil.copy(finished / name, folder)
+    page = page_of(*runs)  # a warning of matplotlib would be an error
+    heights = [float(box.split()[-1]) for box in re.findall(r'viewBox="([^"]*)"', page.html)]
+    assert len(heights) == 3 and min(heights[1:]) > 300  # ten rows of legend and 200 points
+    assert page.html.count(">20260101T000003Z-12345</text>") == 3
+
+
+def test_names_of_runs_lose_what_they_share():
+    assert charts.short_names(["/x/a1/run", "/x/a2/run"]) == ["a1/run", "a2/run"]
+    assert charts.short_names(["20260101T0", "20260102T0"]) == ["20260101T0", "20260102T0"]
+    assert charts.short_names(["x", "x-", "x-1"]) == ["x", "x-", "x-1"]
+    assert charts.short_names(["/x/one"]) == ["/x/one"]
+    assert charts.short_names(["x-", "x-1"]) == ["x-", "1"]
+
+
+def test_run_may_have_a_name_that_matplotlib_cannot_draw(run, finished):
+    run = run.rename(run.with_name("雲"))
+    assert "雲</text>" in page_of(run, finished).html
+
+
 def test_runs_that_repeat_one_another_differ_in_nothing(run, finished):
     assert "the runs repeat one another" in page_of(run, finished).text
 

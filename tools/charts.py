@@ -6,7 +6,9 @@ Texts stay texts. Charts are as wide as a phone: the page enlarges them on great
 
 import io
 import math
+import os
 import re
+import warnings
 from xml.etree import ElementTree
 
 import numpy as np
@@ -16,6 +18,7 @@ from harness.screen import printable
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 WIDTH = 4.7  # [inches], 338 points
 FONT_SIZE = 11  # [points] on a phone
+LEGEND_ROW = 0.24  # [inches]
 MOST_POINTS = 300  # of a line
 MOST_DOTS = 1000  # of scenes
 COLOURS = {  # placeholder: of the page's style
@@ -41,7 +44,7 @@ def chart(name, title, draw, height=2.5):
         name: Unique in the page; the SVG's own names begin with it.
         title: For those who do not see it.
         draw: Function of matplotlib's Axes.
-        height: [inches].
+        height: [inches], with a legend of two rows at most; more of them make it higher.
 
     Returns:
         SVG as text; nothing in it comes from a file but what matplotlib has escaped.
@@ -70,16 +73,19 @@ def chart(name, title, draw, height=2.5):
         "legend.frameon": False,
         "lines.linewidth": 1.8,
     }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the browser has others
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.add_subplot()
         axes.set_axisbelow(True)
         draw(axes)
         if (handles := axes.get_legend_handles_labels())[0]:
-            longest = max(map(len, handles[1]))
+            n_cols = max(1, min(4, 48 // (max(map(len, handles[1])) + 6)))
+            n_rows = -(-len(handles[1]) // n_cols)
+            figure.set_figheight(height + LEGEND_ROW * max(0, n_rows - 2))
             figure.legend(
-                *handles, loc="outside upper left", ncols=max(1, min(4, 48 // (longest + 6))),
-                handlelength=2.2, columnspacing=1.2, borderaxespad=0.2,
+                *handles, loc="outside upper left", ncols=n_cols, handlelength=2.2,
+                columnspacing=1.2, borderaxespad=0.2,
             )  # fmt: skip
         space = io.StringIO()
         figure.savefig(space, format="svg", transparent=True, metadata={"Date": None})
@@ -136,6 +142,14 @@ def shortened(name):
     return name if len(name) <= 26 else f"{name[:12]}…{name[-13:]}"
 
 
+def short_names(names):
+    """Names of runs as they fit into a chart, without the words that all of them begin with."""
+    names = list(names)
+    common = os.path.commonprefix(names) if len(names) > 1 else ""
+    start = len(re.sub(r"[^-_./ ]*$", "", common))
+    return [shortened(name[start:] or name) for name in names]
+
+
 # --- training -------------------------------------------------------------------------------
 
 
@@ -144,17 +158,18 @@ def learning_curve(axes, runs, key, best=None):
 
     Args:
         axes: Of matplotlib.
-        runs: {name: (epochs, training values, validation values)}; of several runs validation only.
+        runs: {name: (epochs, training values, validation values)}; None for training values of several runs.
         key: What is drawn: 'loss' or 'accuracy'.
         best: The epoch whose model is kept, or None.
     """
-    for i, (name, (epochs, trained, validated)) in enumerate(runs.items()):
+    for i, (name, values) in enumerate(zip(short_names(runs), runs.values(), strict=True)):
+        epochs, trained, validated = values
         marker = {"marker": "o", "markersize": 3.5} if len(epochs) <= 30 else {}
         x = thinned(epochs)
-        if len(runs) > 1:
+        if trained is None:
             axes.plot(
                 x, thinned(validated), color=SERIES[i % len(SERIES)],
-                linestyle=DASHES[i % len(DASHES)], label=shortened(name), **marker,
+                linestyle=DASHES[i % len(DASHES)], label=name, **marker,
             )  # fmt: skip
             continue
         axes.plot(x, thinned(trained), color=SERIES[1], linestyle=DASHES[1], label="training")
@@ -267,7 +282,7 @@ def accuracies(axes, runs, target):
         )  # fmt: skip
     axes.set(
         yticks=rows,
-        yticklabels=list(map(shortened, runs)),
+        yticklabels=short_names(runs),
         xlabel="accuracy",
         ylim=(len(runs) - 0.5, -0.5),
     )
