@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import subprocess
 import sys
 
@@ -241,6 +242,50 @@ def test_repeats_of_changed_code_are_remarked(finished, tmp_path, capsys):
     folders = [str(copy(finished, tmp_path / name, dirty)) for name in "ab"]
     assert compare.main(folders) == 0
     assert "was changed (-dirty)" in capsys.readouterr().out
+
+
+def test_runs_of_one_name_go_by_their_folders(finished, tmp_path):
+    for parent in "ab":
+        (tmp_path / parent).mkdir()
+    folders = [str(copy(finished, tmp_path / parent / "run")) for parent in "ab"]
+    assert compare.main([*folders, "-o", str(tmp_path / "t.csv")]) == 0
+    with (tmp_path / "t.csv").open(newline="") as file:
+        assert [row["run"] for row in csv.DictReader(file)][:2] == folders
+    assert compare.main([*folders, "-o", str(tmp_path / "t.md")]) == 0
+    assert all(compare.markdown(name) in (tmp_path / "t.md").read_text() for name in folders)
+
+
+def test_copies_of_a_run_are_warned_of(finished, tmp_path, capsys):
+    def other(found):
+        found["mlperf_sha256"] = "1" * 64
+
+    folders = [copy(finished, tmp_path / "a"), copy(finished, tmp_path / "b", other)]
+    assert compare.main(list(map(str, folders))) == 0
+    assert capsys.readouterr().err == ""
+    folders.append(copy(finished, tmp_path / "c"))
+    assert compare.main(list(map(str, folders))) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{folders[0]} and {folders[2]} have one MLPerf log")
+
+
+def test_samples_are_read_by_whom_they_serve(finished, tmp_path, capsys):
+    folder = copy(finished, tmp_path / "a")
+    samples = (finished / "samples.csv").read_text()
+    (folder / "samples.csv").write_text(samples + "1,2")  # as a crash leaves it
+    assert read_run(folder).samples == read_run(finished).samples != []
+    (folder / "samples.csv").write_text(samples + "1,2\n")
+    assert compare.main([str(folder)]) == 0
+    with pytest.raises(UserError, match="samples.csv"):
+        _ = read_run(folder).samples
+
+
+def test_terminal_without_plus_minus_has_a_table(three):
+    code = "import sys; from tools import compare; sys.exit(compare.main(sys.argv[1:]))"
+    answer = subprocess.run(
+        [sys.executable, "-c", code, *three], cwd=REPOSITORY, capture_output=True, text=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=True,
+    )  # fmt: skip
+    assert "12.0 ? 2.8" in answer.stdout
 
 
 def test_one_run_is_a_table_too(finished, capsys):

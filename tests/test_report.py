@@ -157,7 +157,7 @@ def test_report_draws_what_the_run_left(run):
         "accuracy of each scene over the share of cloud in its label",
         "share of cloud over the probability that the network gives",
         "true positive rate over false positive rate",
-        "CPU [cores] over time", "memory [GB] over time", "disk [MB/s] over time",
+        "CPU [cores] over time", "memory [GB] over time", "files [MB/s], cache included over time",
         "GPU [%] over time", "GPU memory [GB] over time", "power [W] over time",
     ]  # fmt: skip
     assert page.html.count("<img ") == 2 * 5  # two scenes: the worst and the best
@@ -195,11 +195,24 @@ def test_time_adds_up_to_that_of_the_run(run):
     assert "waiting for data" in page_of(run).text
 
 
+def test_times_known_of_the_last_part_alone_say_so(run):
+    change(run, parts=[{"status": "aborted"}, {"status": "success"}])
+    found = report_run.time_parts(read_run(run))
+    assert [what for what, _ in found if "part" in what] == [
+        "setting up: tracing, compiling (last part)", "inference (last part)",
+    ]  # fmt: skip
+
+
 def test_report_tells_what_the_run_used_up(run):
     sampling = {"energy_joules": 9e6, "gpu_energy_joules": 8000.0, "cpu_energy_joules": None}
     change(run, sampling=sampling | {"read_bytes": 163e9, "cpu_seconds": 7500})
     text = page_of(run).text
-    for words in ("energy 2.50 kWh", "Energy of GPUs 8.0 kJ", "Read 163.0 GB", "2 h 5 min"):
+    for words in (
+        "energy 2.50 kWh",
+        "Energy of GPUs 8.0 kJ",
+        "Read, cache included 163.0 GB",
+        "2 h 5 min",
+    ):
         assert words in text
     assert "Energy of CPUs" not in text
 
@@ -408,6 +421,22 @@ def test_scene_files_may_be_elsewhere(run, dataset):
     assert "Worst scene" in page_of(run, options=["--data", dataset / "ssts"]).text
 
 
+def test_values_of_another_kind_are_left_out(run, finished):
+    change(run, devices=results(run)["devices"] | {"deterministic": {}})
+    text = (run / "history.csv").read_text()
+    value = rows(run / "history.csv")[0]["val_loss"]
+    (run / "history.csv").write_text(text.replace(value, "1e308"))
+    for page in (page_of(run), page_of(run, finished)):
+        assert "Bit for bit" not in page.text and "epoch by epoch" in " ".join(page.charts)
+
+
+def test_samples_of_a_run_that_crashed_are_drawn(run):
+    write_samples(run)
+    with (run / "samples.csv").open("a") as file:
+        file.write("17955661")
+    assert "CPU [cores] over time" in page_of(run).charts
+
+
 EVIL = "<script>window.evil=1</script>\"'><img src=http://evil.example/x onerror=evil=1>"
 
 
@@ -582,6 +611,8 @@ def spoil(what, run):
     if what == "damaged table":
         (run / "scenes.csv").write_text("scene,accuracy\nS3A\n")
         return [str(run)], "scenes.csv"
+    if what == "a folder to write":
+        return [str(run), "-o", str(run)], f"-o takes a file to write, found the folder {run}."
     if what == "no folder --data":
         return [str(run), "--data", "/nowhere"], "No directory /nowhere"
     if what == "pictures without masks":
@@ -603,6 +634,7 @@ def spoil(what, run):
     "what",
     [
         "no run", "a run named twice", "damaged results", "damaged table", "no folder --data",
+        "a folder to write",
         "pictures without masks",
         "pictures without scenes", "pictures of a damaged mask", "linked mask",
     ],

@@ -158,7 +158,8 @@ def learning_curve(axes, runs, key, best=None):
 
     Args:
         axes: Of matplotlib.
-        runs: {name: (epochs, training values, validation values)}; None for training values of several runs.
+        runs: {name: (epochs, training values, validation values)}; of several runs None for
+            training values.
         key: What is drawn: 'loss' or 'accuracy'.
         best: The epoch whose model is kept, or None.
     """

@@ -18,6 +18,7 @@ threshold the baselines that accuracy has to beat. Peak memory is that of the fi
 
 import argparse
 import json
+import logging
 import shutil
 import statistics
 import sys
@@ -30,7 +31,7 @@ sys.path.insert(0, str(REPOSITORY))
 from harness.errors import UserError, exit_status  # noqa: E402  (a program in tools/ adds it)
 from harness.files import write_csv, write_text  # noqa: E402
 from harness.screen import amount, log_to_screen, printable, table  # noqa: E402
-from tools.runs import MEASURES, differences, measures, read_run, repeats  # noqa: E402
+from tools.runs import MEASURES, differences, labels, measures, read_run, repeats  # noqa: E402
 
 LONGEST = 30  # characters of a value on the terminal; the files have all
 
@@ -52,6 +53,8 @@ SHOWN = {
     "peak_gpu_memory": ("peak GPU memory", amount),
     "energy_joules": ("energy [J]", "{:.0f}".format),
 }
+
+log = logging.getLogger("compare")
 
 
 @dataclass(frozen=True)
@@ -186,14 +189,26 @@ def unknown_code(comparison):
     return ["The code of repeats may differ: a commit is unknown, or was changed (-dirty)."]
 
 
+def warn_of_copies(runs):
+    """Warn where two runs have one MLPerf log: one is a copy of the other."""
+    logs = {}
+    for run in runs:
+        digest = str(run.results.get("mlperf_sha256") or run.folder)
+        if (first := logs.setdefault(digest, run)) is not run:
+            log.warning(
+                "%s and %s have one MLPerf log: copies are no repeats.",
+                *(first.folder, run.folder),
+            )
+
+
 def to_markdown(comparison):
     """All tables in Markdown: a row a run, a row a group of repeats, a row a difference."""
     columns = run_columns(comparison)
     heads = list(columns["1"])
     rows = [
-        [str(number), run.name, *column.values()]
-        for number, (run, column) in enumerate(
-            zip(comparison.runs, columns.values(), strict=True), 1
+        [str(number), name, *column.values()]
+        for number, (name, column) in enumerate(
+            zip(labels(comparison.runs), columns.values(), strict=True), 1
         )
     ]
     rows += [
@@ -221,9 +236,9 @@ def markdown(text):
 def csv_rows(comparison):
     """The lines of the CSV file: each run, then mean and standard deviation of each group."""
     groups = {n: str(i) for i, group in enumerate(comparison.groups, 1) for n in group}
-    for number, run in enumerate(comparison.runs, 1):
+    for number, name in enumerate(labels(comparison.runs), 1):
         differing = {k: as_text(v[number - 1]) for k, v in comparison.differing.items()}
-        about = {"row": "run", "run": run.name, "repeats": groups.get(number, "")}
+        about = {"row": "run", "run": name, "repeats": groups.get(number, "")}
         yield {**about, **comparison.measured[number - 1], **differing}
     for i in range(len(comparison.groups)):
         for row, values in (("mean", comparison.means[i]), ("sd", comparison.deviations[i])):
@@ -249,6 +264,8 @@ def work(arguments):
     if output and output.suffix not in (".csv", ".md"):
         raise UserError(f"-o takes a file that ends in .csv or .md, found {output}.")
     comparison = compare(arguments.runs, arguments.any_seed)
+    warn_of_copies(comparison.runs)
+    sys.stdout.reconfigure(errors="replace")  # ± where the terminal's encoding lacks it
     sys.stdout.write(to_terminal(comparison, shutil.get_terminal_size().columns))
     if output and output.suffix == ".csv":
         columns = ("row", "run", "repeats", "status", *MEASURES, *comparison.differing)

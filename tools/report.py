@@ -20,7 +20,6 @@ import hashlib
 import json
 import logging
 import sys
-from collections import Counter
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -33,12 +32,11 @@ from harness.screen import duration, log_to_screen, printable, progress  # noqa:
 from tools import charts, pictures  # noqa: E402
 from tools.report_run import (  # noqa: E402
     SCENE_COLUMNS,
-    number,
     numbers,
     report_of_one,
     scene_folder,
 )
-from tools.runs import differences, measures, read_run  # noqa: E402
+from tools.runs import differences, labels, measures, number, read_run  # noqa: E402
 
 TARGET = 0.9  # accuracy, MLCommons Science
 RUN_COLUMNS = {  # of tools.runs.measures: (heading, digits)
@@ -106,12 +104,6 @@ def report_of_several(runs):
         "curves": curves,
         "differences": differences(runs),
     }
-
-
-def labels(runs):
-    """A name for each run: its own, or its folder where two have the same."""
-    counts = Counter(run.name for run in runs)
-    return [run.name if counts[run.name] == 1 else str(run.folder) for run in runs]
 
 
 # --- the page -------------------------------------------------------------------------------
@@ -220,6 +212,8 @@ def make(arguments):
         write_pictures(runs[0], arguments.data, arguments.pictures)
         return
     output = arguments.output or arguments.runs[0] / "report.html"
+    if output.is_dir():
+        raise UserError(f"-o takes a file to write, found the folder {output}.")
     if len(runs) == 1:
         content, title = report_of_one(runs[0], arguments.data), runs[0].name
     else:

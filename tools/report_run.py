@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from harness.errors import UserError
 from harness.scene_files import mask_files, reading
 from harness.screen import amount, duration, progress
 from tools import charts, pictures
-from tools.runs import PLACES, measures
+from tools.runs import PLACES, measures, number
 
 BINS = 1000  # of probability
 RELIABILITY_BINS = 20
@@ -34,13 +33,6 @@ SCENE_COLUMNS = {  # of scenes.csv: (heading, digits)
     "seconds": ("seconds", 2),
 }
 PHASES = {"epoch": "training", "eval": "validation", "inference": "inference"}
-
-
-def number(value):
-    """A finite number, or None for whatever else a file holds."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return value if abs(value) <= sys.float_info.max else None
 
 
 def numbers(values):
@@ -174,14 +166,16 @@ def facts(run):
         "Validated on": _counted(training, "scenes_test", "scenes", "patches_test", "patches"),
         "Masked": _counted(inference, "scenes", "scenes"),
         "Precision": config.get("precision"),
-        "Bit for bit repeatable": {True: "yes", False: "no"}.get(devices.get("deterministic")),
+        "Bit for bit repeatable": {"True": "yes", "False": "no"}.get(
+            str(devices.get("deterministic"))
+        ),
         "Peak memory": _told(amount, results.get("peak_rss")),
         "Peak GPU memory": _told(amount, measures(run)["peak_gpu_memory"]),
         "Energy of CPUs": _told(_energy, sampling.get("cpu_energy_joules")),
         "Energy of GPUs": _told(_energy, sampling.get("gpu_energy_joules") or None),
         "CPU time": _told(duration, sampling.get("cpu_seconds")),
-        "Read": _told(amount, sampling.get("read_bytes")),
-        "Written": _told(amount, sampling.get("written_bytes")),
+        "Read, cache included": _told(amount, sampling.get("read_bytes")),
+        "Written, cache included": _told(amount, sampling.get("written_bytes")),
         "Commit": results.get("git_commit"),
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
@@ -258,14 +252,16 @@ def time_parts(run):
     whole = number(results.get("seconds"))
     trained = np.nansum(numbers(training.get("train_seconds_per_epoch")))
     waited = np.nansum(numbers(training.get("input_seconds_per_epoch")))
-    checkpoints = [part.get("checkpoint_seconds") for part in dictionaries(results.get("parts"))]
+    parts = dictionaries(results.get("parts"))
+    checkpoints = [part.get("checkpoint_seconds") for part in parts]
+    last = " (last part)" if len(parts) > 1 else ""  # of earlier ones it is not known
     parts = {
-        "setting up: tracing, compiling": number(training.get("warm_up_seconds")),
+        f"setting up: tracing, compiling{last}": number(training.get("warm_up_seconds")),
         "training: waiting for data": waited,
         "training: steps": trained - waited,
         "validation": np.nansum(numbers(training.get("seconds_per_epoch"))) - trained,
         "checkpoints": np.nansum(numbers(checkpoints)),
-        "inference": number(run.results["inference"].get("seconds")),
+        f"inference{last}": number(results["inference"].get("seconds")),
     }
     parts = {what: float(seconds) for what, seconds in parts.items() if seconds}
     if whole and parts and (rest := whole - sum(parts.values())) > 0:
@@ -480,7 +476,10 @@ def machine_charts(run):
     plans = {
         "CPU [cores]": {"CPU": column("cpu_percent", 100)},
         "memory [GB]": {"memory": column("memory", 1e9)},
-        "disk [MB/s]": {"read": column("read_rate", 1e6), "written": column("write_rate", 1e6)},
+        "files [MB/s],\ncache included": {
+            "read": column("read_rate", 1e6),
+            "written": column("write_rate", 1e6),
+        },
         "GPU [%]": few(of_gpus["percent"]),
         "GPU memory [GB]": few(of_gpus["memory"]),
         "power [W]": {"CPU": column("cpu_watts"), "GPUs": sum(of_gpus["watts"].values(), no_gpu)},
@@ -492,7 +491,7 @@ def machine_charts(run):
             found.append(
                 charts.chart(
                     f"machine-{len(found)}",
-                    f"{label} over time",
+                    f"{label} over time".replace("\n", " "),
                     functools.partial(
                         charts.over_time, times=running, lines=lines, phases=phases, label=label
                     ),

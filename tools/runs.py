@@ -1,8 +1,10 @@
 """Runs as the programs in tools/ read them: whole or not, on any machine, without TensorFlow."""
 
 import csv
+import functools
+import io
 import json
-import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from harness.errors import UserError
 PARTS = ("config", "devices", "versions", "training", "inference", "sampling")
 # Keys of the configuration that say where a run's files go, and nothing of what it does.
 PLACES = {"run_name", "output_dir", "log_file", "mlperf_logfile"}
+GREATEST = 1e100  # number of a file; squares and differences of greater ones overflow
 
 # What a comparison shows of a run besides its status: the name, and where results.json has it.
 MEASURES = {
@@ -42,7 +45,6 @@ class Run:
             dictionaries.
         history: A dictionary for each row of history.csv, with numbers; empty without the file.
         scenes: Likewise of scenes.csv.
-        samples: Likewise of samples.csv.
     """
 
     folder: Path
@@ -50,12 +52,20 @@ class Run:
     results: dict
     history: list
     scenes: list
-    samples: list
 
     @property
     def status(self):
         """The status that results.json gives: 'success', 'aborted', 'running' or 'starting'."""
         return self.results["status"]
+
+    @functools.cached_property
+    def samples(self):
+        """Rows of samples.csv, read when asked for, without a last line that a crash left torn.
+
+        Raises:
+            UserError: If the file is damaged otherwise.
+        """
+        return _rows(self.folder / "samples.csv", may_be_torn=True)
 
 
 def read_run(folder):
@@ -84,24 +94,31 @@ def read_run(folder):
             f"{file} should be that of a run ({type(error).__name__}: {error}). "
             "Name the folder of a run."
         ) from None
-    tables = (_rows(folder / f"{name}.csv") for name in ("history", "scenes", "samples"))
+    tables = (_rows(folder / f"{name}.csv") for name in ("history", "scenes"))
     return Run(folder, folder.resolve().name, results, *tables)
 
 
-def _rows(path):
-    """The rows of a CSV file, numbers as numbers; none where there is no file."""
+def _rows(path, may_be_torn=False):
+    """The rows of a CSV file, numbers as numbers; none where there is no file.
+
+    Args:
+        path: Path.
+        may_be_torn: Whether what follows the last end of a line is left out.
+    """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file, strict=True)
-            rows = list(reader)
+        content = path.read_bytes()
+        if may_be_torn:
+            content = content[: content.rfind(b"\n") + 1]
+        reader = csv.DictReader(io.StringIO(content.decode(), newline=""), strict=True)
+        rows = list(reader)
     except FileNotFoundError:
         return []
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} cannot be read: {error}. Take it from the run again.") from None
-    for number, row in enumerate(rows, 1):
+    for n, row in enumerate(rows, 1):
         if None in row or None in row.values():
             raise UserError(
-                f"{path} has {len(reader.fieldnames)} columns, row {number} another number of "
+                f"{path} has {len(reader.fieldnames)} columns, row {n} another number of "
                 "values. Take it from the run again."
             )
     return [{column: _number(text) for column, text in row.items()} for row in rows]
@@ -117,27 +134,33 @@ def _number(text):
     return text
 
 
+def labels(runs):
+    """A name for each run: its own, or its folder where two have the same."""
+    counts = Counter(run.name for run in runs)
+    return [run.name if counts[run.name] == 1 else str(run.folder) for run in runs]
+
+
 def measures(run):
     """The status and the MEASURES of a run; None where it has no such number."""
     values = {name: _number_at(run.results, *path) for name, path in MEASURES.items() if path}
     seconds, epochs = _number_at(run.results, "training", "seconds"), values["epochs"]
     values["seconds_per_epoch"] = seconds / epochs if seconds and epochs else None
     peaks = run.results.get("peak_gpu_memory")
-    peaks = filter(_is_number, peaks) if isinstance(peaks, list) else []
-    values["peak_gpu_memory"] = max(peaks, default=None)
+    peaks = map(number, peaks if isinstance(peaks, list) else [])
+    values["peak_gpu_memory"] = max((peak for peak in peaks if peak is not None), default=None)
     return {"status": run.status, **{name: values[name] for name in MEASURES}}
 
 
 def _number_at(results, *path):
     for key in path:
         results = results.get(key) if isinstance(results, dict) else None
-    return results if _is_number(results) else None
+    return number(results)
 
 
-def _is_number(value):
-    """Whether a value of results.json can be calculated with."""
+def number(value):
+    """A number that can be calculated with and drawn, or None for whatever else a file holds."""
     is_one = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_one and abs(value) <= sys.float_info.max
+    return value if is_one and abs(value) <= GREATEST else None
 
 
 def circumstances(run):
