@@ -60,6 +60,12 @@ def scenes(dataset, tmp_path):
     return sorted((tmp_path / "ssts").rglob("S3A*.hdf"))
 
 
+def as_masked(run, scene):
+    """Let a mask that was changed be one of a scene that was changed, without a score."""
+    with h5py.File(run / "masks" / f"{scene.stem}.h5", "a") as file:
+        file.attrs.update(scene_bytes=scene.stat().st_size, row="{}")
+
+
 def export(run, kind, *options):
     """Export all masks; return the folder."""
     status = export_masks.main([str(run), "--format", kind, *map(str, options)])
@@ -197,6 +203,7 @@ def test_control_points_put_a_geotiff_on_the_map(run, scenes, west):
     with h5py.File(run / "masks" / f"{scenes[0].stem}.h5", "a") as file:
         file["mask"][:] = 0
         file["mask"][48:53, 98:103] = 1  # one square cloud
+    as_masked(run, scenes[0])
     folder = export(run, "geotiff", "--data", scenes[0].parents[1], "--scene", scenes[0].stem)
     with rasterio.open(folder / f"{scenes[0].stem}.tif") as file:
         points, crs = file.gcps
@@ -244,6 +251,7 @@ def test_scene_without_label_gives_its_positions(run, scenes):
     place(scenes[0], *swath())
     with h5py.File(scenes[0], "a") as file:
         del file["bayes"]
+    as_masked(run, scenes[0])
     folder = export(run, "netcdf", "--data", scenes[0].parents[1], "--scene", scenes[0].stem)
     with h5netcdf.File(folder / f"{scenes[0].stem}.nc") as file:
         assert {"latitude", "data_available"} < set(file.variables)
@@ -278,6 +286,7 @@ def test_export_replaces_an_earlier_one(run, scenes):
     with h5py.File(run / "masks" / f"{scenes[0].stem}.h5", "a") as file:
         file["mask"][:] = 1 - file["mask"][:]
         del file["probability"]
+        del file.attrs["row"]  # with the score
     export(run, "geotiff")
     with pytest.warns(rasterio.errors.NotGeoreferencedWarning):
         file = rasterio.open(folder / f"{scenes[0].stem}.tif")
@@ -300,6 +309,15 @@ def spoil(what, run, scenes, tmp_path):
         return ["--scene", "S3A_other"], "'S3A_other'"
     if what == "no scenes in --data":
         return ["--data", str(run)], "No scenes"
+    if what == "another scene by its label":
+        with h5py.File(scenes[0], "a") as file:
+            file["bayes"][:] = 0
+        return data, f"{scenes[0]} is not the file that was masked"
+    if what == "another scene by its size":
+        with h5py.File(scenes[0], "a") as file:
+            del file["bayes"]
+            file["more"] = np.zeros((9, *SHAPE))
+        return data, f"{scenes[0]} is not the file that was masked"
     if what == "positions of another shape":
         place(scenes[0], *(degrees[:-1] for degrees in swath()))
         return data, "{} x {}".format(*SHAPE)
@@ -321,6 +339,7 @@ def spoil(what, run, scenes, tmp_path):
     "what",
     [
         "no masks", "damaged mask", "unknown scene", "no scenes in --data",
+        "another scene by its label", "another scene by its size",
         "positions of another shape", "positions that are no degrees", "linked positions",
         "one geodetic file for two scenes", "no geodetic file of the scene",
     ],

@@ -275,7 +275,7 @@ def test_calibration_agrees_with_scikit_learn(run):
     masks = mask_files(run)
     scenes = pictures.scenes_by_name(results(run)["config"]["inference_dir"])
     notes = []
-    found = report_run.calibration({n: (masks[n], scenes[n]) for n in masks}, notes)
+    found = report_run.calibration({n: (masks[n], scenes[n]) for n in masks}, notes, set())
     labels, probabilities = [], []
     for name in masks:
         with h5py.File(scenes[name]) as file:
@@ -435,6 +435,20 @@ def test_samples_of_a_run_that_crashed_are_drawn(run):
     with (run / "samples.csv").open("a") as file:
         file.write("17955661")
     assert "CPU [cores] over time" in page_of(run).charts
+
+
+def test_scenes_that_were_not_masked_are_told_and_left_out(run, dataset, tmp_path, capsys):
+    shutil.copytree(dataset / "ssts", tmp_path / "ssts")
+    first, second = sorted((tmp_path / "ssts").rglob("S3A*.hdf"))
+    with h5py.File(first, "a") as file:
+        file["bayes"][:, :20] = 1 - file["bayes"][:, :20]
+    page = page_of(run, options=["--data", tmp_path / "ssts"])
+    assert f"1 scene(s) are not those that were masked ({first.stem} for one)" in page.text
+    assert "data of 1 scene(s)" in page.text and page.html.count("<img ") == 5
+    assert f'<p class="name">{second.stem}</p>' in page.html
+    options = ["--data", str(tmp_path / "ssts"), "--pictures", str(tmp_path / "figures")]
+    assert report.main([str(run), *options]) == 2
+    assert f"{first} is not the file that was masked" in capsys.readouterr().err
 
 
 EVIL = "<script>window.evil=1</script>\"'><img src=http://evil.example/x onerror=evil=1>"

@@ -57,6 +57,7 @@ from harness.scene_files import (  # noqa: E402
     times_of,
 )
 from harness.screen import log_to_screen, printable, progress  # noqa: E402
+from tools.pictures import check_scene  # noqa: E402
 
 MEANINGS = ("clear", "cloud")  # of 0 and 1
 COLOURS = ((8, 48, 107), (255, 255, 255), (140, 140, 140))  # clear, cloud, no data; by brightness
@@ -164,6 +165,7 @@ def read_masked_scene(path, scenes, geodetic, about_run):
         probability = None if probability is None else probability[:]
         made_by = {key: file.attrs[key] for key in ("scene", "threshold", "model", "model_sha256")}
     if scene_file := scenes.get(made_by["scene"]):
+        check_scene(path, scene_file)
         with reading(scene_file) as file:
             valid = measured_pixels(file, mask.shape)
     positions = {

@@ -6,13 +6,16 @@ Nothing here needs TensorFlow.
 
 import base64
 import io
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from harness.errors import UserError
 from harness.files import replacing
 from harness.scene_files import mask_of, measured_pixels, numbers, reading, walk_scenes
+from tools.runs import number
 
 CLEAR, CLOUD = (8, 48, 107), (255, 255, 255)  # of a mask, as export_masks.py draws it
 DIFFERENCES = {  # brightness of each differs from that of the next by a contrast of 3, WCAG 2
@@ -61,6 +64,10 @@ class Panel:
     has_classes: bool = True
 
 
+class OtherScene(UserError):
+    """A scene file that is not the one that a mask was made of."""
+
+
 # --- reading --------------------------------------------------------------------------------
 
 
@@ -69,19 +76,50 @@ def scenes_by_name(folder):
     return {path.stem: path for path in walk_scenes(folder)} if Path(folder).is_dir() else {}
 
 
+def check_scene(mask_path, scene_path):
+    """See that a scene file is the one that was masked: by its label, without one by its size.
+
+    Raises:
+        OtherScene: If it is not.
+        UserError: If a file is not what it should be.
+    """
+    with reading(mask_path) as file:
+        mask = mask_of(file) != 0
+        row = json.loads(file.attrs.get("row", "{}"))
+        accuracy = number(row.get("accuracy")) if type(row) is dict else None
+        size = int(file.attrs.get("scene_bytes", -1))
+    with reading(scene_path) as file:
+        label = label_of(file, mask.shape)
+    if label is not None and accuracy is not None:
+        is_same = abs(np.mean(mask == label) - accuracy) < 1e-6
+    else:
+        is_same = size in (-1, scene_path.stat().st_size)
+    if not is_same:
+        raise OtherScene(
+            f"{scene_path} is not the file that was masked. Say where that is with --data."
+        )
+
+
+def label_of(file, shape):
+    """The Bayesian mask of a scene file that is open, bool (H, W); None without one."""
+    label = numbers(file, "bayes", (*shape, None), optional=True)
+    return None if label is None else np.nan_to_num(label[..., 0]) != 0
+
+
 def read_masked_scene(mask_path, scene_path):
     """Read a mask and its scene.
 
     Raises:
+        OtherScene: If it is not the scene that was masked.
         UserError: If a file is not what it should be.
     """
+    check_scene(mask_path, scene_path)
     with reading(mask_path) as file:
         mask = mask_of(file) != 0
     with reading(scene_path) as file:
         temperatures = _measured(numbers(file, "bts", (*mask.shape, 3))[:])
         reflectances = _reflectances(numbers(file, "refs", (None, None, None)), mask.shape)
-        label = numbers(file, "bayes", (*mask.shape, None), optional=True)
-        label = None if label is None else np.nan_to_num(label[..., 0]) != 0
+        label = label_of(file, mask.shape)
     return MaskedScene(mask, label, reflectances, temperatures)
 
 
@@ -92,6 +130,7 @@ def read_label_and_probability(mask_path, scene_path):
         Bayesian mask, bool (n,), and probability, float32 (n,); or None without either of them.
 
     Raises:
+        OtherScene: If it is not the scene that was masked.
         UserError: If a file is not what it should be.
     """
     with reading(mask_path) as file:
@@ -99,13 +138,14 @@ def read_label_and_probability(mask_path, scene_path):
         probability = None if probability is None else probability[:]
     if probability is None:
         return None
+    check_scene(mask_path, scene_path)
     with reading(scene_path) as file:
-        label = numbers(file, "bayes", (*probability.shape, None), optional=True)
+        label = label_of(file, probability.shape)
         measured = measured_pixels(file, probability.shape)
         if label is None or measured is None:
             return None
         known = measured & np.isfinite(probability)
-        return np.nan_to_num(label[..., 0])[known] != 0, probability[known]
+        return label[known], probability[known]
 
 
 def _measured(values):

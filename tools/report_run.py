@@ -74,6 +74,14 @@ def report_of_one(run, data):
     if masks and not scenes:
         notes.append(f"No pictures: there are no scene files in {folder} (--data says where).")
     known = {name: (masks[name], scenes[name]) for name in masks if name in scenes}
+    others = set()
+    calibrated = calibration(known, notes, others)
+    chosen = chosen_pictures(rows, known, notes, others)
+    if others:
+        notes.append(
+            f"{len(others)} scene(s) are not those that were masked ({min(others)} for one): they "
+            "have no picture and no part in the calibration. --data says where the scenes are."
+        )
     return {
         "run": run,
         "accuracy": number(inference.get("accuracy")) or mean([r.get("accuracy") for r in rows]),
@@ -106,8 +114,8 @@ def report_of_one(run, data):
         "scene_chart": scene_chart(rows),
         "kinds": by_kind(rows),
         "confusion": confusion(rows),
-        "calibration": calibration(known, notes),
-        "pictures": chosen_pictures(rows, known, notes),
+        "calibration": calibrated,
+        "pictures": chosen,
         "machine": machine_charts(run),
         "notes": notes,
     }
@@ -351,21 +359,25 @@ def confusion(rows):
     return {key: (count, count / total) for key, count in counts.items()} if total else None
 
 
-def calibration(known, notes):
+def calibration(known, notes, others):
     """Reliability diagram and ROC over the pixels that have data, a probability and a label.
 
     Args:
         known: {scene: (mask file, scene file)}.
         notes: Takes what is to be told.
+        others: Takes the names of scenes that are not those that were masked.
 
     Returns:
         Dictionary of the charts and their numbers; None without such pixels.
     """
     counts, n_scenes = np.zeros((2, BINS), np.int64), 0  # of clear and cloud, by probability
     errors = []
-    for paths in progress(known.values(), "Reading probabilities", len(known)):
+    for name, paths in progress(known.items(), "Reading probabilities", len(known)):
         try:
             found = pictures.read_label_and_probability(*paths)
+        except pictures.OtherScene:
+            others.add(name)
+            continue
         except UserError as error:
             errors.append(error)
             continue
@@ -417,8 +429,11 @@ def histogram(label, probability):
     return np.bincount(index + BINS * label, minlength=2 * BINS).reshape(2, BINS)
 
 
-def chosen_pictures(rows, known, notes):
-    """Pictures of the worst, the median and the best scene; of the first ones without scores."""
+def chosen_pictures(rows, known, notes, others):
+    """Pictures of the worst, the median and the best scene; of the first ones without scores.
+
+    Arguments as those of `calibration`.
+    """
     rows = [row for row in rows if str(row.get("scene")) in known]
     scored = sorted(
         (row for row in rows if number(row.get("accuracy")) is not None),
@@ -435,6 +450,9 @@ def chosen_pictures(rows, known, notes):
         name, word = str(row["scene"]), word if scored else "Scene"
         try:
             scene = pictures.read_masked_scene(*known[name])
+        except pictures.OtherScene:
+            others.add(name)
+            continue
         except UserError as error:
             notes.append(f"No pictures of {name}: {error}")
             continue
