@@ -280,16 +280,23 @@ def numbers(file, name, shape=None, optional=False):
 def unpacked(dataset):
     """The numbers of a dataset, float64, with NaN where missing, by NetCDF's attributes."""
     packed = dataset[:]
+    scale, offset = _attribute(dataset, "scale_factor", 1), _attribute(dataset, "add_offset", 0)
+    if not np.isfinite([scale, offset]).all():
+        raise ValueError(
+            f"'{dataset.name}' should have a finite scale_factor and add_offset, found {scale} "
+            f"and {offset}"
+        )
     values = packed.astype(np.float64)
-    values *= _attribute(dataset, "scale_factor", 1)
-    values += _attribute(dataset, "add_offset", 0)
+    values *= scale
+    values += offset
     values[is_fill(dataset, packed)] = np.nan
     return values
 
 
 def is_fill(dataset, packed):
-    """Where numbers of a dataset, as they are stored, are its _FillValue."""
-    return packed == _attribute(dataset, "_FillValue", np.nan)
+    """Where numbers of a dataset, as they are stored, are its _FillValue or missing_value."""
+    fill, missing = (_attribute(dataset, n, np.nan) for n in ("_FillValue", "missing_value"))
+    return (packed == fill) | (packed == missing)
 
 
 def _attribute(dataset, name, default):
