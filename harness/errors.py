@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import traceback
 
 INSTALL_TOOLS = "pip install -r requirements-tools.txt"
@@ -20,7 +21,9 @@ class Failure(RuntimeError):
 def one_line(error):
     """An error for people: its message where it is ours, its kind and first line where not."""
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}. Mend it, or set another path."
+        # HDF5 has a strerror of its own, of many lines.
+        reason = os.strerror(error.errno) if error.errno else error.strerror
+        return f"{error.filename}: {reason}. Mend it, or set another path."
     if is_users_mistake(error) or isinstance(error, Failure):
         return str(error)
     first = str(error).strip().partition("\n")[0]

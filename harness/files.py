@@ -33,6 +33,25 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+def walk_files(directory):
+    """Yield the files below a directory, through linked folders too, each folder once.
+
+    A directory that is missing has none.
+    """
+    seen = set()
+
+    def fail(error):  # os.walk passes over a folder that it cannot read
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    for folder, subfolders, files in os.walk(directory, onerror=fail, followlinks=True):
+        seen.add(os.path.realpath(folder))
+        subfolders[:] = [
+            name for name in subfolders if os.path.realpath(Path(folder, name)) not in seen
+        ]
+        yield from (Path(folder, name) for name in files)
+
+
 def remove_unfinished(folder):
     """Remove what `replacing` left below a folder when its process was killed."""
     for path in Path(folder).rglob(".*.part*"):

@@ -7,7 +7,6 @@ import contextlib
 import fnmatch
 import glob
 import itertools
-import os
 import re
 from collections import Counter
 from datetime import datetime, timezone
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.errors import UserError
+from harness.files import walk_files
 from harness.hdf5_files import ForbiddenSource, open_dataset, open_file
 from harness.hdf5_rows import check_storage
 
@@ -62,17 +62,7 @@ def find_scenes(directory):
 
 def walk_scenes(directory):
     """Yield the scene files below a directory, through linked folders too, each folder once."""
-    seen = set()
-
-    def fail(error):  # os.walk passes over a folder that it cannot read
-        raise error
-
-    for folder, subfolders, files in os.walk(directory, onerror=fail, followlinks=True):
-        seen.add(os.path.realpath(folder))
-        subfolders[:] = [
-            name for name in subfolders if os.path.realpath(Path(folder, name)) not in seen
-        ]
-        yield from (Path(folder, name) for name in fnmatch.filter(files, SCENE_NAME))
+    return (path for path in walk_files(directory) if fnmatch.fnmatch(path.name, SCENE_NAME))
 
 
 def day_or_night(path):
@@ -290,16 +280,23 @@ def numbers(file, name, shape=None, optional=False):
 def unpacked(dataset):
     """The numbers of a dataset, float64, with NaN where missing, by NetCDF's attributes."""
     packed = dataset[:]
+    scale, offset = _attribute(dataset, "scale_factor", 1), _attribute(dataset, "add_offset", 0)
+    if not np.isfinite([scale, offset]).all():
+        raise ValueError(
+            f"'{dataset.name}' should have a finite scale_factor and add_offset, found {scale} "
+            f"and {offset}"
+        )
     values = packed.astype(np.float64)
-    values *= _attribute(dataset, "scale_factor", 1)
-    values += _attribute(dataset, "add_offset", 0)
+    values *= scale
+    values += offset
     values[is_fill(dataset, packed)] = np.nan
     return values
 
 
 def is_fill(dataset, packed):
-    """Where numbers of a dataset, as they are stored, are its _FillValue."""
-    return packed == _attribute(dataset, "_FillValue", np.nan)
+    """Where numbers of a dataset, as they are stored, are its _FillValue or missing_value."""
+    fill, missing = (_attribute(dataset, n, np.nan) for n in ("_FillValue", "missing_value"))
+    return (packed == fill) | (packed == missing)
 
 
 def _attribute(dataset, name, default):

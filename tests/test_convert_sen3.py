@@ -2,9 +2,11 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from harness.errors import Failure
 from harness.scene_files import read_positions
 from tools import convert_sen3
 
+REPOSITORY = Path(convert_sen3.__file__).parents[1]
 BUILDER = Path(__file__).with_name("sen3_product.py")
 SHAPE = (60, 75)
 OBLIQUE = (60, 45)
@@ -95,7 +98,8 @@ def true_reflectance(truth, view="nadir"):
     cosine = truth[f"cosine_{view}"][..., None]
     detector = np.nan_to_num(truth[f"detector_{view}"], nan=-1).astype(int)  # -1: the mean
     radiance, irradiance = truth[f"radiance_{view}"], truth[f"irradiance_{view}"].T[detector]
-    return np.where(cosine > 0, math.pi * radiance / (irradiance * cosine), 0)
+    night = (cosine <= 0) & np.isfinite(radiance)
+    return np.where(night, 0, math.pi * radiance / (irradiance * cosine))
 
 
 def mean_of_four(values):
@@ -190,7 +194,10 @@ def test_sun_below_the_horizon_gives_reflectance_0(tmp_path):
     (path,) = convert(tmp_path / "scenes", product, "--refs-grid", "500m")
     assert path.parent.name == "night"  # for not all of its pixels are by day
     refs = contents(path)["refs"]
-    assert not refs[cosine < -1e-6].any()
+    night, missing = cosine < -1e-6, np.isnan(truth["radiance_nadir"])
+    assert not np.nan_to_num(refs[night]).any()
+    np.testing.assert_array_equal(np.isnan(refs), missing)
+    assert 0.01 < missing[night].mean() < 0.5
     lit = cosine > 1e-4  # 0.006 degrees above the horizon
     np.testing.assert_allclose(refs[lit], true_reflectance(truth)[lit], rtol=0.01)
     assert np.nanmax(refs[lit]) > 0.1
@@ -265,13 +272,15 @@ def test_cloud_is_any_flag_of_the_bayesian_mask_but_spare_ones(product, tmp_path
     assert bayes[0, :6].tolist() == [255, 255, 255, 255, 0, 0] and bayes.sum() == 4 * 255
 
 
-def test_packing_is_what_the_file_says_it_is(day, product, tmp_path):
+@pytest.mark.parametrize("fill_value", ["_FillValue", "missing_value"])
+def test_packing_is_what_the_file_says_it_is(day, product, tmp_path, fill_value):
     with h5py.File(product / "S8_BT_in.nc", "a") as file:
         packed = file["S8_BT_in"]
         values = packed[:].astype(int)
         fill = values == packed.attrs["_FillValue"]
         packed[:] = np.where(fill, 32767, values // 2)
-        packed.attrs["_FillValue"] = np.int16(32767)
+        del packed.attrs["_FillValue"]
+        packed.attrs[fill_value] = np.int16(32767)
         packed.attrs["scale_factor"] = 0.02
     (path,) = convert(tmp_path / "out", product)
     found, expected = contents(path)["bts"][..., 1], np.nan_to_num(day[1]["bts_nadir"][..., 1])
@@ -313,8 +322,69 @@ def test_products_at_once_give_the_same_scenes(day, night, tmp_path):
 
 
 def test_killed_process_is_told_with_what_to_do():
+    began, sleep = time.monotonic(), "__import__('time').sleep"
+    texts = ["1", f"{sleep}(1) or __import__('os')._exit(1)", f"{sleep}(60)"]
     with pytest.raises(Failure, match="go on with fewer jobs"):
-        list(convert_sen3.outcomes(os._exit, [1, 1], 2))
+        list(convert_sen3.outcomes(eval, texts, 2))
+    assert time.monotonic() - began < 30  # the one that sleeps is ended too
+
+
+# The program, whose two products are texts that its workers evaluate.
+WORKERS = """
+import sys
+from tools import convert_sen3
+texts = sys.argv[1:]
+convert_sen3.convert_all = lambda _: list(convert_sen3.outcomes(eval, texts, 2))
+sys.exit(convert_sen3.main(["x", "-o", "x"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
+)
+def test_workers_end_what_they_write_or_with_their_parent(tmp_path, number, status):
+    texts = [
+        f"open('{tmp_path}/{i}.pid', 'w').write(str(__import__('os').getpid()))"
+        f" and __import__('time').sleep(3) or open('{tmp_path}/{i}.done', 'w').write('x')"
+        for i in range(2)
+    ]
+    command = [sys.executable, "-c", WORKERS, *texts]
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        wait_for(lambda: len([p for p in tmp_path.glob("*.pid") if p.read_text()]) == 2)
+        if number == signal.SIGKILL:
+            process.kill()
+        else:
+            os.killpg(process.pid, number)  # as a batch system does
+        assert process.wait(20) == status
+        workers = [Path("/proc", p.read_text(), "cmdline") for p in tmp_path.glob("*.pid")]
+        wait_for(lambda: not any(p.exists() and p.read_bytes() for p in workers))
+        error = process.stderr.read()
+    if number == signal.SIGKILL:
+        assert not list(tmp_path.glob("*.done"))
+    else:
+        assert error == f"Stopped: received {number.name}. Scenes that are written are whole.\n"
+        assert len(list(tmp_path.glob("*.done"))) == 2
+
+
+def wait_for(what):
+    end = time.monotonic() + 30
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("where", [(shutil, "copyfileobj"), (h5py.Group, "create_dataset")])
+def test_stopped_program_leaves_nothing_behind(day, tmp_path, monkeypatch, number, status, where):
+    path = pack(day[0], tmp_path / "x.zip")
+    monkeypatch.setattr(*where, lambda *_, **__: os.kill(os.getpid(), number))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    assert convert(tmp_path / "out", path, status=status) == []
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_existing_scene_is_skipped_unless_it_is_to_be_made_anew(product, tmp_path, capsys):
@@ -379,6 +449,13 @@ def spoil(what, product, tmp_path):
     if what == "text file":
         (tmp_path / "x.SEN3").write_text("no zip")
         return tmp_path / "x.SEN3", "whole zip file: File is not a zip file"
+    if what == "pipe":
+        os.mkfifo(tmp_path / "x.SEN3")
+        return tmp_path / "x.SEN3", "whole zip file: it is neither"
+    if what in ("scale_factor", "add_offset"):
+        with h5py.File(product / "S8_BT_in.nc", "a") as file:
+            file["S8_BT_in"].attrs[what] = np.nan if what == "scale_factor" else np.inf
+        return product, "'/S8_BT_in' should have a finite scale_factor and add_offset"
     if what == "truncated zip":
         truncate(pack(product, tmp_path / "x.zip"))
         return tmp_path / "x.zip", "whole zip file: File is not a zip file"
@@ -452,10 +529,10 @@ def spoil(what, product, tmp_path):
     [
         "geometry_tn.nc is missing", "S6_quality_an.nc is missing", "cartesian_tx.nc is missing",
         "zip lacks a file", "damaged NetCDF", "damaged numbers", "no NetCDF", "another sensor",
-        "another level", "text file", "truncated zip", "damaged zip", "zip-slip",
-        "zip of two products", "zip that unpacks to terabytes", "link out of the product",
-        "no such variable", "no flag `day`", "no meanings of flags", "another shape",
-        "detector of no irradiance", "no irradiance", "tie points in no order",
+        "another level", "text file", "pipe", "scale_factor", "add_offset", "truncated zip",
+        "damaged zip", "zip-slip", "zip of two products", "zip that unpacks to terabytes",
+        "link out of the product", "no such variable", "no flag `day`", "no meanings of flags",
+        "another shape", "detector of no irradiance", "no irradiance", "tie points in no order",
     ],
 )  # fmt: skip
 def test_what_cannot_be_converted_ends_in_one_line(product, tmp_path, capsys, what):
@@ -492,13 +569,15 @@ def test_name_of_a_product_cannot_steer_a_terminal(tmp_path, capsys):
 
 def test_scene_is_whole_or_absent(day, tmp_path, monkeypatch, capsys):
     def full(*_, **__):
-        raise OSError(28, "No space left on device", "x.hdf")
+        raise OSError(28, "Can't write data (file write failed: time = now\n, filename = x")
 
     (path,) = convert(tmp_path, day[0])
     before = path.read_bytes()
     monkeypatch.setattr(h5py.Group, "create_dataset", full)
     assert convert(tmp_path, day[0], "--overwrite", status=1) == [path]
-    assert path.read_bytes() == before and "No space left" in capsys.readouterr().err
+    assert path.read_bytes() == before
+    reason = f"{path}: No space left on device. Mend it, or set another path.\n"
+    assert reason in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

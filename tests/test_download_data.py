@@ -221,6 +221,38 @@ def with_body(change):
     return fault
 
 
+def with_headers(**changes):
+    """Send other headers; None leaves one out."""
+
+    def fault(headers, forward):
+        answer = forward(headers)
+        changed = {name.replace("_", "-").lower(): value for name, value in changes.items()}
+        kept = {k: v for k, v in answer.headers.items() if k.lower() not in changed}
+        kept |= {k: v for k, v in changed.items() if v is not None}
+        return replace(answer, headers=kept)
+
+    return fault
+
+
+def once(*faults):
+    """One fault for each request, then none; for lists and HEAD."""
+    left = iter(faults)
+    return lambda headers, forward: next(left, plain)(headers, forward)
+
+
+def relisted(pattern, by):
+    """Change the text of a list."""
+    return with_body(lambda body: re.sub(pattern, by, body))
+
+
+def weak(headers, forward):
+    """Mark the ETag as a weak one, as proxies that compress do."""
+    answer = forward(headers)
+    return replace(answer, headers={
+        k: f"W/{v}" if k.lower() == "etag" else v for k, v in answer.headers.items()
+    })  # fmt: skip
+
+
 def flipped(body):
     return body[:-9] + bytes([body[-9] ^ 1]) + body[-8:]
 
@@ -441,10 +473,13 @@ def test_dropped_transfer_goes_on_from_the_bytes_that_are_here(scenes, download)
         [cut(700_000), without_ranges],
         [cut(700_000), with_body(lambda body: body + b"more")],
         [with_body(lambda body: b"")] * 2,
+        [with_headers(Content_Length="abc")],
+        [cut(700_000), with_headers(Content_Range="all")],
+        [weak],
     ],
     ids=[
         "503", "500-429-400", "dropped", "truncated", "flipped", "longer", "flipped-later",
-        "no-ranges", "longer-later", "empty",
+        "no-ranges", "longer-later", "empty", "no-length", "no-range", "weak-etag",
     ],
 )  # fmt: skip
 def test_faults_of_the_network_are_overcome(scenes, download, faults):
@@ -453,7 +488,8 @@ def test_faults_of_the_network_are_overcome(scenes, download, faults):
     assert not download.proxy.faults[DAY[1]]
     download.assert_whole()
     # The server without ranges gave all that was wanted, and so no request is added.
-    assert len(download.proxy.gets(DAY[1])) == len(faults) + (faults[-1] != without_ranges)
+    more = faults[-1] not in (without_ranges, weak)
+    assert len(download.proxy.gets(DAY[1])) == len(faults) + more
 
 
 def test_body_that_ends_early_is_gone_on_with(scenes, download):
@@ -480,14 +516,70 @@ def test_body_without_end_does_not_fill_the_disk(scenes, download):
     assert download.proxy.gets(DAY[1])[0].sent < 30_000_000  # what the sockets hold is lost
 
 
-def test_list_is_asked_for_again(scenes, download, capsys):
-    answers = iter([refusing(503, "SlowDown"), cut(100)])
-    download.proxy.faults[""].append(
-        lambda headers, forward: next(answers, plain)(headers, forward)
-    )
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (refusing(503, "SlowDown"), "503 SlowDown"),
+        (cut(100), ""),
+        (with_body(lambda body: b"<html><p>Sign in</p></html>"), "no list of files came"),
+        (with_body(lambda body: b"<html><p>Sign in</html>"), "the server answers 500"),
+        (relisted(b"<IsTruncated>false", b"<IsTruncated>true"), "the list of files breaks off"),
+        (relisted(b"<Size>[0-9]+</Size>", b""), "makes no sense: it lacks 'Size'"),
+        (relisted(b"<Size>", b"<Size>many"), "makes no sense: invalid literal"),
+    ],
+)
+def test_list_is_asked_for_again(scenes, download, capsys, fault, reason):
+    download.proxy.faults[""].append(once(fault, fault))
     assert download() == 0
     download.assert_whole()
-    assert capsys.readouterr().err.count("The list of files: ") == 2
+    lines = [s for s in capsys.readouterr().err.splitlines() if s.startswith("The list of files: ")]
+    assert len(lines) == 2 and all(reason in line for line in lines)
+
+
+def test_object_that_is_listed_twice_is_fetched_once(scenes, download):
+    twice = relisted(b"(?s)<Contents>.*</Contents>", rb"\g<0>\g<0>")
+    download.proxy.faults[""].append(twice)
+    assert download() == 0
+    download.assert_whole()
+    assert len(download.proxy.gets(DAY[0])) == 1
+
+
+def test_weak_etags_of_a_list_are_compared_as_others(scenes, download):
+    download.proxy.faults[""].append(relisted(b"<ETag>", b"<ETag>W/"))
+    assert download() == 0
+    download.assert_whole()
+
+
+@pytest.mark.parametrize("key", ["manifest.csv", "other/x", "one-day-2/S3A_0.hdf"])
+def test_list_of_other_keys_is_refused(scenes, download, capsys, key):
+    download.proxy.faults[""].append(
+        relisted(f"/{DAY[0]}<".encode(), f"/{key}<".encode())
+    )  # fmt: skip
+    assert download() == 2
+    (line,) = errors(capsys)
+    assert f"'{PREFIX}/{key}' is listed" in line
+    assert not download.dest.exists()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [with_headers(ETag=None), lambda *_: Answer(200, {"Content-Length": 2}, b"hi")],
+    ids=["no ETag", "page to sign in"],
+)
+def test_answer_without_etag_costs_no_byte_that_is_here(scenes, download, fault):
+    download.proxy.faults[DAY[0]] += [cut(700_000), fault]
+    assert download() == 0
+    download.assert_whole()
+    _, second, third = download.proxy.gets(DAY[0])
+    assert third.headers["Range"] == second.headers["Range"]
+
+
+def test_head_without_etag_is_asked_again(scenes, download, capsys):
+    download.proxy.faults[DAY[0]].append(after(lambda: scenes.put(DAY[0])))
+    download.proxy.faults["HEAD"].append(once(with_headers(ETag=None)))
+    assert download() == 0
+    download.assert_whole()
+    assert "the server's answer makes no sense: it lacks 'ETag'" in capsys.readouterr().err
 
 
 def test_bytes_that_move_keep_a_bad_line_going(scenes, download):
@@ -650,6 +742,35 @@ def test_lost_manifest_is_made_again_without_a_transfer(scenes, download):
     assert download() == 0
     download.assert_whole()
     assert {r.key for r in download.proxy.requests} == {""}
+
+
+def test_linked_folders_are_searched_for_what_is_unfinished(scenes, download, tmp_path, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    (download.dest / "one-day").mkdir(parents=True)
+    (download.dest / "one-day/day").symlink_to(tmp_path / "elsewhere")
+    assert download() == 0
+    stale = tmp_path / "elsewhere/.S3A_9.hdf.0123.download"
+    stale.write_bytes(b"x")
+    (tmp_path / "elsewhere/S3A_8.hdf").write_bytes(b"x")
+    capsys.readouterr()
+    assert download("--verify") == 1
+    error = capsys.readouterr().err
+    assert f"Wrong: one-day/day/{stale.name}: unfinished" in error
+    assert "S3A_8.hdf is not in the manifest" in error
+    assert download() == 0
+    assert not stale.exists()
+
+
+def test_manifest_that_was_not_finished_is_removed(scenes, download):
+    download.dest.mkdir()
+    unfinished = download.dest / ".manifest.12-345.part.csv"
+    unfinished.write_text("x")
+    with (download.dest / ".download.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert download() == 2
+        assert unfinished.exists()  # that of the other
+    assert download() == 0
+    assert not unfinished.exists()
 
 
 # --- ETags of uploads in parts --------------------------------------------------------------
@@ -1006,6 +1127,24 @@ def test_verification_names_what_is_wrong(fetched, capsys):
     assert fetched("--verify", "--set", "ssts") == 1
     (fetched.dest / "ssts/day/.S3A_9.hdf.0123.download").unlink()
     assert fetched("--verify", "--set", "ssts") == 0
+
+
+def test_name_that_no_file_can_have_is_one_wrong_file(fetched, capsys):
+    with (fetched.dest / "manifest.csv").open("a") as file:
+        file.write(f"one-day/{300 * 'x'},1,a,b\n")
+    assert fetched("--verify") == 1
+    error = capsys.readouterr().err
+    assert re.search(r"^Wrong: one-day/x{300}: .*File name too long", error, re.MULTILINE)
+    assert "Error: 1 file(s)" in error
+
+
+@pytest.mark.parametrize("options", [[], ["--verify"]])
+def test_manifest_that_is_a_pipe_is_refused(scenes, download, capsys, options):
+    download.dest.mkdir()
+    os.mkfifo(download.dest / "manifest.csv")
+    assert download(*options) == 2
+    (line,) = errors(capsys)
+    assert "manifest.csv should be a file" in line
 
 
 @pytest.mark.parametrize(

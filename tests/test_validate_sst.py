@@ -409,12 +409,27 @@ def test_mask_that_keeps_nothing_has_no_median(run, tmp_path, capsys):
 def test_scenes_that_take_no_part_are_told(known, tmp_path, capsys):
     run, matchups = known
     table = write(tmp_path / "table.csv", matchups)
-    run.add(NIGHT, "night")
+    scene = run.scenes / "night" / f"{NIGHT}.hdf"
+    with h5py.File(scene, "a") as file:
+        del file["bayes"]  # as the scene of a product without it
+    reasons = ["have no Bayesian mask, 'bayes'"]
     assert run.validate(table) == 0
     error = capsys.readouterr().err
-    assert f"1 scene(s) have neither latitude and longitude nor --geodetic, {NIGHT}" in error
-    assert "4 match-ups are in their times" in error
-    (run.scenes / "night" / f"{NIGHT}.hdf").unlink()
+    latitude, longitude = grid()
+    latitude[1:], longitude[:1] = np.nan, np.nan
+    nowhere = (latitude, longitude), "have no pixel with both latitude and longitude"
+    for positions, reason in (
+        (None, "have neither latitude and longitude nor --geodetic"),
+        nowhere,
+    ):
+        run.add(NIGHT, "night", positions)
+        reasons.append(reason)
+        assert run.validate(table) == 0
+        error += capsys.readouterr().err
+    for reason in reasons:
+        told = f"1 scene(s) {reason}, {NIGHT} for one; 4 match-ups are in their times."
+        assert error.count(told) == 1
+    scene.unlink()
     assert run.validate(table) == 0
     assert "1 scene(s) have no scene file" in capsys.readouterr().err
     assert run.funnel()["in the time of a scene"] == 16 and len(run.read("matchups")) == 9
@@ -422,11 +437,16 @@ def test_scenes_that_take_no_part_are_told(known, tmp_path, capsys):
 
 def test_no_match_up_on_a_pixel_is_told_with_the_table(known, tmp_path, capsys):
     run, matchups = known
+    run.validate(write(tmp_path / "table.csv", matchups))
+    before = {path: path.read_bytes() for path in (run.folder / "sst").iterdir()}
+    capsys.readouterr()
     assert run.validate(write(tmp_path / "table.csv", matchups[-4:-1])) == 2
     screen = capsys.readouterr()
     assert "No match-up lies on a pixel" in screen.err
-    assert "in the time of a scene 2".split() in [line.split() for line in screen.out.splitlines()]
-    assert run.funnel()["near a pixel"] == 0
+    lines = [line.split() for line in screen.out.splitlines()]
+    assert "in the time of a scene 2".split() in lines and "near a pixel 0".split() in lines
+    # The files still belong together.
+    assert {path: path.read_bytes() for path in (run.folder / "sst").iterdir()} == before
 
 
 def test_celsius_is_refused_or_converted(known, tmp_path, capsys):
@@ -443,6 +463,14 @@ def test_celsius_is_refused_or_converted(known, tmp_path, capsys):
         assert float(found["median"]) == pytest.approx(float(row["median"]), abs=1e-9)
     assert run.validate(tmp_path / "kelvin.csv", "--celsius", "buoy_sst") == 2
     assert "cannot be Celsius" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["", "nan", "NaT", "NAT"])
+def test_missing_time_counts_as_missing(run, tmp_path, missing):
+    run.add(DAY, "day", grid())
+    table = write(tmp_path / "table.csv", [matchup(), matchup(time=missing)])
+    assert run.validate(table) == 0
+    assert run.funnel()["match-ups read"] == 2 and run.funnel()["nothing missing"] == 1
 
 
 def test_columns_may_have_other_names(known, tmp_path):
@@ -489,6 +517,11 @@ def spoil(what, tmp_path):
         path.write_text("time," + text.replace("\n", "\nx,").removesuffix("x,"))
         return path, "column time stands twice"
     path = write_hdf5(tmp_path / "table.h5", good, 1981)
+    if what == "no rows in HDF5":
+        with h5py.File(path, "w") as file:
+            for name in good[0]:
+                file[name] = np.zeros(0)
+        return path, "it has no rows"
     if what == "damaged HDF5":
         path.write_bytes(path.read_bytes()[:1500])
         return path, "cannot be used"
@@ -519,7 +552,7 @@ def spoil(what, tmp_path):
     [
         "no table", "no rows", "no column", "column twice", "text for a number", "short row",
         "no date", "number for a time", "another time zone", "not on Earth", "fill value",
-        "open quotes", "no file", "bytes", "twice", "damaged HDF5", "no units", "days since",
+        "open quotes", "no file", "bytes", "twice", "damaged HDF5", "no units", "days since", "no rows in HDF5",
         "no column in HDF5", "group in HDF5", "text in HDF5", "lengths in HDF5", "matrix in HDF5",
         "link",
     ],
@@ -534,12 +567,12 @@ def test_bad_table_ends_in_one_line(run, tmp_path, capsys, what):
     assert not (run.folder / "sst").exists()
 
 
-def test_scene_without_label_ends_in_one_line(run, tmp_path, capsys):
+def test_scene_without_temperatures_ends_in_one_line(run, tmp_path, capsys):
     scene = run.add(DAY, "day", grid())
     with h5py.File(scene, "a") as file:
-        del file["bayes"]
+        del file["bts"]
     assert run.validate(write(tmp_path / "table.csv", [matchup()])) == 2
-    assert f"{scene.name} cannot be used: it should have datasets" in capsys.readouterr().err
+    assert f"{scene.name} cannot be used: it should have a dataset" in capsys.readouterr().err
 
 
 def test_mask_without_times_ends_in_one_line(run, tmp_path, capsys):

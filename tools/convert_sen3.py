@@ -37,6 +37,8 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
+import time
 import traceback
 import zipfile
 import zlib
@@ -56,6 +58,7 @@ from scipy.ndimage import map_coordinates  # noqa: E402
 from harness.errors import Failure, UserError, exit_status, one_line  # noqa: E402
 from harness.files import replacing  # noqa: E402
 from harness.hdf5_files import open_dataset  # noqa: E402
+from harness.interrupts import Interrupted, heed_signals  # noqa: E402
 from harness.scene_files import PRODUCT_NAME, is_fill, numbers, reading, unpacked  # noqa: E402
 from harness.screen import log_to_screen  # noqa: E402
 
@@ -150,6 +153,8 @@ def _check_complete(names, has):
 def _unzipping(path):
     """Open a zip file; whatever goes wrong with it is the user's to mend."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is neither")
         with zipfile.ZipFile(path) as archive:
             yield archive
     # All of these mean damage in zipfile, or what it cannot read.
@@ -184,7 +189,7 @@ def _reading(path):
 
 
 def read_variable(path, name, shape):
-    """Unpack a variable by its scale_factor, add_offset and _FillValue.
+    """Unpack a variable by its scale_factor, add_offset, _FillValue and missing_value.
 
     Args:
         path: NetCDF-4 file.
@@ -371,7 +376,7 @@ def reflectance(radiance, irradiance, detector, cosine):
     received = by_detector[np.where(known, detector, -1).astype(np.intp)] * cosine
     with np.errstate(divide="ignore", invalid="ignore"):
         result = np.divide(math.pi * radiance, received)
-    result[cosine <= 0] = 0
+    result[(cosine <= 0) & np.isfinite(radiance)] = 0
     return result
 
 
@@ -486,10 +491,14 @@ def convert(path, output, view, refs_grid, positions, overwrite):
     with unzipped(path, files_of(view, positions)) as folder:
         scene, by_day = read_product(folder, view, refs_grid, positions)
     part = "day" if by_day else "night"
-    with replacing(targets[part]) as temporary, h5py.File(temporary, "w") as file:
-        for key, values in scene.items():
-            file.create_dataset(key, data=values, track_times=False)
-        file.attrs.update({"product": name, "view": view, "refs_grid": refs_grid})
+    try:
+        with replacing(targets[part]) as temporary, h5py.File(temporary, "w") as file:
+            for key, values in scene.items():
+                file.create_dataset(key, data=values, track_times=False)
+            file.attrs.update({"product": name, "view": view, "refs_grid": refs_grid})
+    except OSError as error:
+        error.filename = str(targets[part])
+        raise
     targets["night" if by_day else "day"].unlink(missing_ok=True)  # of an earlier processing
     rows, cols = scene["bts"].shape[:2]
     label = "no Bayesian mask in the product, hence no bayes"
@@ -519,19 +528,34 @@ def outcomes(work, paths, jobs):
     pool = concurrent.futures.ProcessPoolExecutor(
         min(jobs, len(paths)),
         multiprocessing.get_context("spawn"),
-        initializer=signal.signal,  # SIGINT is for the parent; what is being written gets written
-        initargs=(signal.SIGINT, signal.SIG_IGN),
+        initializer=begin_worker,
+        initargs=(os.getpid(),),
     )
     try:
         for future in concurrent.futures.as_completed([pool.submit(work, p) for p in paths]):
             yield future.result()
     except BrokenProcessPool as error:
+        for process in multiprocessing.active_children():  # the pool's SIGTERM is not for them
+            process.kill()
         raise Failure(
             f"A process of --jobs {jobs} was killed, as happens where memory runs out. Scenes that "
             "are written are whole: go on with fewer jobs."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def begin_worker(parent):
+    """Leave signals to the parent, and end when it is gone; what is being written gets written."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent):
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def parse_arguments(argv):
@@ -580,7 +604,12 @@ def main(argv=None):
     """Run the program and return its exit status."""
     arguments = parse_arguments(argv)
     log_to_screen(arguments.verbose)
-    return exit_status(lambda: convert_all(arguments), arguments.verbose)
+    heed_signals()
+    try:
+        return exit_status(lambda: convert_all(arguments), arguments.verbose)
+    except Interrupted as error:
+        log.error("Stopped: %s. Scenes that are written are whole.", error)
+        return error.code
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from harness import screen  # noqa: E402  (a program in tools/ adds the repository)
 from harness.errors import Failure, UserError, exit_status, one_line  # noqa: E402
-from harness.files import digest_of, digest_of_file, sync, write_csv  # noqa: E402
+from harness.files import digest_of, digest_of_file, sync, walk_files, write_csv  # noqa: E402
 from harness.interrupts import Interrupted, deferred, heed_signals  # noqa: E402
 from harness.screen import amount, duration, log_to_screen, progress, table  # noqa: E402
 
@@ -157,28 +157,34 @@ class Bucket:
         self._client.close()
 
     def listing(self, name):
-        """All objects of a set, as Transfers in the order of their keys.
+        """All objects of a set, each once, as Transfers in the order of their keys.
 
         Raises:
             UserError: If there is nothing.
         """
-        prefix = f"{self._prefix}{name}/"
+        prefix, found = f"{self._prefix}{name}/", {}
         with self._translated():
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self._bucket, Prefix=prefix
             )
-            found = [
-                Transfer(entry["Key"][len(self._prefix) :], entry["Size"], entry["ETag"].strip('"'))
-                for page in pages
-                for entry in page.get("Contents", [])
-                if entry["Size"] or not entry["Key"].endswith("/")  # the mark of a folder
-            ]
+            for page in pages:
+                if not page.keys() & {"Name", "IsTruncated"}:
+                    raise Transient("no list of files came")
+                if page.get("IsTruncated") and not page.get("NextContinuationToken"):
+                    raise Transient("the list of files breaks off")
+                for entry in page.get("Contents", []):
+                    key, size, etag = entry["Key"], entry["Size"], plain_etag(entry["ETag"])
+                    if not key.startswith(prefix):
+                        raise Refused(f"{key!r} is listed, which does not begin with {prefix}")
+                    if size or not key.endswith("/"):  # the mark of a folder
+                        key = key[len(self._prefix) :]
+                        found[key] = Transfer(key, size, etag)
         if not found:
             raise UserError(
                 f"Nothing below {prefix} in the bucket {self.where}: "
                 "set --endpoint, --bucket and --prefix."
             )
-        return sorted(found, key=lambda transfer: transfer.key)
+        return [found[key] for key in sorted(found)]
 
     def head(self, key, **options):
         """Size and ETag of an object, or of one of its parts."""
@@ -186,7 +192,7 @@ class Bucket:
             answer = self._client.head_object(
                 Bucket=self._bucket, Key=self._prefix + key, **options
             )
-        return answer["ContentLength"], answer["ETag"].strip('"')
+            return answer["ContentLength"], plain_etag(answer["ETag"])
 
     def part_sizes(self, transfer, n_parts):
         """Bytes of each part of an object that was uploaded in parts; None if not to be had.
@@ -220,9 +226,11 @@ class Bucket:
                 **span,
             )
             with contextlib.closing(answer["Body"]) as body:
-                if answer.get("ETag", "").strip('"') != transfer.etag:
+                if plain_etag(answer["ETag"]) != transfer.etag:
                     raise Changed
-                begin = re.match(r"bytes (\d+)-", answer.get("ContentRange", "bytes 0-"))
+                found = answer.get("ContentRange", "bytes 0-")
+                if not (begin := re.match(r"bytes (\d+)-", found)):
+                    raise ValueError(f"Content-Range {found!r}")
                 yield int(begin[1]), iter(lambda: body.read(BLOCK), b"")
 
     @contextlib.contextmanager
@@ -245,6 +253,14 @@ class Bucket:
             raise UserError(f"There can be no bucket {self.where}: set --bucket.") from error
         except (BotoCoreError, HTTPError) as error:
             raise Transient(str(error).rstrip(".")) from error
+        except (KeyError, ValueError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)[:200]
+            raise Transient(f"the server's answer makes no sense: {reason}") from error
+
+
+def plain_etag(text):
+    """An ETag without quotes, and without the mark of a weak one."""
+    return text.removeprefix("W/").strip('"')
 
 
 def patiently(work, what, stop):
@@ -448,6 +464,8 @@ def read_manifest(dest):
         UserError: If it is no such manifest.
     """
     path = dest / MANIFEST
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} should be a file. Remove what is there, or set another --dest.")
     try:
         with path.open(newline="", encoding="utf-8") as file:
             lines = {line["key"]: {**line, "size": int(line["size"])} for line in _lines(file)}
@@ -490,9 +508,9 @@ def plan(listed, chosen, dest, manifest):
     whole = {t.key for t in listed if t.key in known and is_of_size(dest / t.key, t.size)}
     resumable = {t.partial(dest) for t in listed if t.key not in whole}
     for name in {set_of(t.key) for t in listed}:
-        for partial in (dest / name).rglob(f".*{PARTIAL}"):
-            if partial not in resumable:
-                partial.unlink()
+        for path in walk_files(dest / name):
+            if fnmatchcase(path.name, f".*{PARTIAL}") and path not in resumable:
+                path.unlink()
     columns, to_come, needed = defaultdict(Counter), [], Counter()
     for transfer in chosen:
         path, partial = dest / transfer.key, transfer.partial(dest)
@@ -554,6 +572,8 @@ def check_disks(needed):
 def alone(dest):
     """See that no other download works in a folder, where its file system has locks.
 
+    What one that was killed left of its manifest is removed.
+
     Raises:
         UserError: If one does.
     """
@@ -565,6 +585,9 @@ def alone(dest):
             raise UserError(f"Another download works in {dest}: wait for it to end.") from error
         except OSError:
             log.warning("%s has no locks: start no second download there.", dest)
+        else:
+            for unfinished in dest.glob(f".{Path(MANIFEST).stem}.*.part.csv"):
+                unfinished.unlink()
         yield
 
 
@@ -773,7 +796,7 @@ def verify(arguments):
         finally:
             pool.shutdown(cancel_futures=True)
     known = {dest / line["key"] for line in lines}
-    for path in sorted(path for name in sets for path in (dest / name).rglob("*")):
+    for path in sorted(path for name in sets for path in walk_files(dest / name)):
         if path.name.endswith(PARTIAL):
             wrong[str(path.relative_to(dest))] = "unfinished"
         elif path not in known and is_scene(path.name):
@@ -792,11 +815,11 @@ def verify(arguments):
 def _fault(dest, line):
     """What is wrong with a file; None if nothing."""
     path = dest / line["key"]
-    if not path.is_file():
-        return "missing"
-    if (size := path.stat().st_size) != line["size"]:
-        return f"{line['size']} bytes wanted, {size} found"
     try:
+        if not path.is_file():
+            return "missing"
+        if (size := path.stat().st_size) != line["size"]:
+            return f"{line['size']} bytes wanted, {size} found"
         found = digest_of_file(path)
     except OSError as error:
         return one_line(error)

@@ -21,16 +21,17 @@ quality_level     of the satellite's, 0 to 5, as GHRSST has it
 satellite_zenith  zenith angle of the satellite [degrees]
 
 Other columns may be there. Other names are told with --column, temperatures in Celsius with
---celsius. Empty fields, NaN and in HDF5 `_FillValue` are missing values. What pandas wrote as HDF5
-is read after pandas.read_hdf(FILE).to_csv(OTHER).
+--celsius. Empty fields, NaN, times NaT and in HDF5 `_FillValue` and `missing_value` are missing
+values. What pandas wrote as HDF5 is read after pandas.read_hdf(FILE).to_csv(OTHER).
 
 As in the science group's first system a match-up counts with quality level 5, a zenith angle of 55
 degrees at most, both temperatures above MIN_SST of the run, and less than 0.005 degrees of latitude
 and 0.01 degrees of longitude from its pixel (close to a pole that is a few metres). Its pixel is
 the nearest one of the scenes that were measured at its time: between start and end of the product's
 name, or --minutes before or after. Positions come from the datasets `latitude` and `longitude` of
-the scene files or from --geodetic, as in export_masks.py. Pixels without a brightness temperature
-are neither clear nor cloudy. Day and night are the folders of the scene files.
+the scene files or from --geodetic, as in export_masks.py; scenes without them or without `bayes`
+take no part. Pixels without a brightness temperature are neither clear nor cloudy. Day and night
+are the folders of the scene files.
 
 statistics.csv    for day, night and all by each mask: matchups, median [K], robust_std [K]
 funnel.csv        how many match-ups were left after each step
@@ -111,7 +112,7 @@ BINS = np.linspace(-5, 5, 51)  # [K] of the histograms
 log = logging.getLogger("validate_sst")
 
 
-class NoPositions(Exception):
+class LeftOut(Exception):
     """Why a scene takes no part: the end of a sentence about it."""
 
 
@@ -141,8 +142,6 @@ def read_table(path, names, celsius):
         else:
             with path.open(newline="", encoding="utf-8-sig") as file:
                 matchups = _csv_columns(file, names)
-        if not matchups["time"].size:
-            raise ValueError("it has no rows")
         for column in celsius:
             matchups[column] += ZERO_CELSIUS
         _check_numbers(matchups, celsius)
@@ -169,6 +168,8 @@ def _csv_columns(file, names):
                 f"line {lines.line_num} has {len(row)} fields, the header has {len(header)}"
             )
         rows.append([row[place] for place in places])  # the others would fill the memory
+    if not rows:
+        raise ValueError("it has no rows")
     return {column: _parsed([row[i] for row in rows], column) for i, column in enumerate(names)}
 
 
@@ -180,6 +181,8 @@ def _hdf5_columns(file, names):
     shapes = {names[column]: dataset.shape for column, dataset in datasets.items()}
     if len(set(shapes.values())) > 1 or len(datasets["time"].shape) != 1:
         raise ValueError(f"its columns should be (N,), all of one N, found {shapes}")
+    if not datasets["time"].size:
+        raise ValueError("it has no rows")
     return {
         column: _times(dataset) if column == "time" else unpacked(numbers(file, names[column]))
         for column, dataset in datasets.items()
@@ -230,6 +233,8 @@ def _parsed(texts, column):
 
 def _seconds(text):
     """Seconds since 1970 of a time, ISO 8601 in UTC; Python 3.10 itself reads less."""
+    if text.lower() in ("nan", "nat"):
+        return math.nan
     if not (parts := re.fullmatch(ISO_TIME, text)):
         raise ValueError
     date, minutes, seconds, fraction = parts.groups()
@@ -320,7 +325,7 @@ def find_pixels(matchups, chosen, masks, scenes, geodetic, tolerance):
             found = _match_scene(
                 path, scenes, geodetic, matchups["latitude"][these], matchups["longitude"][these]
             )
-        except NoPositions as reason:
+        except LeftOut as reason:
             left_out[str(reason)].append((these.size, path.stem))
             continue
         found["mask_file"] = number
@@ -347,19 +352,23 @@ def _in_time(time, scene, tolerance):
 def _match_scene(path, scenes, geodetic, latitude, longitude):
     """Match-ups and the pixels of one scene, given by its mask file: PIXEL (m,)."""
     if not (scene := scenes.get(path.stem)):
-        raise NoPositions("have no scene file (--data says where)")
+        raise LeftOut("have no scene file (--data says where)")
     with reading(path) as file:
         mask = mask_of(file)
     if not (positions := read_positions(scene, geodetic, path.stem, mask.shape)):
-        raise NoPositions("have neither latitude and longitude nor --geodetic")
+        raise LeftOut("have neither latitude and longitude nor --geodetic")
+    if not np.isfinite(positions["latitude"] + positions["longitude"]).any():
+        raise LeftOut("have no pixel with both latitude and longitude")
     found = nearest_pixels(latitude, longitude, **positions)
     pixel = found["row"], found["col"]
     if np.isfinite(found["distance"]).any():
         with reading(scene) as file:
             measured = measured_pixels(file, mask.shape)
             bayes = numbers(file, "bayes", (*mask.shape, 1), optional=True)
-            if measured is None or bayes is None:
-                raise ValueError("it should have datasets 'bts' and 'bayes'")
+            if measured is None:
+                raise ValueError("it should have a dataset 'bts'")
+            if bayes is None:
+                raise LeftOut("have no Bayesian mask, 'bayes'")
             label = bayes[:][..., 0][pixel]
         found["measured"] = measured[pixel] & np.isfinite(label)
         found["cloudmask"], found["bayes"] = mask[pixel] != 0, label != 0
@@ -595,9 +604,6 @@ def validate(arguments):
         "  clear by the Bayesian mask": np.count_nonzero(measured & ~label),
         "  clear by both": np.count_nonzero(measured & ~cloud & ~label),
     }
-    folder = arguments.output or arguments.run / "sst"
-    steps = [{"step": step.strip(), "matchups": n} for step, n in funnel.items()]
-    write_csv(folder / "funnel.csv", ("step", "matchups"), steps)
     counts = {step: f"{n:9}" for step, n in funnel.items()}
     sys.stdout.write(table({"match-ups": counts}) + "\n\n")
     if not measured.any():
@@ -605,6 +611,9 @@ def validate(arguments):
             "No match-up lies on a pixel with data; the table above tells where they were lost. "
             "--minutes widens the times of scenes, --geodetic finds positions."
         )
+    folder = arguments.output or arguments.run / "sst"
+    steps = [{"step": step.strip(), "matchups": n} for step, n in funnel.items()]
+    write_csv(folder / "funnel.csv", ("step", "matchups"), steps)
     kept = {name: values[measured] for name, values in matchups.items()}
     places = [scenes[masks[number].stem] for number in pixels["mask_file"][measured]]
     rows = rows_of(kept, pixels[measured], places)
