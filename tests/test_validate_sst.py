@@ -552,9 +552,9 @@ def spoil(what, tmp_path):
     [
         "no table", "no rows", "no column", "column twice", "text for a number", "short row",
         "no date", "number for a time", "another time zone", "not on Earth", "fill value",
-        "open quotes", "no file", "bytes", "twice", "damaged HDF5", "no units", "days since", "no rows in HDF5",
-        "no column in HDF5", "group in HDF5", "text in HDF5", "lengths in HDF5", "matrix in HDF5",
-        "link",
+        "open quotes", "no file", "bytes", "twice", "damaged HDF5", "no units", "days since",
+        "no rows in HDF5", "no column in HDF5", "group in HDF5", "text in HDF5",
+        "lengths in HDF5", "matrix in HDF5", "link",
     ],
 )  # fmt: skip
 def test_bad_table_ends_in_one_line(run, tmp_path, capsys, what):
