@@ -534,6 +534,9 @@ def outcomes(work, paths, jobs):
     try:
         for future in concurrent.futures.as_completed([pool.submit(work, p) for p in paths]):
             yield future.result()
+    except (Interrupted, GeneratorExit):
+        ignore_signals()  # a second one would tear the pool, and the program hang
+        raise
     except BrokenProcessPool as error:
         for process in multiprocessing.active_children():  # the pool's SIGTERM is not for them
             process.kill()
@@ -545,10 +548,15 @@ def outcomes(work, paths, jobs):
         pool.shutdown(cancel_futures=True)
 
 
-def begin_worker(parent):
-    """Leave signals to the parent, and end when it is gone; what is being written gets written."""
+def ignore_signals():
+    """Let what is being written get written."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def begin_worker(parent):
+    """Leave signals to the parent, and end when it is gone."""
+    ignore_signals()
     threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
 
 
