@@ -564,8 +564,6 @@ class PatchBatches:
         options.threading.private_threadpool_size = 2
         # Nothing is left to it; and to drop an iterator waits for its thread, up to a minute.
         options.autotune.enabled = False
-        # One file per process is a share already.
-        options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
         return tf.data.Dataset.counter().map(tensors).with_options(options).prefetch(1)
 
     def __iter__(self):

@@ -43,8 +43,9 @@ from harness.preflight import (
     results_bytes,
 )
 from harness.readers import Readers, leave
-from harness.resume import find_requeued, load_resumed, sole_user
+from harness.resume import MODES, find_requeued, load_resumed, sole_user
 from harness.run import Run, make_folder, make_report, peak_rss
+from harness.scene_files import fits
 from harness.screen import amount, duration, log_to_screen, progress, table
 from harness.tensorboard import TensorBoard
 from harness.training import POLICIES, Trainer, translated_errors
@@ -254,9 +255,14 @@ def open_board(config, run, path):
     channels = np.zeros((min(n_cols, BOARD_PATCHES), size, size, config.n_channels), np.float32)
     cloud = np.zeros((*channels.shape[:3], 1), np.uint8)
     patches = {first + i: pair for i, pair in enumerate(zip(channels, cloud, strict=True))}
-    with suppress(SceneError) if config.on_bad_scene == "skip" else nullcontext():
+    with passing_over_bad_scenes(config):
         data_loader.read_patches(path, patches, shape, size)
     return TensorBoard(run.path("tensorboard"), channels, cloud, config.profile_steps)
+
+
+def passing_over_bad_scenes(config):
+    """A context that a scene which cannot be read does not leave as an error, if that is wanted."""
+    return suppress(SceneError) if config.on_bad_scene == "skip" else nullcontext()
 
 
 def how_to_leave_out(config, run, during, paths):
@@ -273,7 +279,7 @@ def infer(config, devices, run, paths):
     predictors = [open_predictor(config, devices, model, device) for device in devices.local]
     modes = {"inference_mode": config.inference_mode, "windows": len(predictors[0].grid.corners)}
     if config.inference_mode == "scene" and devices.is_chief:
-        with suppress(SceneError) if config.on_bad_scene == "skip" else nullcontext():
+        with passing_over_bad_scenes(config):
             modes["differs"] = compare_with_patches(config, devices, model, predictors[0], paths[0])
     if run.mode == "inference":
         mlperf_log.log_hyperparameters(config, devices, run.mllog, 0, len(paths))
@@ -425,13 +431,6 @@ def load_model(path, config):
     return model
 
 
-def fits(shape, wanted):
-    """Whether arrays of the wanted shape fit a shape in which None stands for any number."""
-    return len(shape) == len(wanted) and all(
-        n in (None, m) for n, m in zip(shape, wanted, strict=True)
-    )
-
-
 def read_model(path):
     """Load a Keras model; one that carries code is refused."""
     if not path.is_file():
@@ -455,7 +454,7 @@ def parse_arguments(argv):
     parser.add_argument("--config", help="YAML file (default config.yaml)")
     parser.add_argument(
         "--mode",
-        choices=("benchmark", "train", "inference", "check"),
+        choices=(*MODES, "check"),
         help="benchmark trains, then masks (default); check looks at scenes, devices and disk only",
     )
     parser.add_argument(

@@ -27,6 +27,7 @@ RESERVED = (  # in a run's folder
     "config.yaml", "results.json", "history.csv", "scenes.csv", "samples.csv", "report.html",
     "masks", "checkpoints", "bad_scenes", "tensorboard",
 )  # fmt: skip
+FILE_KEYS = ("model_file", "log_file", "mlperf_logfile")  # that a run writes
 FOLDER_KEYS = ("train_dir", "inference_dir", "output_dir", "cache_dir")
 V1_UPPER_CASE = ("patch_size", "image_h", "image_w", "n_channels", "min_sst", "crop_size")
 
@@ -187,7 +188,7 @@ class Config(BaseModel):
         return self
 
     def _wrong_file_names(self):
-        names = {key: getattr(self, key) for key in ("model_file", "log_file", "mlperf_logfile")}
+        names = {key: getattr(self, key) for key in FILE_KEYS}
         for key, path in names.items():
             first = Path(os.path.normpath(path)).parts[:1]
             leads_out = first == ("..",) and key != "model_file"  # which may be an input

@@ -5,6 +5,8 @@ import logging
 import os
 import traceback
 
+from harness.interrupts import Interrupted
+
 INSTALL_TOOLS = "pip install -r requirements-tools.txt"
 
 log = logging.getLogger(__name__)
@@ -41,18 +43,23 @@ def is_users_mistake(error):
     )  # fmt: skip
 
 
-def exit_status(work, verbose=False):
+def exit_status(work, verbose=False, when_stopped=""):
     """Do the work of a program in tools/; an error is told in one line.
 
     Args:
         work: Function without arguments.
         verbose: Whether tracebacks are shown.
+        when_stopped: What is said besides, of a program that heeds signals (harness.interrupts).
 
     Returns:
-        0; 2 for the user's mistake, a missing package too; 130 after SIGINT; 1 for the rest.
+        0; 2 for the user's mistake, a missing package too; 130 after SIGINT; 143 after SIGTERM of a
+        program that heeds it; 1 for the rest.
     """
     try:
         work()
+    except Interrupted as error:
+        log.error("Stopped: %s. %s", error, when_stopped)
+        return error.code
     except KeyboardInterrupt:
         log.error("Stopped: received SIGINT.")
         return 130

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from harness import mlperf_log, results
 from harness.checkpoints import Checkpoints, TrainingState
-from harness.config import dump_config
+from harness.config import FILE_KEYS, dump_config
 from harness.errors import UserError
 from harness.files import digest_of_file, remove_unfinished, write_json, write_text
 from harness.interrupts import Interrupted
@@ -323,11 +323,10 @@ def make_folder(config, mode):
     Raises:
         UserError: If there is one of that name, or a file that lies elsewhere exists.
     """
-    outputs = {key: getattr(config, key) for key in ("model_file", "log_file", "mlperf_logfile")}
-    if mode == "inference":
-        del outputs["model_file"]  # an input
-    for key, path in outputs.items():
-        if path.is_absolute() and path.exists():
+    for key in FILE_KEYS:
+        path = getattr(config, key)
+        is_input = key == "model_file" and mode == "inference"
+        if path.is_absolute() and path.exists() and not is_input:
             raise UserError(
                 f"{path} exists: a run never writes over the file of another. Set another {key}, "
                 "one in the run's folder say, or move the file."

@@ -264,10 +264,8 @@ def numbers(file, name, shape=None, optional=False):
             return None
         raise ValueError(f"it has no '{name}', found {list(itertools.islice(file, 8)) or 'none'}")
     found = dataset.shape
-    fits = shape is None or (
-        len(shape) == len(found) and all(n in (None, m) for n, m in zip(shape, found, strict=True))
-    )
-    if dataset.dtype.kind not in "fiu" or not fits or not 0 < dataset.size <= MOST_NUMBERS:
+    is_right = shape is None or fits(shape, found)
+    if dataset.dtype.kind not in "fiu" or not is_right or not 0 < dataset.size <= MOST_NUMBERS:
         wanted = " x ".join("any" if n is None else str(n) for n in shape or ())
         raise ValueError(
             f"'{name}' should hold numbers, {wanted or 'of any shape'}, found "
@@ -275,6 +273,13 @@ def numbers(file, name, shape=None, optional=False):
         )
     check_storage(dataset)
     return dataset
+
+
+def fits(shape, found):
+    """Whether a shape that was found fits one in which None stands for any length."""
+    return len(shape) == len(found) and all(
+        n in (None, m) for n, m in zip(shape, found, strict=True)
+    )
 
 
 def unpacked(dataset):

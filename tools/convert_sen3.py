@@ -613,11 +613,9 @@ def main(argv=None):
     arguments = parse_arguments(argv)
     log_to_screen(arguments.verbose)
     heed_signals()
-    try:
-        return exit_status(lambda: convert_all(arguments), arguments.verbose)
-    except Interrupted as error:
-        log.error("Stopped: %s. Scenes that are written are whole.", error)
-        return error.code
+    return exit_status(
+        lambda: convert_all(arguments), arguments.verbose, "Scenes that are written are whole."
+    )
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ sys.path.insert(0, str(REPOSITORY))
 from harness import screen  # noqa: E402  (a program in tools/ adds the repository)
 from harness.errors import Failure, UserError, exit_status, one_line  # noqa: E402
 from harness.files import digest_of, digest_of_file, sync, walk_files, write_csv  # noqa: E402
-from harness.interrupts import Interrupted, deferred, heed_signals  # noqa: E402
+from harness.interrupts import deferred, heed_signals  # noqa: E402
 from harness.screen import amount, duration, log_to_screen, progress, table  # noqa: E402
 
 ENDPOINT = "https://s3.echo.stfc.ac.uk"
@@ -865,11 +865,9 @@ def main(argv=None):
     log_to_screen(arguments.verbose)
     heed_signals()
     work = verify if arguments.verify else download
-    try:
-        return exit_status(lambda: work(arguments), arguments.verbose)
-    except Interrupted as error:
-        log.error("Stopped: %s. The same command goes on from here.", error)
-        return error.code
+    return exit_status(
+        lambda: work(arguments), arguments.verbose, "The same command goes on from here."
+    )
 
 
 if __name__ == "__main__":

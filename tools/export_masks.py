@@ -57,10 +57,11 @@ from harness.scene_files import (  # noqa: E402
     times_of,
 )
 from harness.screen import log_to_screen, printable, progress  # noqa: E402
-from tools.pictures import check_scene  # noqa: E402
+from tools.pictures import CLEAR, CLOUD, read_mask_and_label  # noqa: E402
+from tools.runs import add_mask_options  # noqa: E402
 
 MEANINGS = ("clear", "cloud")  # of 0 and 1
-COLOURS = ((8, 48, 107), (255, 255, 255), (140, 140, 140))  # clear, cloud, no data; by brightness
+COLOURS = (CLEAR, CLOUD, (140, 140, 140))  # and no data; told apart by brightness
 GCP_STEP = 64  # pixels between ground control points
 
 log = logging.getLogger("export_masks")
@@ -165,7 +166,7 @@ def read_masked_scene(path, scenes, geodetic, about_run):
         probability = None if probability is None else probability[:]
         made_by = {key: file.attrs[key] for key in ("scene", "threshold", "model", "model_sha256")}
     if scene_file := scenes.get(made_by["scene"]):
-        check_scene(path, scene_file)
+        read_mask_and_label(path, scene_file)  # sees whether it is the one that was masked
         with reading(scene_file) as file:
             valid = measured_pixels(file, mask.shape)
     positions = {
@@ -372,12 +373,7 @@ def parse_arguments(argv):
     add("run", type=Path, metavar="RUN_DIR", help="folder of the run")
     add("--format", choices=WRITERS, required=True)
     add("-o", "--output", type=Path, help="folder for the files (default RUN_DIR/export)")
-    add("--data", type=Path, help="folder of the scene files (default the run's inference_dir)")
-    add(
-        "--geodetic", metavar="PATH", type=Path,
-        help="a Sentinel-3 geodetic_in.nc for one scene, or a folder of PRODUCT.SEN3 folders",
-    )  # fmt: skip
-    add("--scene", nargs="+", default=[], help="names of scenes, without suffix (default all)")
+    add_mask_options(add)
     add("--verbose", action="store_true", help="show tracebacks")
     return parser.parse_args(argv)
 

@@ -17,7 +17,7 @@ from harness.files import replacing
 from harness.scene_files import mask_of, measured_pixels, numbers, reading, walk_scenes
 from tools.runs import number
 
-CLEAR, CLOUD = (8, 48, 107), (255, 255, 255)  # of a mask, as export_masks.py draws it
+CLEAR, CLOUD = (8, 48, 107), (255, 255, 255)  # of a mask
 DIFFERENCES = {  # brightness of each differs from that of the next by a contrast of 3, WCAG 2
     "both cloud": (255, 255, 255),
     "both clear": (214, 214, 214),
@@ -76,8 +76,11 @@ def scenes_by_name(folder):
     return {path.stem: path for path in walk_scenes(folder)} if Path(folder).is_dir() else {}
 
 
-def check_scene(mask_path, scene_path):
-    """See that a scene file is the one that was masked: by its label, without one by its size.
+def read_mask_and_label(mask_path, scene_path):
+    """Read a mask and the label of its scene: by this, or its size, a file is the scene's or not.
+
+    Returns:
+        Mask and Bayesian mask, bool (H, W), which is None where the scene has none.
 
     Raises:
         OtherScene: If it is not.
@@ -89,7 +92,8 @@ def check_scene(mask_path, scene_path):
         accuracy = number(row.get("accuracy")) if type(row) is dict else None
         size = int(file.attrs.get("scene_bytes", -1))
     with reading(scene_path) as file:
-        label = label_of(file, mask.shape)
+        label = numbers(file, "bayes", (*mask.shape, None), optional=True)
+        label = None if label is None else np.nan_to_num(label[..., 0]) != 0
     if label is not None and accuracy is not None:
         is_same = abs(np.mean(mask == label) - accuracy) < 1e-6
     else:
@@ -98,12 +102,7 @@ def check_scene(mask_path, scene_path):
         raise OtherScene(
             f"{scene_path} is not the file that was masked. Say where that is with --data."
         )
-
-
-def label_of(file, shape):
-    """The Bayesian mask of a scene file that is open, bool (H, W); None without one."""
-    label = numbers(file, "bayes", (*shape, None), optional=True)
-    return None if label is None else np.nan_to_num(label[..., 0]) != 0
+    return mask, label
 
 
 def read_masked_scene(mask_path, scene_path):
@@ -113,13 +112,10 @@ def read_masked_scene(mask_path, scene_path):
         OtherScene: If it is not the scene that was masked.
         UserError: If a file is not what it should be.
     """
-    check_scene(mask_path, scene_path)
-    with reading(mask_path) as file:
-        mask = mask_of(file) != 0
+    mask, label = read_mask_and_label(mask_path, scene_path)
     with reading(scene_path) as file:
         temperatures = _measured(numbers(file, "bts", (*mask.shape, 3))[:])
         reflectances = _reflectances(numbers(file, "refs", (None, None, None)), mask.shape)
-        label = label_of(file, mask.shape)
     return MaskedScene(mask, label, reflectances, temperatures)
 
 
@@ -138,14 +134,13 @@ def read_label_and_probability(mask_path, scene_path):
         probability = None if probability is None else probability[:]
     if probability is None:
         return None
-    check_scene(mask_path, scene_path)
+    _, label = read_mask_and_label(mask_path, scene_path)
     with reading(scene_path) as file:
-        label = label_of(file, probability.shape)
         measured = measured_pixels(file, probability.shape)
-        if label is None or measured is None:
-            return None
-        known = measured & np.isfinite(probability)
-        return label[known], probability[known]
+    if label is None or measured is None:
+        return None
+    known = measured & np.isfinite(probability)
+    return label[known], probability[known]
 
 
 def _measured(values):

@@ -68,6 +68,20 @@ class Run:
         return _rows(self.folder / "samples.csv", may_be_torn=True)
 
 
+def add_mask_options(add):
+    """Give a program the options that choose masks of a run and say where their scenes are.
+
+    Args:
+        add: The add_argument of its parser.
+    """
+    add("--data", type=Path, help="folder of the scene files (default the run's inference_dir)")
+    add(
+        "--geodetic", metavar="PATH", type=Path,
+        help="a Sentinel-3 geodetic_in.nc for one scene, or a folder of PRODUCT.SEN3 folders",
+    )  # fmt: skip
+    add("--scene", nargs="+", default=[], help="names of scenes, without suffix (default all)")
+
+
 def read_run(folder):
     """Read a run, of any status.
 

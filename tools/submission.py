@@ -49,7 +49,7 @@ import yaml
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from harness.config import Config, check, load_config, resolved  # noqa: E402
+from harness.config import FILE_KEYS, Config, check, load_config, resolved  # noqa: E402
 from harness.errors import UserError, exit_status  # noqa: E402
 from harness.files import digest_of_file, write_json, write_text  # noqa: E402
 from harness.screen import amount, log_to_screen, printable  # noqa: E402
@@ -329,7 +329,7 @@ def config_text(run):
     """config.yaml of the submission: the runs' own, with the commit."""
     values = resolved(load_config(run.folder / "config.yaml"))
     values["output_dir"] = "outputs"
-    for key in ("model_file", "log_file", "mlperf_logfile"):
+    for key in FILE_KEYS:
         if os.path.isabs(values[key]):  # where one run would replace the file of another
             values[key] = os.path.basename(values[key])
     values["submission"]["github_commit_version"] = run.results["git_commit"]

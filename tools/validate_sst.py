@@ -75,6 +75,7 @@ from harness.scene_files import (  # noqa: E402
     unpacked,
 )
 from harness.screen import log_to_screen, progress, table  # noqa: E402
+from tools.runs import add_mask_options  # noqa: E402
 
 COLUMNS = (
     "time", "latitude", "longitude", "buoy_sst", "satellite_sst", "quality_level",
@@ -552,12 +553,7 @@ def parse_arguments(argv):
     add("run", type=Path, metavar="RUN_DIR", help="folder of the run")
     add("table", type=Path, metavar="TABLE", help="match-ups, CSV or HDF5")
     add("-o", "--output", type=Path, help="folder for the files (default RUN_DIR/sst)")
-    add("--data", type=Path, help="folder of the scene files (default the run's inference_dir)")
-    add(
-        "--geodetic", metavar="PATH", type=Path,
-        help="a Sentinel-3 geodetic_in.nc for one scene, or a folder of PRODUCT.SEN3 folders",
-    )  # fmt: skip
-    add("--scene", nargs="+", default=[], help="names of scenes, without suffix (default all)")
+    add_mask_options(add)
     add(
         "--minutes", type=float, default=0.0,
         help="how far a match-up may be before and after a scene (default 0)",
