@@ -23,10 +23,10 @@ import numpy as np
 import tensorflow as tf
 from sklearn.model_selection import train_test_split
 
-from harness.hdf5_files import ForbiddenSource, open_dataset, open_file
-from harness.hdf5_rows import check_storage, read_blocks, storage
-from harness.readers import Readers
-from harness.scene_files import SceneError, day_or_night, find_scenes  # noqa: F401 (for callers)
+from harness.data.hdf5_files import ForbiddenSource, open_dataset, open_file
+from harness.data.hdf5_rows import check_storage, read_blocks, storage
+from harness.data.prefetch import Readers
+from harness.data.scene_files import SceneError, day_or_night, find_scenes  # noqa: F401 (for callers)
 
 REFLECTANCE_OFFSET = 0.5  # [1], mlcommons/science v1.1
 BT_OFFSET = 270.0  # [K], mlcommons/science v1.1

@@ -24,17 +24,10 @@ import numpy as np
 
 import data_loader
 from data_loader import PatchBatches, SceneError
-from harness import mlperf_log, results, scores
 from harness.config import load_config
-from harness.devices import open_devices, watch_ranks
-from harness.errors import UserError, is_users_mistake, one_line
-from harness.files import digest_of, digest_of_file, replacing, write_csv
-from harness.interrupts import Interrupted, check_signals, deferred, heed_signals
-from harness.launch import Meeting, detect_launch
-from harness.masks import MaskFolder
-from harness.mlperf_log import keys
-from harness.prediction import Predictor, predictor_that_fits
-from harness.preflight import (
+from harness.console import amount, duration, log_to_screen, progress, table
+from harness.data.prefetch import Readers, leave
+from harness.data.preflight import (
     DURING_START,
     BadScenes,
     check_disk,
@@ -42,13 +35,22 @@ from harness.preflight import (
     describe_scenes,
     results_bytes,
 )
-from harness.readers import Readers, leave
-from harness.resume import MODES, find_requeued, load_resumed, sole_user
-from harness.run import Run, make_folder, make_report, peak_rss
-from harness.scene_files import fits
-from harness.screen import amount, duration, log_to_screen, progress, table
-from harness.tensorboard import TensorBoard
-from harness.training import POLICIES, Trainer, translated_errors
+from harness.data.scene_files import fits
+from harness.errors import UserError, is_users_mistake, one_line
+from harness.files import digest_of, digest_of_file, replacing, write_csv
+from harness.inference import scores
+from harness.inference.masks import MaskFolder
+from harness.inference.predictor import Predictor, predictor_that_fits
+from harness.parallel.devices import open_devices, watch_ranks
+from harness.parallel.launchers import detect_launch
+from harness.parallel.rendezvous import Meeting
+from harness.records import mlperf_log, results
+from harness.records.mlperf_log import keys
+from harness.records.resume import MODES, find_requeued, load_resumed, sole_user
+from harness.records.run import Run, make_folder, make_report, peak_rss
+from harness.records.tensorboard import TensorBoard
+from harness.signals import Interrupted, check_signals, deferred, heed_signals
+from harness.training.trainer import POLICIES, Trainer, translated_errors
 from model import DOWNSCALING, RECEPTIVE_RADIUS, unet
 
 STEPS_UNWATCHED = 50  # of training, between looks for a loss that is not finite

@@ -3,9 +3,6 @@
 import errno
 import logging
 import os
-import traceback
-
-from harness.interrupts import Interrupted
 
 INSTALL_TOOLS = "pip install -r requirements-tools.txt"
 
@@ -41,34 +38,3 @@ def is_users_mistake(error):
         UserError | FileNotFoundError | FileExistsError | NotADirectoryError
         | IsADirectoryError | PermissionError,
     )  # fmt: skip
-
-
-def exit_status(work, verbose=False, when_stopped=""):
-    """Do the work of a program in tools/; an error is told in one line.
-
-    Args:
-        work: Function without arguments.
-        verbose: Whether tracebacks are shown.
-        when_stopped: What is said besides, of a program that heeds signals (harness.interrupts).
-
-    Returns:
-        0; 2 for the user's mistake, a missing package too; 130 after SIGINT; 143 after SIGTERM of a
-        program that heeds it; 1 for the rest.
-    """
-    try:
-        work()
-    except Interrupted as error:
-        log.error("Stopped: %s. %s", error, when_stopped)
-        return error.code
-    except KeyboardInterrupt:
-        log.error("Stopped: received SIGINT.")
-        return 130
-    except Exception as error:
-        if verbose:
-            traceback.print_exc()
-        if isinstance(error, ModuleNotFoundError):
-            log.error("Error: the package %s is missing. Type: %s", error.name, INSTALL_TOOLS)
-            return 2
-        log.error("Error: %s", one_line(error))
-        return 2 if is_users_mistake(error) else 1
-    return 0

@@ -10,7 +10,7 @@ import os
 import threading
 from pathlib import Path
 
-from harness.screen import printable
+from harness.console import printable
 
 
 @contextlib.contextmanager

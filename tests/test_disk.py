@@ -15,10 +15,10 @@ from conftest import at_call, results, start
 from test_resume import EPOCHS, assert_same_outcome, resume
 
 import slstr_cloud
-from harness.checkpoints import Checkpoints
-from harness.masks import MaskFolder
-from harness.mlperf_log import MLLogger, open_mlperf_log
-from harness.run import Run
+from harness.inference.masks import MaskFolder
+from harness.records.mlperf_log import MLLogger, open_mlperf_log
+from harness.records.run import Run
+from harness.training.checkpoints import Checkpoints
 
 DISK_BYTES = 160_000_000  # a run wants 100 MB before it begins
 

@@ -20,7 +20,7 @@ import yaml
 from conftest import HEIGHT, PATCH, WIDTH, results, rows
 from mlperf_logging.compliance_checker.mlp_parser import parse_file
 
-from harness.run import REPOSITORY
+from harness import REPOSITORY
 from tools.make_scenes import make_dataset
 
 EPOCHS = 12  # of 0.5 s; a part of a run that is killed in training completes one or two

@@ -17,12 +17,12 @@ from conftest import at_call, results, start
 from mlperf_logging.compliance_checker.mlp_parser import parse_file
 
 import slstr_cloud
-from harness.checkpoints import Checkpoints, TrainingState
 from harness.config import load_config
 from harness.errors import UserError
-from harness.resume import find_requeued, load_resumed, sole_user
-from harness.run import make_folder
-from harness.training import POLICIES, Trainer
+from harness.records.resume import find_requeued, load_resumed, sole_user
+from harness.records.run import make_folder
+from harness.training.checkpoints import Checkpoints, TrainingState
+from harness.training.trainer import POLICIES, Trainer
 from model import unet
 
 EPOCHS = 3  # of 6 steps and 6 steps of validation

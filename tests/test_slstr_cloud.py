@@ -17,9 +17,9 @@ from mlperf_logging.compliance_checker.mlp_parser import parse_file
 
 import data_loader
 import slstr_cloud
+from harness import REPOSITORY
 from harness.config import load_config
-from harness.results import peaks
-from harness.run import REPOSITORY
+from harness.records.results import peaks
 
 
 def scene_file(settings, stem):

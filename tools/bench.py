@@ -13,7 +13,7 @@ ratio        times better than the baseline: of rates value / baseline, of secon
 limit_share  of the network: its rate of floating-point operations over that of a large matrix
              product (gemm) of the same precision, measured in the same minutes. Operations are
              those of the network's convolutions layer by layer; a program that computes the same
-             with fewer, as harness/forward.py does, can come out above 1.
+             with fewer, as harness/networks/fused_upsampling.py does, can come out above 1.
              Of the loader: its rate over that of h5py alone.
 
 Rows torch/... are ours, beside PyTorch's as their baseline: eager or by torch.compile.
@@ -41,28 +41,27 @@ from itertools import islice
 from pathlib import Path
 from unittest import mock
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
-import harness.quiet_tensorflow  # noqa: E402, F401  (before all that imports TensorFlow)
+import _command  # noqa: F401
+import harness.quiet_tensorflow  # noqa: F401
+from harness import REPOSITORY
 
 # isort: split
-import h5py  # noqa: E402
-import numpy as np  # noqa: E402
-import tensorflow as tf  # noqa: E402
-import yaml  # noqa: E402
-from keras import layers  # noqa: E402
+import h5py
+import numpy as np
+import tensorflow as tf
+import yaml
+from keras import layers
 
-import data_loader  # noqa: E402
-import slstr_cloud  # noqa: E402
-from harness.config import load_config  # noqa: E402
-from harness.devices import open_devices  # noqa: E402
-from harness.files import write_text  # noqa: E402
-from harness.forward import without_upsampling  # noqa: E402
-from harness.interrupts import Interrupted  # noqa: E402
-from harness.run import git_commit  # noqa: E402
-from model import DOWNSCALING, RECEPTIVE_RADIUS, unet  # noqa: E402
-from tools.make_scenes import make_scene, product_name, write_scene  # noqa: E402
+import data_loader
+import slstr_cloud
+from harness.config import load_config
+from harness.files import write_text
+from harness.networks.fused_upsampling import without_upsampling
+from harness.parallel.devices import open_devices
+from harness.records.run import git_commit
+from harness.signals import Interrupted
+from model import DOWNSCALING, RECEPTIVE_RADIUS, unet
+from tools.make_scenes import make_scene, product_name, write_scene
 
 GEMM_SIZE = {"CPU": 3072, "GPU": 16384}  # rows of the matrices; 2048 was 5 % slower on two cores
 HALF_FLAGS = {"avx512_fp16", "amx_fp16", "fphp"}  # of CPUs that compute in float16

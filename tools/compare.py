@@ -25,13 +25,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
-from harness.errors import UserError, exit_status  # noqa: E402  (a program in tools/ adds it)
-from harness.files import write_csv, write_text  # noqa: E402
-from harness.screen import amount, log_to_screen, printable, table  # noqa: E402
-from tools.runs import MEASURES, differences, labels, measures, read_run, repeats  # noqa: E402
+from _command import exit_status
+from harness.console import amount, log_to_screen, printable, table
+from harness.errors import UserError
+from harness.files import write_csv, write_text
+from harness.records.saved_runs import MEASURES, differences, labels, measures, read_run, repeats
 
 LONGEST = 30  # characters of a value on the terminal; the files have all
 

@@ -46,21 +46,19 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
 # NetCDF-4 is HDF5: h5py reads it, where netCDF4 would bring a second HDF5 library.
-import h5py  # noqa: E402  (a program in tools/ adds the repository)
-import numpy as np  # noqa: E402
-from scipy.interpolate import make_interp_spline  # noqa: E402
-from scipy.ndimage import map_coordinates  # noqa: E402
+import h5py
+import numpy as np
+from scipy.interpolate import make_interp_spline
+from scipy.ndimage import map_coordinates
 
-from harness.errors import Failure, UserError, exit_status, one_line  # noqa: E402
-from harness.files import replacing  # noqa: E402
-from harness.hdf5_files import open_dataset  # noqa: E402
-from harness.interrupts import Interrupted, heed_signals  # noqa: E402
-from harness.scene_files import PRODUCT_NAME, is_fill, numbers, reading, unpacked  # noqa: E402
-from harness.screen import log_to_screen  # noqa: E402
+from _command import exit_status
+from harness.console import log_to_screen
+from harness.data.hdf5_files import open_dataset
+from harness.data.scene_files import PRODUCT_NAME, is_fill, numbers, reading, unpacked
+from harness.errors import Failure, UserError, one_line
+from harness.files import replacing
+from harness.signals import Interrupted, heed_signals
 
 REFLECTIVE, THERMAL = range(1, 7), range(7, 10)  # channels S1 to S6, S7 to S9
 MOST_BYTES = 4_000_000_000  # that a zip file may unpack to; a product needs 0.5 GB

@@ -41,14 +41,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
-from harness import screen  # noqa: E402  (a program in tools/ adds the repository)
-from harness.errors import Failure, UserError, exit_status, one_line  # noqa: E402
-from harness.files import digest_of, digest_of_file, sync, walk_files, write_csv  # noqa: E402
-from harness.interrupts import deferred, heed_signals  # noqa: E402
-from harness.screen import amount, duration, log_to_screen, progress, table  # noqa: E402
+from _command import exit_status
+from harness import console as screen
+from harness.console import amount, duration, log_to_screen, progress, table
+from harness.errors import Failure, UserError, one_line
+from harness.files import digest_of, digest_of_file, sync, walk_files, write_csv
+from harness.signals import deferred, heed_signals
 
 ENDPOINT = "https://s3.echo.stfc.ac.uk"
 BUCKET = "sciml-datasets"
@@ -69,7 +67,7 @@ PART_SIZES = [n << 20 for n in (8, 5, 10, 15, 16, 20, 25, 32, 50, 64, 100, 128, 
 MOST_PARTS = 10_000  # S3's limit
 ETAG = re.compile(r"([0-9a-f]{32})(?:-([1-9]\d{0,4}))?")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-SCENE_NAME = "S3[A-D]*.hdf"  # as in harness.scene_files, which needs h5py
+SCENE_NAME = "S3[A-D]*.hdf"  # as in harness.data.scene_files, which needs h5py
 
 log = logging.getLogger("download_data")
 

@@ -30,20 +30,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
-import harness.quiet_tensorflow  # noqa: E402, F401  (a program in tools/ adds the repository)
+import harness.quiet_tensorflow  # noqa: F401
+from _command import exit_status
 
 # isort: split
-import h5py  # noqa: E402
-import numpy as np  # noqa: E402
+import h5py
+import numpy as np
 
-from harness.config import load_config  # noqa: E402
-from harness.errors import UserError, exit_status  # noqa: E402
-from harness.files import replacing  # noqa: E402
-from harness.run import now  # noqa: E402
-from harness.scene_files import (  # noqa: E402
+from harness.config import load_config
+from harness.console import log_to_screen, printable, progress
+from harness.data.scene_files import (
     MOST_DEGREES,
     PRODUCT_NAME,
     check_geodetic,
@@ -56,9 +52,11 @@ from harness.scene_files import (  # noqa: E402
     reading,
     times_of,
 )
-from harness.screen import log_to_screen, printable, progress  # noqa: E402
-from tools.pictures import CLEAR, CLOUD, read_mask_and_label  # noqa: E402
-from tools.runs import add_mask_options  # noqa: E402
+from harness.errors import UserError
+from harness.files import replacing
+from harness.records.report.pictures import CLEAR, CLOUD, read_mask_and_label
+from harness.records.run import now
+from harness.records.saved_runs import add_mask_options
 
 MEANINGS = ("clear", "cloud")  # of 0 and 1
 COLOURS = (CLEAR, CLOUD, (140, 140, 140))  # and no data; told apart by brightness

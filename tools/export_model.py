@@ -32,23 +32,21 @@ from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # GPUs round to TF32, and outputs are to be compared
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
-import harness.quiet_tensorflow  # noqa: E402, F401  (a program in tools/ adds the repository)
+import harness.quiet_tensorflow  # noqa: F401
+from _command import exit_status
 
 # isort: split
-import keras  # noqa: E402
-import numpy as np  # noqa: E402
-import tensorflow as tf  # noqa: E402
+import keras
+import numpy as np
+import tensorflow as tf
 
-from data_loader import BT_OFFSET, BT_SCALE, REFLECTANCE_OFFSET  # noqa: E402
-from harness.config import load_config  # noqa: E402
-from harness.errors import Failure, UserError, exit_status  # noqa: E402
-from harness.files import digest_of_file, write_json  # noqa: E402
-from harness.prediction import cast_model  # noqa: E402
-from harness.screen import log_to_screen  # noqa: E402
-from slstr_cloud import read_model  # noqa: E402
+from data_loader import BT_OFFSET, BT_SCALE, REFLECTANCE_OFFSET
+from harness.config import load_config
+from harness.console import log_to_screen
+from harness.errors import Failure, UserError
+from harness.files import digest_of_file, write_json
+from harness.inference.predictor import cast_model
+from slstr_cloud import read_model
 
 OPSET = 18  # of ONNX; the newest that tf2onnx writes, read by onnxruntime since 1.14
 TOLERANCE = {"onnx": 1e-4, "savedmodel": 1e-5}  # of a probability

@@ -22,24 +22,22 @@ import logging
 import sys
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
-from harness.errors import UserError, exit_status  # noqa: E402  (tools/ adds the repository)
-from harness.files import write_text  # noqa: E402
-from harness.scene_files import mask_files  # noqa: E402
-from harness.screen import duration, log_to_screen, printable, progress  # noqa: E402
-from tools import charts, pictures  # noqa: E402
-from tools.report_run import (  # noqa: E402
+from _command import exit_status
+from harness.console import duration, log_to_screen, printable, progress
+from harness.data.scene_files import mask_files
+from harness.errors import UserError
+from harness.files import write_text
+from harness.records.report import charts, pictures
+from harness.records.report.one_run import (
     SCENE_COLUMNS,
     numbers,
     report_of_one,
     scene_folder,
 )
-from tools.runs import differences, labels, measures, number, read_run  # noqa: E402
+from harness.records.saved_runs import differences, labels, measures, number, read_run
 
 TARGET = 0.9  # accuracy, MLCommons Science
-RUN_COLUMNS = {  # of tools.runs.measures: (heading, digits)
+RUN_COLUMNS = {  # of harness.records.saved_runs.measures: (heading, digits)
     "accuracy": ("accuracy", 4),
     "valid_accuracy": ("valid accuracy", 4),
     "seconds_per_scene": ("seconds per scene", 3),
@@ -114,7 +112,7 @@ def page(content, title):
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    folder = Path(__file__).parent
+    folder = Path(charts.__file__).parent
     script = (folder / "report.js").read_text(encoding="utf-8")
     digest = hashlib.sha256(script.encode()).digest()
     environment = Environment(

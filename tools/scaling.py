@@ -23,10 +23,9 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
-from harness.launch import reserve_port  # noqa: E402  (a program in tools/ adds the repository)
+import _command  # noqa: F401
+from harness import REPOSITORY
+from harness.parallel.rendezvous import reserve_port
 
 COLUMNS = (
     "scaling", "replicas", "nodes", "ranks", "batch_size", "repeats", "patches_per_second",

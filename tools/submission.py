@@ -46,16 +46,14 @@ from pathlib import Path
 
 import yaml
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
-from harness.config import FILE_KEYS, Config, check, load_config, resolved  # noqa: E402
-from harness.errors import UserError, exit_status  # noqa: E402
-from harness.files import digest_of_file, write_json, write_text  # noqa: E402
-from harness.screen import amount, log_to_screen, printable  # noqa: E402
-from tools.compare import markdown, markdown_table  # noqa: E402
-from tools.log_check import log_file, objections  # noqa: E402
-from tools.runs import differences, measures, read_run  # noqa: E402
+from _command import exit_status
+from harness.config import FILE_KEYS, Config, check, load_config, resolved
+from harness.console import amount, log_to_screen, printable
+from harness.errors import UserError
+from harness.files import digest_of_file, write_json, write_text
+from harness.records.saved_runs import differences, measures, read_run
+from tools.compare import markdown, markdown_table
+from tools.lib.log_check import log_file, objections
 
 RUNS_WANTED = 10  # of CloudMask, policy.adoc, 'Benchmark Results'
 TARGET = 0.9  # accuracy, policy.adoc, 'Benchmarks'

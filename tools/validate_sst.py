@@ -50,18 +50,15 @@ import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
+import h5py
+import numpy as np
 
-import h5py  # noqa: E402  (a program in tools/ adds the repository)
-import numpy as np  # noqa: E402
-
-from harness.config import load_config  # noqa: E402
-from harness.errors import UserError, exit_status  # noqa: E402
-from harness.files import replacing, write_csv  # noqa: E402
-from harness.hdf5_files import ForbiddenSource, open_dataset, open_file  # noqa: E402
-from harness.hdf5_rows import check_storage  # noqa: E402
-from harness.scene_files import (  # noqa: E402
+from _command import exit_status
+from harness.config import load_config
+from harness.console import log_to_screen, progress, table
+from harness.data.hdf5_files import ForbiddenSource, open_dataset, open_file
+from harness.data.hdf5_rows import check_storage
+from harness.data.scene_files import (
     check_geodetic,
     day_or_night,
     find_masks,
@@ -74,8 +71,9 @@ from harness.scene_files import (  # noqa: E402
     times_of,
     unpacked,
 )
-from harness.screen import log_to_screen, progress, table  # noqa: E402
-from tools.runs import add_mask_options  # noqa: E402
+from harness.errors import UserError
+from harness.files import replacing, write_csv
+from harness.records.saved_runs import add_mask_options
 
 COLUMNS = (
     "time", "latitude", "longitude", "buoy_sst", "satellite_sst", "quality_level",

@@ -1,0 +1,1 @@
+"""Scene files: finding, checking and reading them."""

@@ -1,0 +1,1 @@
+"""Masks of scenes, and their scores."""

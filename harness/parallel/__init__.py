@@ -1,0 +1,1 @@
+"""Launchers, ranks and devices."""

@@ -1,0 +1,1 @@
+"""report.html: numbers, charts and pictures of one run or several."""

@@ -1,0 +1,1 @@
+"""Training steps, losses, augmentation and checkpoints."""

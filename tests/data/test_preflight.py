@@ -1,0 +1,341 @@
+import json
+import re
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+from conftest import HEIGHT, PATCH, WIDTH, results, rewrite, rows, spoil, start
+
+import data_loader
+import slstr_cloud
+from data_loader import SceneError
+from harness.console import amount, duration, table
+from harness.data.preflight import BadScenes, check_disk, check_scenes
+
+SHAPE = (HEIGHT, WIDTH, 9)
+
+
+def truncate(path):
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+@pytest.fixture
+def copy(tmp_path, dataset, settings):
+    """A data set that a test may damage, and the settings for it."""
+    shutil.copytree(dataset, tmp_path / "data")
+    return {
+        **settings,
+        "epochs": 1,
+        "train_dir": str(tmp_path / "data/one-day"),
+        "inference_dir": str(tmp_path / "data/ssts"),
+    }
+
+
+def train_scenes(copy):
+    return data_loader.find_scenes(copy["train_dir"])
+
+
+# --- the check of one scene
+
+
+def test_good_scene_tells_how_it_is_stored(dataset):
+    path = data_loader.find_scenes(dataset)[0]
+    assert data_loader.check_scene(path, SHAPE) == {
+        "refs": "float64 contiguous", "bts": "float32 contiguous", "bayes": "float64 contiguous",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("how", [{}, {"chunks": (16, 27, 1)}, {"compression": "gzip"}])
+def test_truncated_scene_is_found_without_reading_it(copy, how, monkeypatch):
+    path = train_scenes(copy)[0]
+    rewrite(path, **how)
+    monkeypatch.setattr(data_loader, "read_blocks", None)
+    assert data_loader.check_scene(path, SHAPE)
+    truncate(path)
+    with pytest.raises(SceneError, match="truncated"):
+        data_loader.check_scene(path, SHAPE)
+
+
+def test_chunk_that_lies_after_the_end_is_found(copy, monkeypatch):
+    path = train_scenes(copy)[0]
+    rewrite(path, compression="gzip")
+    with h5py.File(path) as file:
+        info = file["bts"].id.get_chunk_info(0)
+    monkeypatch.setattr("os.stat", short_by(path.stat().st_size - info.byte_offset - 1))
+    with pytest.raises(SceneError, match="ends after the file"):
+        data_loader.check_scene(path, SHAPE)
+
+
+def short_by(n_bytes):
+    """`os.stat` of files that are shorter than they say."""
+    stat = data_loader.os.stat
+
+    def shorter(path, **how):
+        found = stat(path, **how)
+        values = list(found)
+        values[6] -= n_bytes
+        return data_loader.os.stat_result(values)
+
+    return shorter
+
+
+def test_filter_that_is_not_to_be_had_is_named(copy, monkeypatch):
+    path = train_scenes(copy)[0]
+    rewrite(path, compression="gzip")
+    monkeypatch.setattr(h5py.h5z, "filter_avail", lambda number: False)
+    with pytest.raises(SceneError, match=r"filter 1 \(deflate\), which this HDF5 lacks"):
+        data_loader.check_scene(path, SHAPE)
+
+
+def test_scenes_are_checked_in_their_order(tmp_path):
+    paths = [tmp_path / str(i) for i in range(200)]
+
+    def check(path):
+        if int(path.name) % 7 == 0:
+            raise SceneError(f"bad {path.name}")
+        return path.name
+
+    good, bad = check_scenes(paths, check)
+    assert list(bad) == paths[::7] and bad[paths[7]] == "bad 7"
+    assert good == {path: path.name for path in paths if int(path.name) % 7}
+
+
+# --- numbers that cannot be
+
+
+def test_numbers_out_of_range_are_counted_and_missing_ones_are_not(copy):
+    path = train_scenes(copy)[0]
+    rng = np.random.default_rng(0)
+
+    def change(name, values):
+        values = values.copy()
+        where = rng.random(values.shape)
+        if name == "refs":
+            values[where < 0.01] = 50.0
+            values[where > 0.99] = np.nan
+        if name == "bts":
+            values[where < 0.02] = 20.0
+            values[where > 0.99] = np.inf
+            values[(where > 0.9) & (where < 0.91)] = 0
+        return values
+
+    rewrite(path, change)
+    with h5py.File(path) as file:
+        refs, bts = file["refs"][:], file["bts"][:]
+    expected = np.sum(refs == 50) + np.sum(bts == 20)
+    assert expected > 1000
+    assert data_loader.read_scene(path, SHAPE).out_of_range == expected
+
+
+def test_run_reports_them_for_each_scene(tmp_path, copy):
+    celsius = data_loader.find_scenes(copy["inference_dir"])[0]
+    rewrite(celsius, lambda name, values: values - 273.15 if name == "bts" else values)
+    strange = train_scenes(copy)[0]
+    rewrite(strange, lambda name, values: 100 * values if name == "refs" else values)
+    run = start(tmp_path / "out", copy)
+    assert run.status == 0
+    told = re.findall(r"WARNING (.*) holds \d+ numbers", (run.folder / "rank-0.log").read_text())
+    assert told == [str(strange), str(celsius)]
+    counts = {row["scene"]: int(row["out_of_range"]) for row in rows(run.folder / "scenes.csv")}
+    assert counts[celsius.stem] > 10_000 and sum(counts.values()) == counts[celsius.stem]
+    assert results(run.folder)["inference"]["out_of_range"] == counts[celsius.stem]
+
+
+# --- what a run does about bad scenes
+
+
+def test_all_bad_scenes_are_told_before_a_run_and_no_folder_is_left(tmp_path, copy, capsys):
+    first, second, *_ = train_scenes(copy)
+    third = data_loader.find_scenes(copy["inference_dir"])[1]
+    truncate(first)
+    second.write_bytes(b"")
+    with h5py.File(third, "a") as file:
+        del file["bayes"]
+    run = start(tmp_path / "out", copy)
+    assert run.status == 2 and run.folder is None
+    lines = [line for line in capsys.readouterr().err.splitlines() if "Bad scene" in line]
+    assert len(lines) == 3
+    for path, line in zip((first, second, third), lines, strict=True):
+        assert str(path) in line
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["input.yaml"]
+
+
+def test_skip_leaves_bad_scenes_out_of_everything(tmp_path, copy):
+    bad = train_scenes(copy)[2]
+    truncate(bad)
+    bad_too, good = data_loader.find_scenes(copy["inference_dir"])
+    bad_too.write_bytes(b"no HDF5")
+    run = start(tmp_path / "out", {**copy, "on_bad_scene": "skip"})
+    assert run.status == 0
+    said = results(run.folder)
+    assert [(b["path"], b["during"]) for b in said["bad_scenes"]] == [
+        (str(bad), "start"), (str(bad_too), "start"),
+    ]  # fmt: skip
+    assert "truncated" in said["bad_scenes"][0]["reason"]
+    # int(0.75 x 6 good scenes) = 4, 12 patches each
+    assert (said["training"]["scenes_train"], said["training"]["scenes_test"]) == (4, 2)
+    assert said["training"]["patches_train"] == 48
+    assert [row["scene"] for row in rows(run.folder / "scenes.csv")] == [good.stem]
+    assert "Left out" in (run.folder / "rank-0.log").read_text()
+
+
+def test_a_resumed_run_keeps_the_scenes_that_it_began_with(tmp_path, copy):
+    bad = train_scenes(copy)[2]
+    whole = bad.read_bytes()
+    truncate(bad)
+    run = start(tmp_path / "out", {**copy, "on_bad_scene": "skip"})
+    before = results(run.folder)["training"]
+    bad.write_bytes(whole)
+    assert data_loader.check_scene(bad, SHAPE)
+    resumed = ["--resume", str(run.folder), "--set", "epochs=2"]
+    assert slstr_cloud.main(resumed) == 0
+    after = results(run.folder)
+    assert after["training"]["epochs_run"] == 2
+    assert after["training"]["patches_train"] == before["patches_train"] == 48
+    assert [b["path"] for b in after["bad_scenes"]] == [str(bad)]
+
+
+def test_scene_that_turns_bad_in_training_follows_the_rule(tmp_path, copy):
+    train_paths, _ = data_loader.split_scenes(train_scenes(copy), copy["train_split"])
+    spoil(train_paths[1])
+    stopped = start(tmp_path / "stop", copy)
+    assert stopped.status == 2
+    assert str(train_paths[1]) in results(stopped.folder)["error"]
+
+    skipped = start(tmp_path / "skip", {**copy, "on_bad_scene": "skip"})
+    assert skipped.status == 0
+    said = results(skipped.folder)
+    assert [(b["path"], b["during"]) for b in said["bad_scenes"]] == [
+        (str(train_paths[1]), "training")
+    ]
+    (row,) = rows(skipped.folder / "history.csv")
+    assert np.isfinite(float(row["loss"])) and 0 < float(row["accuracy"]) < 1
+    # Of 60 patches 48 were trained on in that time.
+    train_seconds = said["training"]["train_seconds_per_epoch"][0]
+    assert float(row["patches_per_second"]) == pytest.approx(48 / train_seconds)
+
+
+def test_scene_that_turns_bad_in_inference_follows_the_rule(tmp_path, copy):
+    bad, good = data_loader.find_scenes(copy["inference_dir"])
+    spoil(bad)
+    run = start(tmp_path / "skip", {**copy, "on_bad_scene": "skip"})
+    assert run.status == 0
+    assert [row["scene"] for row in rows(run.folder / "scenes.csv")] == [good.stem]
+    assert [(b["path"], b["during"]) for b in results(run.folder)["bad_scenes"]] == [
+        (str(bad), "inference")
+    ]
+    assert [path.stem for path in (run.folder / "masks").iterdir()] == [good.stem]
+    stopped = start(tmp_path / "stop", copy)
+    assert stopped.status == 2 and str(bad) in results(stopped.folder)["error"]
+
+
+def test_patches_of_a_scene_left_out_weigh_nothing_and_others_are_the_same(copy):
+    paths = train_scenes(copy)
+
+    def batches(**how):
+        return data_loader.PatchBatches(
+            paths,
+            read=lambda path, patches: data_loader.read_patches(path, patches, SHAPE, PATCH),
+            patch_size=PATCH, patches_per_scene=12, n_channels=9, batch_size=11, **how,
+        )  # fmt: skip
+
+    def epoch(source):
+        with source as opened:
+            feed = iter(opened)
+            return [next(feed) for _ in range(opened.n_steps)]
+
+    whole = epoch(batches())
+    spoil(paths[3])
+    left_out = []
+    holed = epoch(batches(leave_out=lambda path, error: left_out.append(path)))
+    assert set(left_out) == {paths[3]}
+    n_zero = 0
+    for (channels, cloud, weight), expected in zip(holed, whole, strict=True):
+        used = weight == 1
+        n_zero += np.sum(expected[2] == 1) - np.sum(used)
+        np.testing.assert_array_equal(channels[used], expected[0][used])
+        np.testing.assert_array_equal(cloud[used], expected[1][used])
+        assert not channels[~used].any() and not cloud[~used].any()
+    assert n_zero == 12
+
+
+def test_more_than_half_of_the_scenes_turning_bad_is_an_error(tmp_path):
+    leave_out = BadScenes(tmp_path).leave_out("training", 4)
+    for name in ("a", "a", "b"):
+        leave_out(tmp_path / name, SceneError(f"{name} is bad."))
+    with pytest.raises(SceneError, match="3 of 4 scenes of the training can no longer be read"):
+        leave_out(tmp_path / "c", SceneError("c is bad."))
+    assert BadScenes(tmp_path).paths("training") == [str(tmp_path / name) for name in "abc"]
+
+
+def test_no_good_scene_is_an_error_also_with_skip(tmp_path, copy, capsys):
+    for path in data_loader.find_scenes(copy["inference_dir"]):
+        truncate(path)
+    run = start(tmp_path / "out", {**copy, "on_bad_scene": "skip"})
+    assert run.status == 2 and run.folder is None
+    assert "None of 2 scenes can be used" in capsys.readouterr().err
+
+
+# --- disk space
+
+
+def test_too_small_a_disk_is_told_before_the_run(tmp_path, copy, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=5_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    run = start(tmp_path / "out", copy)
+    assert run.status == 2 and run.folder is None
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "5.0 MB free" in error and "take up to 100.0 MB" in error
+
+
+def test_disk_of_a_folder_that_is_absent_is_that_of_its_parent(tmp_path):
+    assert check_disk(tmp_path / "a/b/c", 1) == pytest.approx(shutil.disk_usage(tmp_path).free, 0.1)
+
+
+# --- --mode check
+
+
+def test_mode_check_prints_what_it_finds_and_makes_no_run(tmp_path, copy, capsys):
+    strange = train_scenes(copy)[0]
+    rewrite(strange, compression="gzip")
+    checked = start(tmp_path / "out", copy, "--mode", "check")
+    assert checked.status == 0 and checked.folder is None
+    lines = capsys.readouterr().out.splitlines()
+    found = {line[:22].strip(): line[22:].strip() for line in lines}
+    assert found["scenes"].split() == ["7", "2"]
+    assert found["refs"].startswith("float64 contiguous (6), float64 chunked (1)")
+    scenes = [data_loader.read_scene(path, SHAPE) for path in train_scenes(copy)]
+    cloud = f"{np.mean([scene.cloud.mean() for scene in scenes]):.1%}"
+    assert found["cloud"].split()[0] == cloud
+    assert any("an epoch" in line for line in lines) and any("free" in line for line in lines)
+
+
+def test_mode_check_tells_of_bad_scenes(tmp_path, copy, capsys):
+    truncate(train_scenes(copy)[0])
+    spoil(train_scenes(copy)[1])  # one of the sample
+    checked = start(tmp_path / "out", copy, "--mode", "check")
+    assert checked.status == 2 and checked.folder is None
+    output = capsys.readouterr()
+    assert output.err.count("Bad scene: ") == 2 and "bad" in output.out
+
+
+def test_table_and_its_numbers_are_for_people():
+    assert table({"x": {"a": "1", "b": "22"}, "y": {"b": "3"}}) == "   x   y\na  1\nb  22  3"
+    assert [amount(n) for n in (0, 999, 1000, 163e9, 2.5e12)] == [
+        "0 B", "999 B", "1.0 kB", "163.0 GB", "2.5 TB",
+    ]  # fmt: skip
+    assert [duration(s) for s in (2.04, 250, 12000)] == ["2.0 s", "4 min 10 s", "3 h 20 min"]
+
+
+def test_bad_scenes_are_kept_in_files_that_can_be_forgotten(tmp_path):
+    bad = BadScenes(tmp_path)
+    assert bad.all() == []
+    bad.add(tmp_path / "s\n\udcff", "odd", "inference")
+    bad.add(tmp_path / "t", "worse", "start")
+    assert [json.dumps(scene["path"]) for scene in bad.all()] == [
+        json.dumps(str(tmp_path / name)) for name in ("s\n\udcff", "t")
+    ]
+    bad.forget("inference")
+    assert bad.paths("inference") == [] and bad.paths("start") == [str(tmp_path / "t")]

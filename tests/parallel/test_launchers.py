@@ -1,0 +1,163 @@
+import json
+import os
+import threading
+
+import pytest
+from lsf_standin import parse_arguments, rank_environments
+
+from harness.errors import UserError
+from harness.parallel.devices import _share
+from harness.parallel.launchers import Launch, detect_launch
+from harness.parallel.rendezvous import Meeting, reserve_port
+
+# As seen by rank 3 of `srun --nodes=3 --ntasks=5` under Slurm 22.05
+SLURM = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "3",
+    "SLURM_NTASKS": "5",
+    "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+    "SLURM_NODEID": "1",
+    "SLURM_LOCALID": "1",
+    "SLURMD_NODENAME": "n2",
+}
+
+
+def test_nothing_started_us():
+    launch = detect_launch({})
+    assert (launch.rank, launch.n_ranks, launch.local_size) == (0, 1, 1)
+
+
+def test_rank_of_slurm_with_uneven_tasks():
+    launch = detect_launch(SLURM)
+    assert (launch.rank, launch.n_ranks, launch.local_rank, launch.local_size) == (3, 5, 1, 2)
+    assert launch.node == "n2" and launch.job == "slurm-77-0-0"
+    last = {**SLURM, "SLURM_PROCID": "4", "SLURM_NODEID": "2", "SLURM_LOCALID": "0"}
+    assert detect_launch(last).local_size == 1
+
+
+def test_requeued_job_is_another_start():
+    assert detect_launch({**SLURM, "SLURM_RESTART_COUNT": "1"}).job != detect_launch(SLURM).job
+
+
+def test_batch_script_itself_is_one_rank():
+    # sbatch --ntasks=5 without srun: SLURM_NTASKS says 5 where one process was started
+    assert detect_launch({"SLURM_NTASKS": "5", "SLURM_PROCID": "0"}).n_ranks == 1
+
+
+@pytest.mark.parametrize(
+    ("visible", "on_node", "shared"), [(None, "4", True), ("0,1,2,3", "4", True), ("2", "4", False)]
+)
+def test_slurm_gpus_are_divided_where_all_ranks_see_all(visible, on_node, shared):
+    environ = {**SLURM, "SLURM_GPUS_ON_NODE": on_node}
+    if visible:
+        environ["CUDA_VISIBLE_DEVICES"] = visible
+    assert detect_launch(environ).shares_gpus is shared
+
+
+def test_ranks_of_jsrun_are_those_of_the_stand_in(tmp_path):
+    arguments = parse_arguments(["-n", "5", "-r", "3", "-g", "2", "--", "true"])
+    launches = [
+        detect_launch(environ) for environ in rank_environments(arguments, {}, tmp_path / "file")
+    ]
+    assert [launch.rank for launch in launches] == [0, 1, 2, 3, 4]
+    assert {launch.n_ranks for launch in launches} == {5}
+    assert [launch.local_size for launch in launches] == [3, 3, 3, 2, 2]
+    assert len({launch.job for launch in launches}) == 1
+    assert not any(launch.shares_gpus for launch in launches)
+
+
+def test_open_mpi_without_a_job_is_refused():
+    with pytest.raises(UserError, match="PMIX_NAMESPACE"):
+        detect_launch({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"})
+
+
+def tf_config(index, **cluster):
+    return {"TF_CONFIG": json.dumps({"cluster": cluster, "task": {"index": index}})}
+
+
+def test_given_tf_config_is_used():
+    launch = detect_launch(tf_config(2, worker=["a:1", "b:1", "b:2"]))
+    assert (launch.rank, launch.n_ranks, launch.local_rank, launch.local_size) == (2, 3, 1, 2)
+    assert launch.addresses == ("a:1", "b:1", "b:2") and launch.node == "b"
+    assert detect_launch(tf_config(0, worker=["a:1"])).n_ranks == 1
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"TF_CONFIG": "{"},
+        tf_config(0, worker=["a:1"], ps=["b:1"]),
+        tf_config(5, worker=["a:1", "b:1"]),
+    ],
+)
+def test_unusable_tf_config_is_refused(environ):
+    with pytest.raises(UserError, match="TF_CONFIG cannot be used"):
+        detect_launch(environ)
+
+
+def ranks(n, folder):
+    return [Meeting(Launch(rank, n, job="x"), folder) for rank in range(n)]
+
+
+def test_ranks_exchange_their_cards(tmp_path):
+    found = {}
+
+    def take_part(meeting):
+        meeting.show(number=meeting.launch.rank)
+        found[meeting.launch.rank] = meeting.wait_for_all(seconds=20)
+
+    threads = [threading.Thread(target=take_part, args=(m,)) for m in ranks(4, tmp_path)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {rank: [{"number": n} for n in range(4)] for rank in range(4)}
+
+
+def test_missing_ranks_are_named(tmp_path):
+    meetings = ranks(5, tmp_path)
+    for rank in (0, 3):
+        meetings[rank].show()
+    with pytest.raises(UserError, match=r"3 did not start within 0 s: 1, 2, 4\."):
+        meetings[0].wait_for_all(seconds=0)
+
+
+def test_failure_of_a_rank_ends_the_waiting(tmp_path):
+    meetings = ranks(3, tmp_path)
+    meetings[1].show(error="no such directory")
+    with pytest.raises(UserError, match="Rank 1 says: no such directory"):
+        meetings[0].wait_for_all(seconds=20)
+
+
+def test_cards_of_an_earlier_start_are_not_read(tmp_path):
+    first, second = ranks(2, tmp_path)
+    second.show(error="of yesterday")
+    for file in first.folder.iterdir():
+        os.utime(file, (1, 1))
+    assert first.read() == {}
+
+
+def test_chief_removes_the_meeting(tmp_path):
+    meetings = ranks(2, tmp_path)
+    with meetings[1]:
+        meetings[1].show()
+    assert meetings[1].folder.exists()
+    with meetings[0]:
+        pass
+    assert not meetings[0].folder.exists()
+
+
+def test_reserved_ports_differ():
+    sockets = [reserve_port() for _ in range(20)]
+    assert len({s.getsockname()[1] for s in sockets}) == 20
+    for s in sockets:
+        s.close()
+
+
+def test_ranks_of_a_node_divide_its_gpus():
+    gpus = list("abcdef")
+    assert [_share(gpus, rank, 3) for rank in range(3)] == [["a", "b"], ["c", "d"], ["e", "f"]]
+    with pytest.raises(UserError, match="4 ranks share a node of 6 GPUs"):
+        _share(gpus, 0, 4)

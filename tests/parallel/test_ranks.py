@@ -1,0 +1,185 @@
+"""Runs of several processes on this host, started as jsrun starts them."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import results, rows, spoil
+from lsf_standin import parse_arguments, rank_environments
+from test_slstr_cloud import (
+    assert_same_losses_and_scores,
+    copy_of_training_scenes,
+    objections_to,
+)
+
+from harness import REPOSITORY
+
+pytestmark = pytest.mark.slow
+LIMIT_SECONDS = 120  # within which a failure ends all ranks
+
+
+class Ranks:
+    """The processes of one run, and what they printed."""
+
+    def __init__(self, n, settings, folder, resume=None, **changes):
+        settings = {**settings, "output_dir": folder, "run_name": "run", **changes}
+        arguments = ["--set", *(f"{key}={value}" for key, value in settings.items())]
+        if resume:
+            arguments += ["--resume", str(resume)]
+        options = parse_arguments(["-n", str(n), "--", "true"])
+        environments = rank_environments(options, os.environ, folder / "rankfile")
+        self.folder = folder / "run"
+        self.files = [(folder / f"stderr-{rank}").open("w+") for rank in range(n)]
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "slstr_cloud.py", *arguments],
+                cwd=REPOSITORY, env=environment, stderr=file,
+            )
+            for environment, file in zip(environments, self.files, strict=True)
+        ]  # fmt: skip
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for process, file in zip(self.processes, self.files, strict=True):
+            process.kill()
+            process.wait()
+            file.close()
+
+    def wait(self, seconds=400):
+        """Exit statuses of all ranks."""
+        deadline = time.monotonic() + seconds
+        return [process.wait(max(1, deadline - time.monotonic())) for process in self.processes]
+
+    def wait_for(self, condition, seconds=200):
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline
+            assert all(process.poll() is None for process in self.processes)
+            time.sleep(0.1)
+
+    def error(self, rank):
+        return Path(self.files[rank].name).read_text()
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_ranks_change_neither_losses_nor_scores(finished, settings, tmp_path, n):
+    with Ranks(n, settings, tmp_path) as ranks:
+        assert ranks.wait() == [0] * n, ranks.error(0)
+    assert results(ranks.folder)["devices"]["ranks"] == n
+    assert_same_losses_and_scores(finished, ranks.folder)
+    assert objections_to(ranks.folder / "mlperf_cloudmask.log") == []
+    assert all((ranks.folder / f"rank-{rank}.log").exists() for rank in range(n))
+    assert not list(tmp_path.glob(".ranks-*"))
+
+
+def test_fewer_scenes_than_ranks(settings, tmp_path):
+    # one scene to train on, one to validate with, two to mask, three ranks
+    (data := tmp_path / "data").mkdir()
+    for path in sorted(Path(settings["train_dir"]).rglob("S3A*.hdf"))[:2]:
+        (data / path.name).symlink_to(path)
+    with Ranks(3, settings, tmp_path, train_dir=data, train_split=0.5, epochs=2) as ranks:
+        assert ranks.wait() == [0, 0, 0], ranks.error(0)
+    assert len(rows(ranks.folder / "history.csv")) == 2
+    assert results(ranks.folder)["training"]["scenes_train"] == 1
+
+
+def test_killed_rank_ends_all_and_is_named(settings, tmp_path):
+    with Ranks(3, settings, tmp_path, epochs=1000) as ranks:
+        ranks.wait_for(lambda: (ranks.folder / "history.csv").exists())  # the second epoch
+        ranks.processes[2].send_signal(signal.SIGKILL)
+        statuses = ranks.wait(LIMIT_SECONDS)
+    assert 0 not in statuses and statuses[2] == -signal.SIGKILL
+    assert "Rank 2 was lost" in ranks.error(0)
+    assert "Rank 2 was lost" in (ranks.folder / "rank-0.log").read_text()
+    assert results(ranks.folder)["status"] == "aborted"
+    (objection,) = objections_to(ranks.folder / "mlperf_cloudmask.log")
+    assert "run_stop" in objection
+
+
+def test_reason_of_a_failing_rank_reaches_the_chief(dataset, settings, tmp_path):
+    train_dir = copy_of_training_scenes(dataset, tmp_path)
+    for path in train_dir.rglob("S3A*.hdf"):  # whichever is first, a rank meets one
+        spoil(path)
+    with Ranks(2, settings, tmp_path, train_dir=train_dir) as ranks:
+        statuses = ranks.wait(LIMIT_SECONDS)
+    assert 0 not in statuses
+    assert "cannot be read as a scene" in ranks.error(0)
+    assert "cannot be read as a scene" in results(ranks.folder)["error"]
+
+
+def test_bad_scenes_are_left_out_by_all_ranks(dataset, settings, tmp_path):
+    train_dir = copy_of_training_scenes(dataset, tmp_path)
+    first, second, *_ = sorted(train_dir.rglob("S3A*.hdf"))
+    first.write_bytes(b"")
+    spoil(second)
+    settings = {**settings, "on_bad_scene": "skip", "epochs": 1}
+    with Ranks(2, settings, tmp_path, train_dir=train_dir) as ranks:
+        assert ranks.wait(LIMIT_SECONDS) == [0, 0]
+    said = results(ranks.folder)
+    assert [(b["path"], b["during"] == "start") for b in said["bad_scenes"]] == [
+        (str(first), True), (str(second), False),
+    ]  # fmt: skip
+    assert said["training"]["scenes_train"] + said["training"]["scenes_test"] == 6
+
+
+def test_two_ranks_go_on_where_they_stopped(settings, tmp_path):
+    with Ranks(2, {**settings, "epochs": 3}, tmp_path) as ranks:
+        assert ranks.wait(LIMIT_SECONDS) == [0, 0]
+    whole = rows(ranks.folder / "history.csv")
+    shutil.rmtree(ranks.folder)
+    with Ranks(2, {**settings, "epochs": 1}, tmp_path) as ranks:
+        assert ranks.wait(LIMIT_SECONDS) == [0, 0]
+    with Ranks(2, {}, tmp_path, resume=ranks.folder, epochs=3) as ranks:
+        assert ranks.wait(LIMIT_SECONDS) == [0, 0]
+    resumed = rows(ranks.folder / "history.csv")
+    assert [row["epoch"] for row in resumed] == ["1", "2", "3"]
+    for a, b in zip(whole, resumed, strict=True):
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
+    assert results(ranks.folder)["resumed"] == 1
+
+
+def test_refused_start_ends_all_ranks_at_once(settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    with Ranks(2, settings, tmp_path) as ranks:
+        assert ranks.wait(LIMIT_SECONDS) == [2, 2]
+    assert "exists" in ranks.error(0) and "Rank 0 says" in ranks.error(1)
+
+
+def test_many_ranks_refuse_virtual_devices(settings, tmp_path):
+    with Ranks(2, settings, tmp_path, cpu_devices=2) as ranks:
+        assert ranks.wait(LIMIT_SECONDS) == [2, 2]
+    assert "cpu_devices: 2" in ranks.error(0)
+
+
+def test_given_tf_config_connects_ranks(settings, tmp_path):
+    from harness.parallel.rendezvous import reserve_port
+
+    sockets = [reserve_port() for _ in range(2)]
+    workers = [f"localhost:{s.getsockname()[1]}" for s in sockets]
+    for s in sockets:
+        s.close()
+    arguments = [f"{key}={value}" for key, value in settings.items()]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "slstr_cloud.py", "--mode", "train", "--set", *arguments, "epochs=1",
+             f"output_dir={tmp_path}", "run_name=run"],
+            cwd=REPOSITORY,
+            env={
+                **os.environ,
+                "TF_CONFIG": json.dumps(
+                    {"cluster": {"worker": workers}, "task": {"type": "worker", "index": rank}}
+                ),
+            },
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    assert [process.wait(300) for process in processes] == [0, 0]
+    assert results(tmp_path / "run")["devices"]["ranks"] == 2

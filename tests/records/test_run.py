@@ -1,0 +1,81 @@
+import csv
+import json
+import logging
+import shutil
+
+import pytest
+
+from harness.console import PlainFormatter, log_to_file, printable
+from harness.errors import UserError
+from harness.files import write_csv
+from harness.records.mlperf_log import open_mlperf_log
+from harness.records.resume import load_resumed
+
+FORGED = "S3A_a\nError: all is lost\x1b[2J\u202efdh\udcff\r.hdf"
+ESCAPED = r"S3A_a\nError: all is lost\x1b[2J\u202efdh\udcff\r.hdf"
+
+
+def test_printable_text_stays_as_it_is():
+    assert printable("S3A_é_雲 '\\n'") == "S3A_é_雲 '\\n'"
+
+
+def test_name_of_a_file_forges_no_line_of_a_log(tmp_path):
+    handler = log_to_file(tmp_path / "rank-0.log")
+    try:
+        # To the file alone: pytest-xdist cannot send a captured log that is not UTF-8.
+        handler.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": FORGED}))
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+    (line,) = (tmp_path / "rank-0.log").read_text(encoding="utf-8").splitlines()
+    assert line.endswith(f"ERROR {ESCAPED}")
+
+
+def test_formatter_leaves_a_traceback_its_lines():
+    try:
+        raise ValueError("x")
+    except ValueError as error:
+        info = type(error), error, error.__traceback__
+    record = logging.LogRecord("cloudmask", logging.ERROR, "", 0, "a\nb", (), info)
+    assert PlainFormatter("%(message)s").format(record).startswith("a\\nb\nTraceback")
+
+
+@pytest.mark.parametrize("name", [FORGED, 'a,"b"'], ids=["forged", "quoted"])
+def test_row_of_csv_is_one_line(tmp_path, name):
+    """A formula needs = + - or @ at the front of a cell; names of scenes begin with S3A."""
+    write_csv(tmp_path / "scenes.csv", ["scene", "accuracy"], [{"scene": name, "accuracy": 0.5}])
+    text = (tmp_path / "scenes.csv").read_text(encoding="utf-8")
+    assert len(text.splitlines()) == 2
+    (row,) = csv.DictReader(text.splitlines())
+    assert row == {"scene": printable(name), "accuracy": "0.5"}
+
+
+def test_mlperf_log_that_lost_bytes_is_refused_and_kept(tmp_path):
+    log = tmp_path / "mlperf.log"
+    log.write_text("ten bytes\n")
+    with pytest.raises(UserError, match="has 10 bytes, the run had written 20"):
+        open_mlperf_log(log, tmp_path, 20)
+    assert log.read_text() == "ten bytes\n"
+
+
+def test_edited_configuration_of_a_run_is_refused_with_both_values(finished, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    told = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps({**told, "status": "aborted"}))
+    monkeypatch.chdir(tmp_path)
+    assert load_resumed(run)[0].crop_size == 10
+    file = run / "config.yaml"
+    file.write_text(file.read_text().replace("CROP_SIZE: 10", "CROP_SIZE: 20"))
+    with pytest.raises(UserError, match="CROP_SIZE was 10, now 20"):
+        load_resumed(run)
+
+
+@pytest.mark.parametrize("parts", [None, "abc", [{}], [{"start": "", "status": "", "seconds": ""}]])
+def test_damaged_results_of_a_run_are_the_users_to_mend(finished, tmp_path, parts):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    told = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps({**told, "parts": parts}))
+    with pytest.raises(UserError, match="cannot be resumed"):
+        load_resumed(run)

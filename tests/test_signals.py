@@ -1,0 +1,66 @@
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from harness import REPOSITORY
+from harness.signals import Interrupted, check_signals, deferred, heed_signals
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    heed_signals()
+    yield
+    heed_signals()  # forgets those of the test
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_signal_ends_the_program_with_128_and_its_number():
+    with pytest.raises(Interrupted) as told:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert told.value.code == 143 and "SIGTERM" in str(told.value)
+
+
+def test_deferred_work_ends_first():
+    done = []
+    with pytest.raises(Interrupted), deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append(True)
+    assert done
+
+
+def test_signal_that_python_dropped_in_a_destructor_is_not_lost(monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", lambda told: None)
+
+    class Dies:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    heed_signals(anew=False)
+    Dies()
+    with pytest.raises(Interrupted):
+        check_signals()
+
+
+def test_signals_of_an_earlier_program_are_forgotten():
+    with pytest.raises(Interrupted):
+        os.kill(os.getpid(), signal.SIGTERM)
+    heed_signals(anew=False)
+    with pytest.raises(Interrupted):
+        check_signals()
+    heed_signals()
+    check_signals()
+
+
+def test_ctrl_c_while_tensorflow_is_imported_shows_no_traceback(tmp_path):
+    (tmp_path / "tensorflow.py").write_text("raise KeyboardInterrupt\n")
+    program = subprocess.run(
+        [sys.executable, REPOSITORY / "harness" / "quiet_tensorflow.py"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+    )
+    assert (program.returncode, program.stderr) == (130, b"")

@@ -1,0 +1,44 @@
+"""What every command here starts with: the repository on the path, and its exit status."""
+
+import logging
+import sys
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # python tools/x.py, from anywhere
+
+log = logging.getLogger("tools")
+
+
+def exit_status(work, verbose=False, when_stopped=""):
+    """Do the work of a program in tools/; an error is told in one line.
+
+    Args:
+        work: Function without arguments.
+        verbose: Whether tracebacks are shown.
+        when_stopped: What is said besides, of a program that heeds signals (harness.signals).
+
+    Returns:
+        0; 2 for the user's mistake, a missing package too; 130 after SIGINT; 143 after SIGTERM of a
+        program that heeds it; 1 for the rest.
+    """
+    from harness.errors import INSTALL_TOOLS, is_users_mistake, one_line
+    from harness.signals import Interrupted
+
+    try:
+        work()
+    except Interrupted as error:
+        log.error("Stopped: %s. %s", error, when_stopped)
+        return error.code
+    except KeyboardInterrupt:
+        log.error("Stopped: received SIGINT.")
+        return 130
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        if isinstance(error, ModuleNotFoundError):
+            log.error("Error: the package %s is missing. Type: %s", error.name, INSTALL_TOOLS)
+            return 2
+        log.error("Error: %s", one_line(error))
+        return 2 if is_users_mistake(error) else 1
+    return 0
