@@ -25,7 +25,7 @@ import numpy as np
 import data_loader
 from data_loader import PatchBatches, SceneError
 from harness.config import load_config
-from harness.console import amount, duration, log_to_screen, progress, table
+from harness.console import format_bytes, format_duration, log_to_screen, progress, table
 from harness.data.prefetch import Readers, leave
 from harness.data.preflight import (
     DURING_START,
@@ -36,20 +36,20 @@ from harness.data.preflight import (
     results_bytes,
 )
 from harness.data.scene_files import fits
-from harness.errors import UserError, is_users_mistake, one_line
-from harness.files import digest_of, digest_of_file, replacing, write_csv
+from harness.errors import UserError, is_user_error, one_line
+from harness.files import file_sha256, json_sha256, replacing, write_csv
 from harness.inference import scores
 from harness.inference.masks import MaskFolder
 from harness.inference.predictor import Predictor, predictor_that_fits
 from harness.parallel.devices import open_devices, watch_ranks
 from harness.parallel.launchers import detect_launch
-from harness.parallel.rendezvous import Meeting
+from harness.parallel.rendezvous import Rendezvous
 from harness.records import mlperf_log, results
 from harness.records.mlperf_log import keys
 from harness.records.resume import MODES, find_requeued, load_resumed, sole_user
 from harness.records.run import Run, make_folder, make_report, peak_rss
 from harness.records.tensorboard import TensorBoard
-from harness.signals import Interrupted, check_signals, deferred, heed_signals
+from harness.signals import Interrupted, check_signals, deferred, install_handlers
 from harness.training.trainer import POLICIES, Trainer, translated_errors
 from model import DOWNSCALING, RECEPTIVE_RADIUS, unet
 
@@ -287,7 +287,7 @@ def infer(config, devices, run, paths):
         mlperf_log.log_hyperparameters(config, devices, run.mllog, 0, len(paths))
         run.start()
 
-    made_by = {"threshold": THRESHOLD, "model_sha256": digest_of_file(run.model_file)}
+    made_by = {"threshold": THRESHOLD, "model_sha256": file_sha256(run.model_file)}
 
     def check_all():
         check_signals()
@@ -486,7 +486,7 @@ def run_benchmark(config, mode, launch, folder=None, earlier=None):
         folder: Of the run that is resumed; None for a new one.
         earlier: What results.json holds of that.
     """
-    meeting = Meeting(launch, config.output_dir) if launch.n_ranks > 1 else None
+    meeting = Rendezvous(launch, config.output_dir) if launch.n_ranks > 1 else None
     with meeting or nullcontext(), watch_ranks(meeting):
         sets = find_sets(config, mode)
         bad = look_at_scenes(config, sets, folder) if launch.rank == 0 else {}
@@ -494,10 +494,12 @@ def run_benchmark(config, mode, launch, folder=None, earlier=None):
         work = [mode, repr(config), names, str(folder)]
         devices, folder, bad = open_run(config, mode, launch, meeting, work, folder, bad)
         train_paths, test_paths, inference_paths = usable_scenes(config, sets, bad)
-        heed_signals(anew=False)  # TensorFlow takes SIGTERM when it connects several ranks
+        install_handlers(anew=False)  # TensorFlow takes SIGTERM when it connects several ranks
         with (
             sole_user(folder) if devices.is_chief else nullcontext(),
-            Run(config, devices, mode, folder, BadScenes(folder), earlier, digest_of(names)) as run,
+            Run(
+                config, devices, mode, folder, BadScenes(folder), earlier, json_sha256(names)
+            ) as run,
             watch_ranks(meeting),
         ):
             log.info("Run %s", run.folder)
@@ -632,7 +634,7 @@ def check(config, launch):
         log.warning("Left out: %s", reason)
     free = check_disk(config.output_dir, needed := results_bytes(config, len(sets[1])))
     run = measure(config, usable_scenes(config, sets, set(map(str, bad))))
-    run["disk"] = f"up to {amount(needed)}, {amount(free)} free in {config.output_dir}"
+    run["disk"] = f"up to {format_bytes(needed)}, {format_bytes(free)} free in {config.output_dir}"
     sys.stdout.write("\n" + table({"the run": run}) + "\n")
 
 
@@ -666,13 +668,13 @@ def measure(config, scenes):
     begin = time.perf_counter()
     predictor(scene.channels)
     inference = (time.perf_counter() - begin) * len(inference_paths) / devices.n_replicas
-    gpu_memory = [f"{amount(n)} of a GPU's" for n in devices.peak_gpu_memory()[:1]]
+    gpu_memory = [f"{format_bytes(n)} of a GPU's" for n in devices.peak_gpu_memory()[:1]]
     return {
         "devices": devices.describe(),
-        "training": f"{duration(epoch)} an epoch, {duration(epoch * config.epochs)} for "
+        "training": f"{format_duration(epoch)} an epoch, {format_duration(epoch * config.epochs)} for "
         f"{config.epochs} epochs (from {STEPS_MEASURED} steps)",
-        "inference": f"{duration(inference)} for {len(inference_paths)} scenes (from one)",
-        "memory": " and ".join([amount(peak_rss()), *gpu_memory]) + " at most so far",
+        "inference": f"{format_duration(inference)} for {len(inference_paths)} scenes (from one)",
+        "memory": " and ".join([format_bytes(peak_rss()), *gpu_memory]) + " at most so far",
     }
 
 
@@ -685,7 +687,7 @@ def open_run(config, mode, launch, meeting, work, resumed, bad):
             *(config.xla, config.seed, meeting),
             folder=str(folder),
             bad=bad,
-            work=digest_of(work),
+            work=json_sha256(work),
         )
         if config.batch_size < devices.n_replicas:
             raise UserError(
@@ -735,7 +737,7 @@ def main(argv=None):
     """
     arguments = parse_arguments(argv)
     log_to_screen(arguments.verbose)
-    heed_signals()
+    install_handlers()
     try:
         launch = detect_launch()
         log_to_screen(arguments.verbose, is_chief=launch.rank == 0)
@@ -751,7 +753,7 @@ def main(argv=None):
         if arguments.verbose:
             traceback.print_exc()
         log.error("Error: %s", one_line(error))
-        return 2 if is_users_mistake(error) else 1
+        return 2 if is_user_error(error) else 1
     return 0
 
 

@@ -95,13 +95,13 @@ def table(columns):
     return "\n".join(lines)
 
 
-def amount(n_bytes):
+def format_bytes(n_bytes):
     """Bytes for people: '163.0 GB'."""
     power = min(len(str(int(n_bytes))) - 1, 14) // 3
     return f"{n_bytes / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
-def duration(seconds):
+def format_duration(seconds):
     """Seconds for people: '3 h 20 min', '4 min 10 s', '12 s'."""
     if seconds < 60:
         return f"{seconds:.1f} s"

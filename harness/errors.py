@@ -23,13 +23,13 @@ def one_line(error):
         # HDF5 has a strerror of its own, of many lines.
         reason = os.strerror(error.errno) if error.errno else error.strerror
         return f"{error.filename}: {reason}. Mend it, or set another path."
-    if is_users_mistake(error) or isinstance(error, Failure):
+    if is_user_error(error) or isinstance(error, Failure):
         return str(error)
     first = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {first} (--verbose shows where)"
 
 
-def is_users_mistake(error):
+def is_user_error(error):
     """Whether the user can mend an error: a bad value, file or permission, or a full disk."""
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.ENOSPC, errno.EDQUOT):
         return True

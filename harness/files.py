@@ -91,12 +91,12 @@ def jsonable(value):
     return str(value) if isinstance(value, Path) else value
 
 
-def digest_of(value):
+def json_sha256(value):
     """SHA-256 of what JSON can hold."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def digest_of_file(path):
+def file_sha256(path):
     """SHA-256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with open_regular(path) as file:

@@ -18,7 +18,7 @@ class Interrupted(SystemExit):
         return f"received {self.signal.name}"
 
 
-def heed_signals(anew=True):
+def install_handlers(anew=True):
     """Let SIGTERM and SIGINT raise Interrupted; TensorFlow may take SIGTERM for itself later on.
 
     Args:

@@ -6,15 +6,15 @@ import sys
 import pytest
 
 from harness import REPOSITORY
-from harness.signals import Interrupted, check_signals, deferred, heed_signals
+from harness.signals import Interrupted, check_signals, deferred, install_handlers
 
 
 @pytest.fixture(autouse=True)
 def signals():
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    heed_signals()
+    install_handlers()
     yield
-    heed_signals()  # forgets those of the test
+    install_handlers()  # forgets those of the test
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -40,7 +40,7 @@ def test_signal_that_python_dropped_in_a_destructor_is_not_lost(monkeypatch):
         def __del__(self):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    heed_signals(anew=False)
+    install_handlers(anew=False)
     Dies()
     with pytest.raises(Interrupted):
         check_signals()
@@ -49,10 +49,10 @@ def test_signal_that_python_dropped_in_a_destructor_is_not_lost(monkeypatch):
 def test_signals_of_an_earlier_program_are_forgotten():
     with pytest.raises(Interrupted):
         os.kill(os.getpid(), signal.SIGTERM)
-    heed_signals(anew=False)
+    install_handlers(anew=False)
     with pytest.raises(Interrupted):
         check_signals()
-    heed_signals()
+    install_handlers()
     check_signals()
 
 

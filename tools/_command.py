@@ -22,7 +22,7 @@ def exit_status(work, verbose=False, when_stopped=""):
         0; 2 for the user's mistake, a missing package too; 130 after SIGINT; 143 after SIGTERM of a
         program that heeds it; 1 for the rest.
     """
-    from harness.errors import INSTALL_TOOLS, is_users_mistake, one_line
+    from harness.errors import INSTALL_TOOLS, is_user_error, one_line
     from harness.signals import Interrupted
 
     try:
@@ -40,5 +40,5 @@ def exit_status(work, verbose=False, when_stopped=""):
             log.error("Error: the package %s is missing. Type: %s", error.name, INSTALL_TOOLS)
             return 2
         log.error("Error: %s", one_line(error))
-        return 2 if is_users_mistake(error) else 1
+        return 2 if is_user_error(error) else 1
     return 0

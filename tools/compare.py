@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from _command import exit_status
-from harness.console import amount, log_to_screen, printable, table
+from harness.console import format_bytes, log_to_screen, printable, table
 from harness.errors import UserError
 from harness.files import write_csv, write_text
 from harness.records.saved_runs import MEASURES, differences, labels, measures, read_run, repeats
@@ -47,8 +47,8 @@ SHOWN = {
     "valid_accuracy": ("valid_accuracy", "{:.4f}".format),
     "all_cloud_accuracy": ("all cloud", "{:.4f}".format),
     "threshold_accuracy": ("threshold", "{:.4f}".format),
-    "peak_rss": ("peak memory", amount),
-    "peak_gpu_memory": ("peak GPU memory", amount),
+    "peak_rss": ("peak memory", format_bytes),
+    "peak_gpu_memory": ("peak GPU memory", format_bytes),
     "energy_joules": ("energy [J]", "{:.0f}".format),
 }
 

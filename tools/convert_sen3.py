@@ -58,7 +58,7 @@ from harness.data.hdf5_files import open_dataset
 from harness.data.scene_files import PRODUCT_NAME, is_fill, numbers, reading, unpacked
 from harness.errors import Failure, UserError, one_line
 from harness.files import replacing
-from harness.signals import Interrupted, heed_signals
+from harness.signals import Interrupted, install_handlers
 
 REFLECTIVE, THERMAL = range(1, 7), range(7, 10)  # channels S1 to S6, S7 to S9
 MOST_BYTES = 4_000_000_000  # that a zip file may unpack to; a product needs 0.5 GB
@@ -610,7 +610,7 @@ def main(argv=None):
     """Run the program and return its exit status."""
     arguments = parse_arguments(argv)
     log_to_screen(arguments.verbose)
-    heed_signals()
+    install_handlers()
     return exit_status(
         lambda: convert_all(arguments), arguments.verbose, "Scenes that are written are whole."
     )

@@ -43,10 +43,10 @@ from pathlib import Path
 
 from _command import exit_status
 from harness import console as screen
-from harness.console import amount, duration, log_to_screen, progress, table
+from harness.console import format_bytes, format_duration, log_to_screen, progress, table
 from harness.errors import Failure, UserError, one_line
-from harness.files import digest_of, digest_of_file, sync, walk_files, write_csv
-from harness.signals import deferred, heed_signals
+from harness.files import file_sha256, json_sha256, sync, walk_files, write_csv
+from harness.signals import deferred, install_handlers
 
 ENDPOINT = "https://s3.echo.stfc.ac.uk"
 BUCKET = "sciml-datasets"
@@ -115,7 +115,7 @@ class Transfer:
     def partial(self, dest):
         """Path of the unfinished file. That of another ETag has another name."""
         path = dest / self.key
-        return path.with_name(f".{path.name}.{digest_of(self.etag)[:12]}{PARTIAL}")
+        return path.with_name(f".{path.name}.{json_sha256(self.etag)[:12]}{PARTIAL}")
 
 
 # --- the bucket -----------------------------------------------------------------------------
@@ -392,7 +392,7 @@ def fetch(bucket, transfer, dest, stop):
                 copy = partial
                 receive(bucket, transfer, partial, stop)
             verdict = has_etag(copy, transfer, bucket)
-            transfer.sha256 = digest_of_file(copy)
+            transfer.sha256 = file_sha256(copy)
             if verdict or (verdict is None and transfer.sha256 in copies):
                 sync(copy)
                 transfer.received, transfer.checked = transfer.size, verdict is True
@@ -539,7 +539,7 @@ def _texts(columns):
     shown = [row for row in (*rows, "to come") if any(counts[row] for counts in columns.values())]
     return {
         name: {
-            row: str(counts[row]) if row in rows[:2] else amount(counts[row]) for row in shown
+            row: str(counts[row]) if row in rows[:2] else format_bytes(counts[row]) for row in shown
         }
         for name, counts in columns.items()
     }  # fmt: skip
@@ -560,10 +560,12 @@ def check_disks(needed):
         free = shutil.disk_usage(where).free
         if free < n_bytes:
             raise UserError(
-                f"{where} has {amount(free)} free, {amount(n_bytes)} are to come. Make room, set "
+                f"{where} has {format_bytes(free)} free, {format_bytes(n_bytes)} are to come. Make room, set "
                 "another --dest, or take a sample with --scenes."
             )
-        log.info("%s has %s free, %s are to come.", where, amount(free), amount(n_bytes))
+        log.info(
+            "%s has %s free, %s are to come.", where, format_bytes(free), format_bytes(n_bytes)
+        )
 
 
 @contextlib.contextmanager
@@ -713,8 +715,8 @@ def byte_progress(transfers):
         rate = (done - begin) / (now - started)
         log.info(
             "Downloading: %s of %s, %s/s, %s left",
-            *(amount(done), amount(total), amount(max(rate, 0))),
-            duration((total - done) / rate) if rate > 0 else "unknown time",
+            *(format_bytes(done), format_bytes(total), format_bytes(max(rate, 0))),
+            format_duration((total - done) / rate) if rate > 0 else "unknown time",
         )
 
     yield show
@@ -769,7 +771,7 @@ def download(arguments):
         )
     log.info(
         "%d file(s) are in %s, %s; %s has their sha256.",
-        *(n_whole, dest, amount(sum(t.size for t in chosen)), dest / MANIFEST),
+        *(n_whole, dest, format_bytes(sum(t.size for t in chosen)), dest / MANIFEST),
     )
 
 
@@ -807,7 +809,9 @@ def verify(arguments):
             "content and download again."
         )
     n_bytes = sum(line["size"] for line in lines)
-    log.info("%d file(s) in %s, %s, are as the manifest says.", len(lines), dest, amount(n_bytes))
+    log.info(
+        "%d file(s) in %s, %s, are as the manifest says.", len(lines), dest, format_bytes(n_bytes)
+    )
 
 
 def _fault(dest, line):
@@ -818,7 +822,7 @@ def _fault(dest, line):
             return "missing"
         if (size := path.stat().st_size) != line["size"]:
             return f"{line['size']} bytes wanted, {size} found"
-        found = digest_of_file(path)
+        found = file_sha256(path)
     except OSError as error:
         return one_line(error)
     return None if found == line["sha256"] else f"sha256 {line['sha256']} wanted, {found} found"
@@ -861,7 +865,7 @@ def main(argv=None):
     """Run the program and return its exit status."""
     arguments = parse_arguments(argv)
     log_to_screen(arguments.verbose)
-    heed_signals()
+    install_handlers()
     work = verify if arguments.verify else download
     return exit_status(
         lambda: work(arguments), arguments.verbose, "The same command goes on from here."

@@ -44,7 +44,7 @@ from data_loader import BT_OFFSET, BT_SCALE, REFLECTANCE_OFFSET
 from harness.config import load_config
 from harness.console import log_to_screen
 from harness.errors import Failure, UserError
-from harness.files import digest_of_file, write_json
+from harness.files import file_sha256, write_json
 from harness.inference.predictor import cast_model
 from slstr_cloud import read_model
 
@@ -197,7 +197,7 @@ def export(source, kind, output):
     model_file = find_model(source)
     network = network_in_float32(read_model(model_file))
     about = {
-        "model_sha256": digest_of_file(model_file),
+        "model_sha256": file_sha256(model_file),
         "channels": f"S1 to S6: reflectance - {REFLECTANCE_OFFSET}; "
         f"S7 to S9: (brightness temperature [K] - {BT_OFFSET}) / {BT_SCALE}",
         "probability": "of cloud; the mask is cloud where it is above 0.5",

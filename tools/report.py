@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 
 from _command import exit_status
-from harness.console import duration, log_to_screen, printable, progress
+from harness.console import format_duration, log_to_screen, printable, progress
 from harness.data.scene_files import mask_files
 from harness.errors import UserError
 from harness.files import write_text
@@ -126,7 +126,7 @@ def page(content, title):
         ),
     )
     environment.filters |= {
-        "digits": digits, "duration": duration, "setting": setting, "svg": Markup,
+        "digits": digits, "duration": format_duration, "setting": setting, "svg": Markup,
     }  # fmt: skip
     return environment.get_template("report.html.jinja").render(
         **content,

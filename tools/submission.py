@@ -48,9 +48,9 @@ import yaml
 
 from _command import exit_status
 from harness.config import FILE_KEYS, Config, check, load_config, resolved
-from harness.console import amount, log_to_screen, printable
+from harness.console import format_bytes, log_to_screen, printable
 from harness.errors import UserError
-from harness.files import digest_of_file, write_json, write_text
+from harness.files import file_sha256, write_json, write_text
 from harness.records.saved_runs import differences, measures, read_run
 from tools.compare import markdown, markdown_table
 from tools.lib.log_check import log_file, objections
@@ -268,7 +268,7 @@ def describe_system(run, system, given):
         "host_processor_model_name": machine.get("processor"),
         "host_processor_core_count": cores and sockets and cores // sockets,
         "host_processor_vcpu_count": threads and sockets and threads // sockets,
-        "host_memory_capacity": memory and amount(memory),
+        "host_memory_capacity": memory and format_bytes(memory),
         "accelerators_per_node": n_gpus,
         "framework": framework,
         "other_software_stack": versions | ({"NVIDIA driver": drivers} if drivers else {}),
@@ -282,7 +282,7 @@ def describe_system(run, system, given):
         known |= {key: NONE for key in SYSTEM_FIELDS if key.startswith("accelerator_")}
     elif gpus:
         known["accelerator_model_name"] = ", ".join(sorted({gpu["name"] for gpu in gpus}))
-        memories = sorted({amount(gpu["memory"]) for gpu in gpus})
+        memories = sorted({format_bytes(gpu["memory"]) for gpu in gpus})
         known["accelerator_memory_capacity"] = ", ".join(memories)
     if devices["nodes"] == 1:
         known |= {"host_networking": NONE, "host_networking_topology": NONE}
@@ -412,7 +412,7 @@ def readme_text(runs, system, references, remarks, scripts):
             f"{run.results['inference']['accuracy']:.4f}",
             str(run.results["training"]["epochs_run"]),
             f"{time_to_train(run):.1f}",
-            digest_of_file(log_file(run)),
+            file_sha256(log_file(run)),
         ]
         for number, run in enumerate(runs, 1)
     ]

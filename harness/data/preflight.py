@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.console import amount, progress
+from harness.console import format_bytes, progress
 from harness.data.prefetch import Readers
 from harness.errors import UserError
-from harness.files import digest_of, write_json
+from harness.files import json_sha256, write_json
 
 THREADS = 16
 HEADER_BYTES = 1 << 16  # of a file, among which most of its headers are
@@ -82,7 +82,7 @@ class BadScenes:
             reason: What is wrong with it.
             during: 'start', 'training', 'validation' or 'inference'.
         """
-        file = self._folder / f"{during}-{digest_of(str(path))[:16]}.json"
+        file = self._folder / f"{during}-{json_sha256(str(path))[:16]}.json"
         with self._lock:
             if not file.exists():
                 log.warning("Left out: %s", reason)
@@ -151,8 +151,8 @@ def check_disk(folder, n_bytes):
     free = shutil.disk_usage(existing).free
     if free < n_bytes:
         raise UserError(
-            f"{folder} has {amount(free)} free, the masks and checkpoints of this run take up to "
-            f"{amount(n_bytes)}. Make room or set another output_dir."
+            f"{folder} has {format_bytes(free)} free, the masks and checkpoints of this run take up to "
+            f"{format_bytes(n_bytes)}. Make room or set another output_dir."
         )
     return free
 
@@ -171,7 +171,7 @@ def describe_scenes(kinds, stored, bad, samples):
         "scenes": str(len(kinds)),
         **{kind: str(counts[kind]) for kind in ("day", "night", "unknown") if counts[kind]},
         "bad": str(len(bad)),
-        "size": amount(sum(path.stat().st_size for path in stored)),
+        "size": format_bytes(sum(path.stat().st_size for path in stored)),
     }
     for name in ("refs", "bts", "bayes"):
         ways = Counter(found[name] for found in stored.values())

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from harness.errors import UserError
 from harness.parallel.launchers import Launch
-from harness.parallel.rendezvous import LOST, Meeting, reserve_port
+from harness.parallel.rendezvous import LOST, Rendezvous, reserve_port
 
 CPU_MICRO_BATCH = 4  # patches; at 256 x 256 more took 1 GB more and were no faster on two cores
 
@@ -28,7 +28,7 @@ class Devices:
         launch: Launch of this process.
         cards: What each rank told the others at the start; one empty card where there is one rank.
         deterministic: Whether runs repeat bit for bit.
-        meeting: Meeting of the ranks, or None where there is one.
+        meeting: Rendezvous of the ranks, or None where there is one.
         gpu_numbers: Of the GPUs of this process, among those that TensorFlow sees.
     """
 
@@ -38,7 +38,7 @@ class Devices:
     launch: Launch
     cards: tuple
     deterministic: bool
-    meeting: Meeting | None = None
+    meeting: Rendezvous | None = None
     gpu_numbers: tuple = ()
 
     @property
@@ -164,7 +164,7 @@ def open_devices(
         deterministic: True, False or 'auto', which is True on CPUs.
         xla: Whether the network will be compiled.
         seed: Of Python, NumPy and TensorFlow.
-        meeting: Meeting of the ranks, or None where there is one.
+        meeting: Rendezvous of the ranks, or None where there is one.
         card: More for the other ranks to know.
 
     Returns:
@@ -265,7 +265,7 @@ def watch_ranks(meeting):
     """Tell the other ranks why this one fails, and say of which of them TensorFlow's errors tell.
 
     Args:
-        meeting: Meeting of the ranks, or None where there is one.
+        meeting: Rendezvous of the ranks, or None where there is one.
     """
     try:
         yield

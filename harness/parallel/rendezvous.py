@@ -27,7 +27,7 @@ def reserve_port():
 LOST = "Rank {} was lost: it ended without a word, or its network broke"
 
 
-class Meeting:
+class Rendezvous:
     """Where the ranks of one start tell each other who they are, and later what went wrong.
 
     A rank's card is a small file in a folder below output_dir, which the chief removes at the end.

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 
-from harness.console import amount, duration
+from harness.console import format_bytes, format_duration
 from harness.files import jsonable
 from harness.inference import scores
 
@@ -174,7 +174,7 @@ def epoch_line(history, n_epochs):
     speed = f"{row['seconds']:.1f}", f"{row['patches_per_second']:.1f}"
     number = f"{row['epoch']}/{n_epochs}"
     return EPOCH_FORMAT.format(
-        number, *scores_of_epoch, *speed, duration(left) if left else ""
+        number, *scores_of_epoch, *speed, format_duration(left) if left else ""
     ).rstrip()
 
 
@@ -207,7 +207,7 @@ def summary(results):
         )
     if bad := results["bad_scenes"]:
         lines.append(f"left out    {len(bad)} bad scenes, named in results.json")
-    taken = f"in all      {duration(results['seconds'])}, {amount(results['peak_rss'])} of memory"
+    taken = f"in all      {format_duration(results['seconds'])}, {format_bytes(results['peak_rss'])} of memory"
     if (results["sampling"] or {}).get("energy_joules") is not None:
         taken += f", {results['sampling']['energy_joules'] / 3.6e6:.3f} kWh"
     return [*lines, taken]

@@ -19,7 +19,7 @@ from harness import REPOSITORY
 from harness.config import FILE_KEYS, dump_config
 from harness.console import log_to_file
 from harness.errors import UserError
-from harness.files import digest_of_file, remove_unfinished, write_json, write_text
+from harness.files import file_sha256, remove_unfinished, write_json, write_text
 from harness.records import mlperf_log, results
 from harness.records.machine import describe_machine
 from harness.records.mlperf_log import keys, open_mlperf_log
@@ -294,7 +294,7 @@ class Run:
             "sampling": results.sampling_results(
                 [part.get("sampling") for part in self.results["parts"]]
             ),
-            "mlperf_sha256": None if status == "running" else digest_of_file(self._mlperf_file),
+            "mlperf_sha256": None if status == "running" else file_sha256(self._mlperf_file),
         }
         write_json(self.folder / "results.json", self.results)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from harness.files import digest_of_file, open_regular, sync
+from harness.files import file_sha256, open_regular, sync
 
 KEPT = 2
 STATE, DIGESTS, BEST_MODEL = "state.json", "SHA256SUMS", "best"
@@ -84,7 +84,7 @@ class Checkpoints:
                 shutil.copyfile(model_file, temporary / f"{BEST_MODEL}{model_file.suffix}")
             (temporary / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
             files = sorted(temporary.iterdir())
-            lines = [f"{digest_of_file(file)}  {file.name}\n" for file in files]
+            lines = [f"{file_sha256(file)}  {file.name}\n" for file in files]
             (temporary / DIGESTS).write_text("".join(lines), encoding="utf-8")
             for path in (*files, temporary / DIGESTS, temporary):
                 sync(path)
@@ -154,5 +154,5 @@ def _check_digests(folder):
     if STATE not in digests:
         raise ValueError(f"{DIGESTS} does not name {STATE}")
     for name, digest in digests.items():
-        if digest_of_file(folder / Path(name).name) != digest:
+        if file_sha256(folder / Path(name).name) != digest:
             raise ValueError(f"{name} is not what was written")

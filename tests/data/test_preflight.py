@@ -10,7 +10,7 @@ from conftest import HEIGHT, PATCH, WIDTH, results, rewrite, rows, spoil, start
 import data_loader
 import slstr_cloud
 from data_loader import SceneError
-from harness.console import amount, duration, table
+from harness.console import format_bytes, format_duration, table
 from harness.data.preflight import BadScenes, check_disk, check_scenes
 
 SHAPE = (HEIGHT, WIDTH, 9)
@@ -323,10 +323,10 @@ def test_mode_check_tells_of_bad_scenes(tmp_path, copy, capsys):
 
 def test_table_and_its_numbers_are_for_people():
     assert table({"x": {"a": "1", "b": "22"}, "y": {"b": "3"}}) == "   x   y\na  1\nb  22  3"
-    assert [amount(n) for n in (0, 999, 1000, 163e9, 2.5e12)] == [
+    assert [format_bytes(n) for n in (0, 999, 1000, 163e9, 2.5e12)] == [
         "0 B", "999 B", "1.0 kB", "163.0 GB", "2.5 TB",
     ]  # fmt: skip
-    assert [duration(s) for s in (2.04, 250, 12000)] == ["2.0 s", "4 min 10 s", "3 h 20 min"]
+    assert [format_duration(s) for s in (2.04, 250, 12000)] == ["2.0 s", "4 min 10 s", "3 h 20 min"]
 
 
 def test_bad_scenes_are_kept_in_files_that_can_be_forgotten(tmp_path):

@@ -8,7 +8,7 @@ from lsf_standin import parse_arguments, rank_environments
 from harness.errors import UserError
 from harness.parallel.devices import _share
 from harness.parallel.launchers import Launch, detect_launch
-from harness.parallel.rendezvous import Meeting, reserve_port
+from harness.parallel.rendezvous import Rendezvous, reserve_port
 
 # As seen by rank 3 of `srun --nodes=3 --ntasks=5` under Slurm 22.05
 SLURM = {
@@ -98,7 +98,7 @@ def test_unusable_tf_config_is_refused(environ):
 
 
 def ranks(n, folder):
-    return [Meeting(Launch(rank, n, job="x"), folder) for rank in range(n)]
+    return [Rendezvous(Launch(rank, n, job="x"), folder) for rank in range(n)]
 
 
 def test_ranks_exchange_their_cards(tmp_path):

@@ -1054,7 +1054,7 @@ def test_missing_package_is_told_with_the_line_to_type(download, monkeypatch, ca
 
 def test_program_starts_without_tensorflow_and_boto3():
     code = (
-        "import sys; sys.path.insert(0, '.'); import tools.download_data\n"
+        "import sys; sys.path[:0] = ['.', 'tools']; import tools.download_data\n"
         "print({'tensorflow', 'keras', 'h5py', 'numpy', 'boto3'} & set(sys.modules))"
     )
     answer = subprocess.run(

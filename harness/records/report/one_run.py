@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.config import Config, load_config
-from harness.console import amount, duration, progress
+from harness.console import format_bytes, format_duration, progress
 from harness.data.scene_files import mask_files, reading
 from harness.errors import UserError
 from harness.records.report import charts, pictures
@@ -99,7 +99,7 @@ def report_of_one(run, data):
             {
                 "start": moment(part.get("start", "")),
                 "status": part.get("status", ""),
-                "took": _told(duration, part.get("seconds")) or "",
+                "took": _told(format_duration, part.get("seconds")) or "",
             }
             for part in dictionaries(results.get("parts"))
         ],
@@ -165,7 +165,7 @@ def facts(run):
         "Platform": config.get("platform"),
         "Organisation": config.get("organisation"),
         "Begin": moment(results.get("start")),
-        "Took": _told(duration, results.get("seconds")),
+        "Took": _told(format_duration, results.get("seconds")),
         "Mode": results.get("mode"),
         "Job": results.get("job"),
         "Trained on": _counted(
@@ -177,13 +177,13 @@ def facts(run):
         "Bit for bit repeatable": {"True": "yes", "False": "no"}.get(
             str(devices.get("deterministic"))
         ),
-        "Peak memory": _told(amount, results.get("peak_rss")),
-        "Peak GPU memory": _told(amount, measures(run)["peak_gpu_memory"]),
+        "Peak memory": _told(format_bytes, results.get("peak_rss")),
+        "Peak GPU memory": _told(format_bytes, measures(run)["peak_gpu_memory"]),
         "Energy of CPUs": _told(_energy, sampling.get("cpu_energy_joules")),
         "Energy of GPUs": _told(_energy, sampling.get("gpu_energy_joules") or None),
-        "CPU time": _told(duration, sampling.get("cpu_seconds")),
-        "Read, cache included": _told(amount, sampling.get("read_bytes")),
-        "Written, cache included": _told(amount, sampling.get("written_bytes")),
+        "CPU time": _told(format_duration, sampling.get("cpu_seconds")),
+        "Read, cache included": _told(format_bytes, sampling.get("read_bytes")),
+        "Written, cache included": _told(format_bytes, sampling.get("written_bytes")),
         "Commit": results.get("git_commit"),
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
