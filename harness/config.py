@@ -1,4 +1,4 @@
-"""The configuration: every key, its type, range and default, and what cannot go together."""
+"""The configuration: every key, its type, range and default, and combinations that are rejected."""
 
 import difflib
 import os
@@ -20,26 +20,26 @@ from pydantic import (
 
 from harness.errors import UserError
 
-MAX_BYTES = 1 << 20  # of a configuration file; the shipped one has 3612
-MAX_FAULTS = 30  # told at once
+MAX_BYTES = 1 << 20  # of a configuration file; the one we ship has about 4500
+MAX_ERRORS = 30  # reported at once
 COMBINED = ("PATCH_SIZE", "CROP_SIZE", "IMAGE_H", "IMAGE_W", "clip_offset")
-RESERVED = (  # in a run's folder
+RESERVED = (  # names in a run's folder
     "config.yaml", "results.json", "history.csv", "scenes.csv", "samples.csv", "report.html",
     "masks", "checkpoints", "bad_scenes", "tensorboard",
 )  # fmt: skip
-FILE_KEYS = ("model_file", "log_file", "mlperf_logfile")  # that a run writes
+FILE_KEYS = ("model_file", "log_file", "mlperf_logfile")  # files that a run writes
 FOLDER_KEYS = ("train_dir", "inference_dir", "output_dir", "cache_dir")
 V1_UPPER_CASE = ("patch_size", "image_h", "image_w", "n_channels", "min_sst", "crop_size")
 
 
-def _no_truth_value(value):
+def _reject_bool(value):
     if isinstance(value, bool):
         raise ValueError("should be a number")
     return value
 
 
 def _expand(value):
-    """Expand ~ and $VARS; a variable that is not set is an error, not an odd directory."""
+    """Expand ~ and $VARS; an unset variable is an error, not a directory with a strange name."""
     if not isinstance(value, str | os.PathLike):
         return value
     expanded = os.path.expanduser(os.path.expandvars(value))
@@ -56,13 +56,20 @@ def _plain_name(value):
     return str(value) if isinstance(value, int | float) else value
 
 
-Number = BeforeValidator(_no_truth_value)
+def _network(value):
+    """A name of the table stays; the path of a .keras file becomes absolute."""
+    if not str(value).endswith(".keras"):
+        return value
+    return os.path.abspath(_expand(str(value)))
+
+
+Number = BeforeValidator(_reject_bool)
 Count = Annotated[int, Number, Field(ge=1)]
 FilePath = Annotated[Path, BeforeValidator(_expand)]
 
 
 class Submission(BaseModel):
-    """The `submission` block of a v1.1 file; only version and commit say something new."""
+    """The `submission` block of a v1.1 file; only version and commit are not in other keys."""
 
     model_config = ConfigDict(frozen=True, coerce_numbers_to_str=True)
 
@@ -73,7 +80,7 @@ class Submission(BaseModel):
 class Config(BaseModel):
     """All keys, with the spelling of mlcommons/science v1.1 in the file and snake_case inside.
 
-    config.yaml says what each key means.
+    config.yaml explains each key.
     """
 
     model_config = ConfigDict(
@@ -115,11 +122,14 @@ class Config(BaseModel):
     image_h: Count = 1200
     image_w: Count = 1500
     n_channels: Annotated[int, Number, Field(ge=4)] = 9
-    patch_size: Annotated[int, Number, Field(ge=8, multiple_of=8)] = 256
+    patch_size: Annotated[int, Number, Field(ge=8)] = 256
     crop_size: Annotated[int, Number, Field(ge=0, multiple_of=2)] = 80
     min_sst: Annotated[float, Number, Field(gt=0)] = 273.15
 
     # Training
+    network: Annotated[str, BeforeValidator(_network)] = "unet"
+    loss: str = "cross_entropy"
+    augment: str = "none"
     seed: Annotated[int, Number, Field(ge=0, lt=2**32)] = 1234
     learning_rate: Annotated[float, Number, Field(gt=0)] = 0.001
     epochs: Count = 30
@@ -137,7 +147,7 @@ class Config(BaseModel):
     inference_mode: Literal["patches", "scene"] = "patches"
     keep_probability: bool = False
 
-    # What is told of the run
+    # Reports
     report: bool = True
     sampling: bool = True
     tensorboard: bool = False
@@ -151,8 +161,23 @@ class Config(BaseModel):
     xla: bool = False
     deterministic: bool | Literal["auto"] = "auto"
 
+    @property
+    def scene_shape(self):
+        """(rows, columns, channels) of every scene."""
+        return self.image_h, self.image_w, self.n_channels
+
+    @property
+    def patch_shape(self):
+        """(rows, columns, channels) of every patch."""
+        return self.patch_size, self.patch_size, self.n_channels
+
+    @property
+    def patches_per_scene(self):
+        """Training patches in a scene: 4 x 5 = 20 of 256 x 256 in 1200 x 1500."""
+        return (self.image_h // self.patch_size) * (self.image_w // self.patch_size)
+
     @model_validator(mode="after")
-    def _refuse_impossible_combinations(self):
+    def _reject_impossible_combinations(self):
         p, problems = self.patch_size, []
         if self.crop_size >= p:
             problems.append(f"CROP_SIZE {self.crop_size} must be smaller than PATCH_SIZE {p}")
@@ -163,23 +188,21 @@ class Config(BaseModel):
             )
         if 2 * self.clip_offset >= p:
             problems.append(
-                f"clip_offset {self.clip_offset} on both sides leaves nothing of PATCH_SIZE {p}"
+                f"clip_offset {self.clip_offset} on both sides leaves no pixel of PATCH_SIZE {p}"
             )
         if self.no_cache and self.cache_dir:
             problems.append(
-                f"no_cache: true and cache_dir {self.cache_dir} contradict one another; drop one"
+                f"no_cache: true and cache_dir {self.cache_dir} contradict each other; remove one"
             )
         if isinstance(self.gpu, int) and self.gpu > 0 and self.cpu_devices > 1:
             problems.append(
-                f"cpu_devices {self.cpu_devices} rehearses on the CPU, but gpu is {self.gpu}; "
-                "set gpu: 0"
+                f"cpu_devices {self.cpu_devices} simulates devices on the CPU, but gpu is "
+                f"{self.gpu}; set gpu: 0"
             )
         if self.profile_steps and self.profile_steps[0] > self.profile_steps[1]:
-            problems.append(
-                f"profile_steps {list(self.profile_steps)} must not end before they begin"
-            )
+            problems.append(f"profile_steps {list(self.profile_steps)} should be [first, last]")
         if self.profile_steps and not self.tensorboard:
-            problems.append("profile_steps are kept for TensorBoard; set tensorboard: true")
+            problems.append("profile_steps needs tensorboard: true")
         if self.model_file.suffix not in (".keras", ".h5"):
             problems.append(f"model_file {self.model_file} must end in .keras or .h5")
         problems += self._wrong_file_names()
@@ -193,41 +216,41 @@ class Config(BaseModel):
             first = Path(os.path.normpath(path)).parts[:1]
             leads_out = first == ("..",) and key != "model_file"  # which may be an input
             if not path.name or path.name == ".." or leads_out:
-                yield f"{key} must name a file in the run's folder, or one by its absolute path"
+                yield f"{key} must be a file in the run's folder or an absolute path"
             elif first and (first[0] in RESERVED or re.fullmatch(r"(rank|samples)-.*", first[0])):
-                yield f"{key} {path} is a file that every run writes; choose another name"
+                yield f"{key} {path} is the name of another file of every run; choose another name"
             elif path.is_absolute() and path.exists() and not path.is_file():
-                yield f"{key} {path} is no regular file; choose another name"
+                yield f"{key} {path} is not a regular file; choose another name"
         if len({os.path.normpath(path) for path in names.values()}) < len(names):
-            yield "model_file, log_file and mlperf_logfile must be three files"
+            yield "model_file, log_file and mlperf_logfile must be three different files"
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML's safe loader, with no key twice and no aliases: a few can stand for gigabytes."""
+    """YAML's safe loader without duplicate keys and aliases: a few aliases can become gigabytes."""
 
     def compose_node(self, parent, index):
         if anchor := self.peek_event().anchor:
-            raise UserError(f"the anchor or alias '{anchor}' is not taken; write the value out")
+            raise UserError(f"the anchor or alias '{anchor}' is not supported; write the value out")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         keys = Counter(str(self.construct_object(key, deep=True)) for key, _ in node.value)
-        if twice := sorted(key for key, n in keys.items() if n > 1):
-            raise UserError(f"the key {', '.join(twice)} stands twice; keep one")
+        if duplicates := sorted(key for key, n in keys.items() if n > 1):
+            raise UserError(f"duplicate key {', '.join(duplicates)}; keep one")
         return super().construct_mapping(node, deep)
 
 
 def _parse(text):
-    """Read YAML without aliases.
+    """Parse YAML without aliases.
 
     Raises:
-        UserError: If it is not that.
+        UserError: If that fails.
     """
     try:
         return yaml.load(text, Loader=_PlainLoader)
     except RecursionError:
         raise UserError("lists or keys are nested too deeply") from None
-    # A ValueError is a date or number that cannot be, 2019-13-45 say.
+    # A ValueError is an impossible date or number, for example 2019-13-45.
     except (yaml.YAMLError, ValueError, KeyError, OverflowError) as error:
         raise UserError(" ".join(str(error).split())) from None
 
@@ -243,19 +266,19 @@ def load_config(path, overrides=()):
         Config.
 
     Raises:
-        UserError: With a line for each thing that is wrong.
+        UserError: With all errors of the file.
     """
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise UserError(
-                f"{path} is over {MAX_BYTES} bytes, more than a configuration has; name another "
-                "file with --config."
+                f"{path} has more than {MAX_BYTES} bytes, too many for a configuration. Choose "
+                "another file with --config."
             )
         text = content.decode("utf-8")
     except FileNotFoundError:
-        raise UserError(f"No configuration file {path}; name one with --config.") from None
+        raise UserError(f"No configuration file {path}. Choose one with --config.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
     try:
@@ -265,7 +288,7 @@ def load_config(path, overrides=()):
     values = {} if values is None else values  # an empty file
     if not isinstance(values, dict):
         raise UserError(
-            f"{path} should hold lines of 'key: value', found a {type(values).__name__}."
+            f"{path} should contain lines of 'key: value', found a {type(values).__name__}."
         )
     return check({**values, **dict(map(_override, overrides))}, path)
 
@@ -281,19 +304,19 @@ def _override(text):
 
 
 def check(values, source):
-    """Turn a dictionary of values into a Config, or say everything that is wrong with it."""
+    """Turn a dictionary of values into a Config, or raise one UserError with all its errors."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         errors = error.errors()
     bad = {e["loc"][0] for e in errors if e["loc"]}
-    if bad and not bad & set(COMBINED):  # what cannot go together shows without the bad ones
+    if bad and not bad & set(COMBINED):  # check the combinations without the bad keys
         try:
             Config.model_validate({k: v for k, v in values.items() if k not in bad})
         except ValidationError as error:
             errors += error.errors()
-    lines = dict.fromkeys(_explain(e) for e in errors[:MAX_FAULTS])
-    more = f"; and {len(errors) - MAX_FAULTS} more" if len(errors) > MAX_FAULTS else ""
+    lines = dict.fromkeys(_explain(e) for e in errors[:MAX_ERRORS])
+    more = f"; and {len(errors) - MAX_ERRORS} more" if len(errors) > MAX_ERRORS else ""
     raise UserError(f"{source}: {'; '.join(lines)}{more}.")
 
 
@@ -309,18 +332,18 @@ def _explain(error):
 
 
 def _shown(value):
-    """A value as it stands in a message: of what is very long, the beginning."""
+    """A value as text for a message; only the beginning of a very long one."""
     try:
         text = repr(value)
-    except ValueError:  # Python writes out no number of over 4300 digits
+    except ValueError:  # Python prints no number with more than 4300 digits
         return "a number of thousands of digits"
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def resolved(config):
-    """The configuration as a dictionary, with absolute paths, so that it runs anywhere.
+    """The configuration as a dictionary with absolute paths, so that it runs anywhere.
 
-    `run_name` is left to the next run, since no run writes into the folder of another.
+    Without `run_name`, since no run writes into the folder of another.
     """
     values = config.model_dump(by_alias=True, mode="json", exclude={"run_name"})
     for key in FOLDER_KEYS:

@@ -11,20 +11,19 @@ log = logging.getLogger(__name__)
 
 
 class PlainFormatter(logging.Formatter):
-    """A message is one line: names of files and scenes can hold whatever steers a terminal.
+    """Prints a message as one line: file names can contain newlines and terminal escapes.
 
-    Newlines, escapes, marks that turn the direction of writing and bytes that are no text come out
-    as Python writes them in its own texts.
+    Such characters, text direction marks and undecodable bytes are written as Python escapes.
     """
 
     def formatMessage(self, record):
-        """Format a record, its message escaped."""
+        """Format a record with its message escaped."""
         record.message = printable(record.message)
         return super().formatMessage(record)
 
 
 def printable(text):
-    r"""The text with whatever cannot be printed escaped: a newline becomes \n, two characters."""
+    r"""The text with unprintable characters escaped: a newline becomes \n, two characters."""
     if text.isprintable():
         return text
     escaped = (c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -32,7 +31,7 @@ def printable(text):
 
 
 def log_to_screen(verbose, is_chief=True):
-    """Send the project's messages to the terminal, plain; of other ranks only what is wrong."""
+    """Print the project's messages to standard error; from other ranks only warnings and errors."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(PlainFormatter("%(message)s"))
     root = logging.getLogger()
@@ -44,18 +43,18 @@ def log_to_screen(verbose, is_chief=True):
 
 
 class _LogFile(logging.FileHandler):
-    """A log for people: what a full or read-only disk does not take is on the screen."""
+    """A log for people: lines that a full or read-only disk rejects are still on the screen."""
 
     def emit(self, record):
-        with contextlib.suppress(OSError):  # of opening
+        with contextlib.suppress(OSError):  # when opening
             super().emit(record)
 
-    def handleError(self, record):  # of writing
+    def handleError(self, record):  # when writing
         pass
 
 
 def log_to_file(path):
-    """Send the project's messages to a file too; returns the handler, to be closed."""
+    """Write the project's messages to a file too; returns the handler, which must be closed."""
     handler = _LogFile(path, delay=True, encoding="utf-8")
     handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(handler)
@@ -63,16 +62,16 @@ def log_to_file(path):
 
 
 def progress(items, what, total):
-    """Go through items and tell how far: a bar on a terminal, a line a minute in a batch log."""
+    """Iterate with progress: a bar on a terminal, one line per minute in a batch log."""
     if sys.stderr.isatty() and logging.getLogger().handlers[0].level <= logging.INFO:
-        from tqdm import tqdm  # the bar alone needs it
+        from tqdm import tqdm  # needed for the bar only
 
         yield from tqdm(items, what, total, leave=False, dynamic_ncols=True)
         return
     started = last = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
-        if now - last >= LINE_SECONDS:
+        if done and now - last >= LINE_SECONDS:  # the first item may take longer than that
             left = (now - started) / done * (total - done)
             log.info("%s: %d of %d, %.0f s left", what, done, total, left)
             last = now
@@ -80,7 +79,7 @@ def progress(items, what, total):
 
 
 def table(columns):
-    """Text of a table: a line for each key of the columns' dictionaries, titles above.
+    """Text of a table: one line per key of the columns' dictionaries, below the titles.
 
     Args:
         columns: {title: {line: text}}.
@@ -96,13 +95,13 @@ def table(columns):
 
 
 def format_bytes(n_bytes):
-    """Bytes for people: '163.0 GB'."""
+    """'163.0 GB'."""
     power = min(len(str(int(n_bytes))) - 1, 14) // 3
     return f"{n_bytes / 1000**power:.{min(power, 1)}f} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def format_duration(seconds):
-    """Seconds for people: '3 h 20 min', '4 min 10 s', '12 s'."""
+    """'3 h 20 min', '4 min 10 s' or '12.0 s'."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,23 +1,26 @@
-"""Files that are either whole or absent, and their digests."""
+"""Writing files completely or not at all, and their digests and locks."""
 
 import contextlib
 import csv
+import fcntl
 import hashlib
 import io
 import json
 import math
 import os
+import stat
 import threading
 from pathlib import Path
 
 from harness.console import printable
+from harness.errors import UserError
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """Give a temporary path of the same suffix; when all is well, sync it and rename it to `path`.
+    """Give a temporary path with the same suffix; on success, fsync it and rename it to `path`.
 
-    Whatever happens, `path` is either as it was or whole.
+    Whatever happens, `path` is unchanged or complete.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,13 +37,13 @@ def replacing(path):
 
 
 def walk_files(directory):
-    """Yield the files below a directory, through linked folders too, each folder once.
+    """Yield the files below a directory; follows links to folders, visits each folder once.
 
-    A directory that is missing has none.
+    A missing directory has no files.
     """
     seen = set()
 
-    def fail(error):  # os.walk passes over a folder that it cannot read
+    def fail(error):  # os.walk ignores folders that it cannot read
         if not isinstance(error, FileNotFoundError):
             raise error
 
@@ -53,20 +56,20 @@ def walk_files(directory):
 
 
 def remove_unfinished(folder):
-    """Remove what `replacing` left below a folder when its process was killed."""
+    """Remove the temporary files of `replacing` below a folder, left by a killed process."""
     for path in Path(folder).rglob(".*.part*"):
         if path.is_file():
             path.unlink()
 
 
 def write_text(path, text):
-    """Write a text file, whole or not at all."""
+    """Write a text file, completely or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_csv(path, columns, rows):
-    """Write dictionaries as CSV, a line each, whole or not at all; a missing number is `nan`."""
+    """Write dictionaries as the rows of a CSV file, completely or not at all."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
@@ -76,12 +79,12 @@ def write_csv(path, columns, rows):
 
 
 def write_json(path, value):
-    """Write JSON, whole or not at all."""
+    """Write a JSON file, completely or not at all."""
     write_text(path, json.dumps(jsonable(value), indent=2) + "\n")
 
 
 def jsonable(value):
-    """Copy nested dictionaries and lists for JSON: NaN and infinity become null."""
+    """Copy nested dictionaries and lists for JSON; NaN and infinity become null."""
     if isinstance(value, dict):
         return {key: jsonable(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
@@ -92,12 +95,12 @@ def jsonable(value):
 
 
 def json_sha256(value):
-    """SHA-256 of what JSON can hold."""
+    """SHA-256 of a JSON-compatible value."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def file_sha256(path):
-    """SHA-256 of a file, in hexadecimal digits."""
+    """SHA-256 of a file in hexadecimal digits."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         while block := file.read(1 << 20):
@@ -106,16 +109,50 @@ def file_sha256(path):
 
 
 def open_regular(path):
-    """Open a file for reading; a pipe would be waited for, and is an OSError."""
-    if not path.is_file():
-        raise OSError(f"{path} is no regular file")
+    """Open a regular file for reading; see `check_regular`."""
+    check_regular(path)
     return path.open("rb")
 
 
+def check_regular(path):
+    """Raise an OSError unless the path is a regular file or a link to one.
+
+    A pipe would block the program until somebody writes to it.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"{path} is not a regular file")
+
+
 def sync(path):
-    """See that a file or folder is on the disk."""
+    """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def lock(path, in_use):
+    """Hold an exclusive lock on a folder or file, on file systems that support locks.
+
+    Args:
+        path: Path of a folder, or of a file, which is created if it is missing. NFS locks only
+            files that are open for writing, so it has no locks for folders.
+        in_use: Message of the error if another process holds the lock.
+
+    Raises:
+        UserError: If another process holds the lock.
+    """
+    is_folder = Path(path).is_dir()
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(in_use) from None
+        except OSError:
+            pass  # this file system has no locks
+        yield
     finally:
         os.close(descriptor)

@@ -1,14 +1,14 @@
-"""SIGTERM and SIGINT: the program ends in order, and never in the middle of a step."""
+"""SIGTERM and SIGINT end the program in order, and never in the middle of a step."""
 
 import contextlib
 import signal
 from types import SimpleNamespace
 
-_state = SimpleNamespace(deferred=False, received=None)
+_state = SimpleNamespace(deferred=False, always=False, received=None)
 
 
 class Interrupted(SystemExit):
-    """The program was told to stop; its exit status is 128 and the signal's number."""
+    """The program received a signal to stop; its exit status is 128 plus the signal's number."""
 
     def __init__(self, number):
         super().__init__(128 + number)
@@ -18,31 +18,35 @@ class Interrupted(SystemExit):
         return f"received {self.signal.name}"
 
 
-def install_handlers(anew=True):
-    """Let SIGTERM and SIGINT raise Interrupted; TensorFlow may take SIGTERM for itself later on.
+def install_handlers(reset=True):
+    """Let SIGTERM and SIGINT raise Interrupted; again after TensorFlow has taken SIGTERM.
 
     Args:
-        anew: Whether signals that came before are forgotten.
+        reset: Whether signals received earlier are forgotten.
     """
-    if anew:
+    if reset:
         _state.received = None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _receive)
 
 
 def check_signals():
-    """Raise Interrupted if a signal has come.
+    """Raise Interrupted if a signal has been received.
 
-    It was raised at once, but where it came inside a destructor, say, Python drops what is raised.
+    The handler has raised it before, but Python drops exceptions raised inside a destructor.
     """
     if _state.received is not None:
         raise Interrupted(_state.received)
 
 
 @contextlib.contextmanager
-def deferred():
-    """Let what is inside end before Interrupted is raised; a second signal does not wait."""
-    _state.deferred = True
+def deferred(always=False):
+    """Finish the block before Interrupted is raised; a second signal interrupts at once.
+
+    Args:
+        always: Whether further signals wait too, for short blocks.
+    """
+    _state.deferred, _state.always = True, always
     try:
         yield
     finally:
@@ -51,7 +55,7 @@ def deferred():
 
 
 def _receive(number, frame):
-    waits = _state.deferred and _state.received is None
+    waits = _state.deferred and (_state.always or _state.received is None)
     _state.received = _state.received or number
     if not waits:
         raise Interrupted(_state.received)

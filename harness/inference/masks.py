@@ -1,4 +1,4 @@
-"""The mask files of a run, and which device makes which."""
+"""The mask files of a run, and which device masks which scene."""
 
 import json
 import logging
@@ -8,59 +8,64 @@ import time
 from contextlib import suppress
 
 import h5py
+import numpy as np
 
-from harness.data.hdf5_files import open_file
+from data_loader import read_scene
+from harness.data.hdf5 import open_hdf5
 from harness.files import replacing
+
+THRESHOLD = 0.5  # cloud where the probability is higher
 
 log = logging.getLogger(__name__)
 
 
 class MaskFolder:
-    """The folder of a run's masks: one file a scene, which carries its row of scenes.csv.
+    """The folder of a run's masks: one file per scene, which contains its row of scenes.csv.
 
-    All devices of all ranks write here. Which device masks which scene is settled by an empty file
-    for each scene taken, so that who is faster masks more.
+    All devices of all ranks write here. A device takes a scene by creating an empty lock file, so
+    that faster devices mask more scenes.
 
     Args:
         folder: Path; made if absent.
-        check: Called before each scene is dealt; raises where no more should be.
-        made_by: Attributes of each mask: how it was made. Masks made otherwise are made again.
+        check: Called before each scene is taken; raises if the run must stop.
+        model_sha256: Digest of the model file. Masks made by another model are made again.
     """
 
-    def __init__(self, folder, check, made_by):
-        self._folder, self._claims, self._made_by = folder, folder / ".claims", made_by
+    def __init__(self, folder, check, model_sha256):
+        self._folder, self._locks = folder, folder / ".locks"
+        self._made_by = {"threshold": THRESHOLD, "model_sha256": model_sha256}
         self._check, self._stopped = check, threading.Event()
-        self._claims.mkdir(parents=True, exist_ok=True)
+        self._locks.mkdir(parents=True, exist_ok=True)
 
-    def forget_claims(self):
-        """Let all scenes be dealt; before any rank begins. Ranks that were killed left claims."""
-        for claim in self._claims.iterdir():
-            claim.unlink()
+    def remove_locks(self):
+        """Make all scenes available, before any rank begins; killed ranks leave lock files."""
+        for lock in self._locks.iterdir():
+            lock.unlink()
 
-    def deal(self, paths):
-        """Yield the scenes that no other device has taken, and that have no mask yet."""
+    def take(self, paths):
+        """Yield the scenes that no other device has taken and that have no mask yet."""
         for path in paths:
             if self._stopped.is_set():
                 return
             self._check()
             with suppress(FileExistsError):
-                (self._claims / path.stem).touch(exist_ok=False)
+                (self._locks / path.stem).touch(exist_ok=False)
                 if self._row(path) is None:
                     yield path
 
     def stop(self):
-        """Deal no more scenes to the devices of this process."""
+        """Let the devices of this process take no more scenes."""
         self._stopped.set()
 
     def write(self, path, mask, probability, row, **attributes):
-        """Write the mask of a scene, whole or not at all.
+        """Write the mask of a scene, completely or not at all.
 
         Args:
             path: Scene file.
             mask: uint8 (H, W), 1 is cloud.
-            probability: float32 (H, W), or None to leave it out.
-            row: Dictionary of scenes.csv; the seconds of writing, not of flushing, are added.
-            attributes: More to say of the mask.
+            probability: float32 (H, W), or None to omit it.
+            row: Dictionary of scenes.csv; the seconds of writing, without fsync, are added.
+            attributes: More attributes of the file.
         """
         with replacing(self._file(path)) as temporary:
             begin = time.perf_counter()
@@ -74,31 +79,66 @@ class MaskFolder:
                 file.attrs["row"] = json.dumps(row)
 
     def collect(self, paths):
-        """Return the rows of all scenes, sorted by scene, once all are masked; end the dealing."""
+        """Return the rows of all scenes, sorted by scene, after all have been masked.
+
+        Raises:
+            OSError: If masks are missing or damaged.
+        """
         rows = [self._row(path) for path in paths]
         if lost := [path.stem for path, row in zip(paths, rows, strict=True) if row is None]:
-            raise OSError(f"The masks of {len(lost)} scene(s) are damaged, {lost[0]} for one.")
-        shutil.rmtree(self._claims)
+            raise OSError(
+                f"{len(lost)} masks are missing or damaged, for example that of {lost[0]}. "
+                "Continue with --resume to make them again."
+            )
+        shutil.rmtree(self._locks)
         return sorted(rows, key=lambda row: row["scene"])
 
     def _row(self, path):
-        """The row of a scene's mask; None if there is no mask, or one that is not whole."""
+        """The row of a scene's mask; None if there is no mask, or a damaged or outdated one."""
         try:
             if not self._file(path).exists():
                 return None
-            with open_file(self._file(path)) as file:
+            with open_hdf5(self._file(path)) as file:
                 if any(file.attrs[key] != value for key, value in self._made_from(path).items()):
                     return None
                 _ = file["mask"][:]
                 return json.loads(file.attrs["row"])
         except (OSError, KeyError, ValueError) as error:
-            log.warning("Made the mask of %s again: %s", path.stem, error)
+            log.warning("The mask of %s is damaged and is made again: %s", path.stem, error)
             return None
 
     def _made_from(self, path):
-        """Attributes of a mask that another scene, model or threshold would change."""
+        """Attributes that differ if the scene, the model or the threshold has changed."""
         info = path.stat()
         return {"scene_bytes": info.st_size, "scene_mtime": info.st_mtime_ns, **self._made_by}
 
     def _file(self, path):
         return self._folder / f"{path.stem}.h5"
+
+
+def compare_masks(predictor, reference, path, shape):
+    """Count the pixels of a scene on which the masks of two predictors differ.
+
+    Args:
+        predictor: Predictor.
+        reference: Another Predictor.
+        path: Scene file.
+        shape: (H, W, C) of the scene.
+
+    Returns:
+        Dictionary with `scene`, `pixels` and `share`.
+
+    Raises:
+        SceneError: If the scene cannot be read.
+    """
+    masks = []
+    for each in (predictor, reference):
+        scene = read_scene(path, shape, each.grid.padding, labelled=False)
+        masks.append(each(scene.channels)[0] > THRESHOLD)
+    n_pixels = int(np.count_nonzero(masks[0] != masks[1]))
+    share = n_pixels / masks[0].size
+    log.info(
+        "inference_mode scene differs from patches (float32) in %d pixels of %s, %.3f %%.",
+        *(n_pixels, path.stem, 100 * share),
+    )
+    return {"scene": path.stem, "pixels": n_pixels, "share": share}

@@ -3,16 +3,15 @@
 import contextlib
 import json
 import os
-import re
 import socket
+from collections import Counter
 from dataclasses import dataclass
 
 import keras
 import tensorflow as tf
 
 from harness.errors import UserError
-from harness.parallel.launchers import Launch
-from harness.parallel.rendezvous import LOST, Rendezvous, reserve_port
+from harness.parallel.rendezvous import Rendezvous, SingleRank, reserve_port
 
 CPU_MICRO_BATCH = 4  # patches; at 256 x 256 more took 1 GB more and were no faster on two cores
 
@@ -25,21 +24,24 @@ class Devices:
         strategy: tf.distribute.Strategy over all replicas.
         local: Names of this process's devices, '/GPU:0' and so on.
         kind: 'GPU' or 'CPU'.
-        launch: Launch of this process.
-        cards: What each rank told the others at the start; one empty card where there is one rank.
+        rendezvous: Rendezvous of the ranks, or SingleRank.
+        announcements: What each rank announced at the start, in order.
         deterministic: Whether runs repeat bit for bit.
-        meeting: Rendezvous of the ranks, or None where there is one.
-        gpu_numbers: Of the GPUs of this process, among those that TensorFlow sees.
+        gpu_numbers: Numbers of this process's GPUs among those that TensorFlow sees.
     """
 
     strategy: tf.distribute.Strategy
     local: tuple
     kind: str
-    launch: Launch
-    cards: tuple
+    rendezvous: Rendezvous | SingleRank
+    announcements: tuple
     deterministic: bool
-    meeting: Rendezvous | None = None
     gpu_numbers: tuple = ()
+
+    @property
+    def launch(self):
+        """Launch of this process."""
+        return self.rendezvous.launch
 
     @property
     def rank(self):
@@ -54,7 +56,7 @@ class Devices:
     @property
     def n_nodes(self):
         """Number of nodes that the ranks run on."""
-        return len({card.get("node") for card in self.cards})
+        return len({facts["node"] for facts in self.announcements})
 
     @property
     def n_replicas(self):
@@ -63,7 +65,7 @@ class Devices:
 
     @property
     def replicas(self):
-        """Numbers of this process's replicas among all."""
+        """Numbers of this process's replicas among those of all processes."""
         first = self.rank * len(self.local)
         return range(first, first + len(self.local))
 
@@ -79,22 +81,17 @@ class Devices:
 
     @property
     def accelerators_per_node(self):
-        """GPUs a node, as found."""
+        """GPUs per node, as found."""
         return self.n_gpus // self.n_nodes
 
     def peak_gpu_memory(self):
-        """Most bytes that TensorFlow took on each GPU of this process; empty on CPUs."""
+        """Peak memory of TensorFlow on each GPU of this process [bytes]; empty on CPUs."""
         if self.kind == "CPU":
             return []
         return [tf.config.experimental.get_memory_info(gpu)["peak"] for gpu in self.local]
 
-    def check_ranks(self):
-        """Raise RankError if another rank is known to have failed; for long times without steps."""
-        if self.meeting and (failure := self.meeting.failure()):
-            raise RankError(failure)
-
     def gather(self, number):
-        """The numbers of all ranks, by rank; every rank waits here for all others."""
+        """The numbers of all ranks, in order; every rank waits here for all others."""
         if self.n_ranks == 1:
             return [number]
         mine = tf.one_hot(self.rank, self.n_ranks, dtype=tf.float64) * number / len(self.local)
@@ -116,13 +113,25 @@ class Devices:
         return min(wanted, share)
 
     def distribute(self, elements):
-        """Yield an element for each replica of this process at once, each on its device."""
+        """Yield tuples of one element per replica of this process, each on its device."""
         elements = iter(elements)
         while True:
             yield on_replicas(self.strategy, elements)
 
+    def summary(self):
+        """The dictionary `devices` of results.json."""
+        return {
+            "kind": self.kind,
+            "replicas": self.n_replicas,
+            "ranks": self.n_ranks,
+            "nodes": self.n_nodes,
+            "accelerators_per_node": self.accelerators_per_node,
+            "description": self.describe(),
+            "deterministic": self.deterministic,
+        }
+
     def describe(self):
-        """One line for people: '2 nodes, 4 ranks, 8 GPU replicas (NVIDIA A100)'."""
+        """One line of text: '2 nodes, 4 ranks, 8 GPU replicas (NVIDIA A100)'."""
         replica = f"{self.kind} replica"
         counts = ((self.n_nodes, "node"), (self.n_ranks, "rank"), (self.n_replicas, replica))
         words = ", ".join(f"{n} {word}{'s' if n > 1 else ''}" for n, word in counts)
@@ -130,17 +139,17 @@ class Devices:
 
 
 def on_replicas(strategy, elements):
-    """Take an element for each replica of this process, and put it on the replica's device.
+    """Take one element for each replica of this process and copy it to the replica's device.
 
-    `distribute_datasets_from_function` would do this with datasets of its own. Each of them has a
-    thread that tunes it, and who drops it waits for that thread: up to a minute in TensorFlow 2.21.
+    `distribute_datasets_from_function` would do this with datasets of its own, each with a tuning
+    thread: dropping such a dataset waits for its thread, up to a minute in TensorFlow 2.21.
 
     Args:
         strategy: tf.distribute.Strategy.
         elements: Iterator over nested tuples of tensors.
 
     Returns:
-        Such a tuple, of what `strategy.run` takes.
+        Such a tuple with the per-replica values that `strategy.run` takes.
     """
     devices = iter(strategy.extended.worker_devices)
 
@@ -152,46 +161,48 @@ def on_replicas(strategy, elements):
 
 
 def open_devices(
-    gpu="auto", nodes="auto", cpu_devices=1, deterministic="auto", xla=False, seed=0,
-    meeting=None, **card,
+    rendezvous, gpu="auto", nodes="auto", cpu_devices=1, deterministic="auto", xla=False, seed=0,
+    **facts,
 ):  # fmt: skip
-    """Set TensorFlow up and build the strategy; to be called once, before TensorFlow is used.
+    """Set up TensorFlow and build the strategy; to be called once, before TensorFlow is used.
 
     Args:
-        gpu: 'auto', or the number of GPUs a node that is demanded; 0 for the CPU.
-        nodes: 'auto', or the number of nodes that is demanded.
-        cpu_devices: Virtual CPU replicas where there is no GPU.
+        rendezvous: Rendezvous of the ranks, or SingleRank.
+        gpu: 'auto', or the required number of GPUs per node; 0 for the CPU.
+        nodes: 'auto', or the required number of nodes.
+        cpu_devices: Virtual CPU replicas if no GPU is used.
         deterministic: True, False or 'auto', which is True on CPUs.
         xla: Whether the network will be compiled.
-        seed: Of Python, NumPy and TensorFlow.
-        meeting: Rendezvous of the ranks, or None where there is one.
-        card: More for the other ranks to know.
+        seed: Seed of Python, NumPy and TensorFlow.
+        facts: More to announce to the other ranks; `work` must be the same on all of them.
 
     Returns:
         Devices.
 
     Raises:
-        UserError: If a demand cannot be met, or ranks are missing.
+        UserError: If a requirement is not met, or ranks are missing.
     """
-    launch = meeting.launch if meeting else Launch()
+    launch = rendezvous.launch
     found = tf.config.list_physical_devices("GPU")
     if launch.shares_gpus and launch.local_size > 1:
-        found = _share(found, launch.local_rank, launch.local_size)
+        found = divide_gpus(found, launch.local_rank, launch.local_size)
     used = found[: gpu if gpu != "auto" and launch.local_size == 1 else None] if gpu != 0 else []
     kind = "GPU" if used else "CPU"
     if cpu_devices > 1 and (kind == "GPU" or launch.n_ranks > 1):
         raise UserError(
-            f"cpu_devices: {cpu_devices} rehearses many devices on the CPU of one process, found "
-            f"{launch.n_ranks} rank(s) and {len(used)} GPU(s). Set it to 1, or gpu: 0 in one rank."
+            f"cpu_devices: {cpu_devices} simulates several devices on the CPU of one process, "
+            f"found {launch.n_ranks} rank(s) and {len(used)} GPU(s). Set cpu_devices: 1, or use "
+            "gpu: 0 with one rank."
         )
     local = tuple(f"/{kind}:{i}" for i in range(len(used) or cpu_devices))
-    cards = [{}]
-    if meeting:
+    facts |= {"node": launch.node, "devices": len(local), "kind": kind, "gpus": len(used)}
+    announcements = [facts]
+    if launch.n_ranks > 1:
         with reserve_port() as reserved:  # TensorFlow takes the port over below
             address = f"{socket.gethostname()}:{reserved.getsockname()[1]}"
-            meeting.show(address=address, node=launch.node, devices=len(local), kind=kind, **card)
-            cards = meeting.wait_for_all()
-    _check_demands(gpu, nodes, len(used), cards)
+            rendezvous.announce(address=address, **facts)
+            announcements = rendezvous.wait_for_all()
+    check_requirements(gpu, nodes, announcements)
 
     tf.config.set_visible_devices(used, "GPU")
     for device in used:
@@ -202,93 +213,72 @@ def open_devices(
     deterministic = kind == "CPU" if deterministic == "auto" else deterministic
     if deterministic and xla and kind == "GPU":
         raise UserError(
-            "deterministic: true and xla: true do not go together on GPUs: XLA has no "
+            "deterministic: true and xla: true cannot be combined on GPUs: XLA has no "
             "deterministic gradient of pooling. Set one of them to false."
         )
     if deterministic:
         _make_deterministic(kind)
 
-    if meeting:
-        strategy = _many_workers(launch, cards, kind)
+    if launch.n_ranks > 1:
+        strategy = _many_workers(launch, announcements, kind)
     else:
-        # Between GPUs TensorFlow chooses NCCL; virtual CPUs share one memory.
+        # TensorFlow chooses NCCL between GPUs; virtual CPUs share one memory.
         reduction = tf.distribute.ReductionToOneDevice() if kind == "CPU" else None
         strategy = tf.distribute.MirroredStrategy(local, cross_device_ops=reduction)
     numbers = tuple(int(gpu.name.rsplit(":", 1)[1]) for gpu in used)
-    return Devices(strategy, local, kind, launch, tuple(cards), deterministic, meeting, numbers)
+    return Devices(strategy, local, kind, rendezvous, tuple(announcements), deterministic, numbers)
 
 
-def _share(devices, local_rank, local_size):
-    """The part of a node's devices that falls to one of its ranks."""
-    if len(devices) % local_size:
+def divide_gpus(gpus, local_rank, local_size):
+    """The GPUs of a node that one of its ranks uses."""
+    if len(gpus) % local_size:
         raise UserError(
-            f"{local_size} ranks share a node of {len(devices)} GPUs, which does not divide. "
-            "Start as many ranks a node as it has GPUs, or one."
+            f"{local_size} ranks cannot share the {len(gpus)} GPUs of a node equally. Start as "
+            "many ranks per node as it has GPUs, or one."
         )
-    n = len(devices) // local_size
-    return devices[local_rank * n : (local_rank + 1) * n]
+    n = len(gpus) // local_size
+    return gpus[local_rank * n : (local_rank + 1) * n]
 
 
-def _check_demands(gpu, nodes, n_used, cards):
-    """Compare what was demanded, and the ranks with one another."""
-    found = {}
-    for card in cards:
-        node, n = card.get("node"), card["devices"] * (card["kind"] == "GPU") if card else n_used
-        found[node] = found.get(node, 0) + n
+def check_requirements(gpu, nodes, announcements):
+    """Compare the required GPUs and nodes with what the ranks announced, and these with each other.
+
+    Args:
+        gpu: 'auto', or the required number of GPUs per node.
+        nodes: 'auto', or the required number of nodes.
+        announcements: Dictionaries with `node`, `gpus`, `devices`, `kind` and maybe `work`.
+
+    Raises:
+        UserError: If they differ.
+    """
+    found = Counter()
+    for facts in announcements:
+        found[facts["node"]] += facts["gpus"]
     if isinstance(gpu, int) and set(found.values()) != {gpu}:
         raise UserError(
-            f"gpu: {gpu} demands {gpu} GPU(s) a node, TensorFlow sees "
+            f"gpu: {gpu} requires {gpu} GPU(s) per node, TensorFlow finds "
             f"{' and '.join(map(str, sorted(set(found.values()))))}. "
-            "Set gpu: auto, or gpu: 0 for the CPU; README.md says how to set GPUs up."
+            "Set gpu: auto, or gpu: 0 for the CPU; README.md says how to set up GPUs."
         )
     if isinstance(nodes, int) and nodes != len(found):
         raise UserError(
-            f"nodes: {nodes} demands {nodes} node(s), the scheduler started {len(found)}. "
-            "Set nodes: auto, or start the program on as many."
+            f"nodes: {nodes} requires {nodes} node(s), the scheduler started {len(found)}. "
+            "Set nodes: auto, or start the program on as many nodes."
         )
-    if len({card.get("work") for card in cards}) > 1:
+    if len({facts.get("work") for facts in announcements}) > 1:
         raise UserError(
             "The ranks were started with different configurations, or see different scenes. "
-            "Start all with the same, on a file system that all share."
+            "Start all of them with the same configuration, on a shared file system."
         )
-    if len({(card.get("devices"), card.get("kind")) for card in cards}) > 1:
-        counts = ", ".join(f"rank {r}: {c['devices']} {c['kind']}" for r, c in enumerate(cards))
+    if len({(facts["devices"], facts["kind"]) for facts in announcements}) > 1:
+        counts = ", ".join(
+            f"rank {r}: {facts['devices']} {facts['kind']}" for r, facts in enumerate(announcements)
+        )
         raise UserError(f"All ranks need the same number of devices of one kind, found {counts}.")
 
 
-class RankError(RuntimeError):
-    """Another rank failed or was lost; the message says which, and why if it is known."""
-
-
-@contextlib.contextmanager
-def watch_ranks(meeting):
-    """Tell the other ranks why this one fails, and say of which of them TensorFlow's errors tell.
-
-    Args:
-        meeting: Rendezvous of the ranks, or None where there is one.
-    """
-    try:
-        yield
-    except tf.errors.OpError as error:
-        if meeting is None:
-            raise
-        failure = meeting.find_failure()
-        if failure is None:
-            lost = re.search(r"remote target \S*task:(\d+)", str(error))
-            failure = LOST.format(lost[1] if lost else "(which is unknown)")
-            meeting.show(error=failure)
-        raise RankError(failure) from error
-    except RankError:
-        raise
-    except BaseException as error:
-        if meeting is not None:
-            with contextlib.suppress(OSError):
-                meeting.show(error=f"{type(error).__name__}: {error}")
-        raise
-
-
-def _many_workers(launch, cards, kind):
-    workers = launch.addresses or [card["address"] for card in cards]
+def _many_workers(launch, announcements, kind):
+    workers = launch.addresses or [facts["address"] for facts in announcements]
     os.environ["TF_CONFIG"] = json.dumps(
         {"cluster": {"worker": workers}, "task": {"type": "worker", "index": launch.rank}}
     )
@@ -300,7 +290,7 @@ def _many_workers(launch, cards, kind):
 
 
 def _divide_cpu(n_parts):
-    """See that there are at least so many virtual CPUs; TensorFlow divides once, at its start."""
+    """Make sure that there are this many virtual CPUs; TensorFlow can divide them only once."""
     cpu = tf.config.list_physical_devices("CPU")[0]
     parts = tf.config.get_logical_device_configuration(cpu) or [None]
     if len(parts) < n_parts:
@@ -312,8 +302,8 @@ def _make_deterministic(kind):
     if kind == "GPU":
         tf.config.experimental.enable_op_determinism()
     else:
-        # Operations that run side by side add up in another order each time. This is enough on
-        # CPUs; enable_op_determinism is not, and it forbids XLA the gradient of pooling.
+        # Operations that run in parallel add up in a different order each time. This is enough on
+        # CPUs; enable_op_determinism is not, and with it XLA has no gradient of pooling.
         tf.config.threading.set_inter_op_parallelism_threads(1)
 
 

@@ -1,10 +1,7 @@
-"""What started this process, and how the ranks of one run find one another.
+"""How this process was started: everything about TF_CONFIG, Slurm, LSF and MPI.
 
-Every rank writes its address into a folder below output_dir, which all ranks share since they write
-their masks there, and reads those of the others. So ports are free ones, several ranks on a host
-and unequal numbers of ranks a node need no rule, and whoever is missing has a number. TensorFlow's
-cluster resolvers were tried: they want equal numbers of tasks a node, fixed ports (two jobs on one
-host collide), and there is none for jsrun.
+A launcher is one function of the environment that returns a Launch, or None if it did not start
+this process; LAUNCHERS lists them in the order in which they are asked.
 """
 
 import hashlib
@@ -21,14 +18,14 @@ class Launch:
     """This process among those of the run.
 
     Attributes:
-        rank: Its number; 0 is the chief.
+        rank: Number of this process; 0 is the chief.
         n_ranks: Number of processes.
-        local_rank: Its number on its node.
+        local_rank: Number of this process on its node.
         local_size: Processes on its node.
         node: Name of its node.
-        job: What tells this start from any other.
-        shares_gpus: Whether the ranks of a node see the same GPUs, and divide them.
-        addresses: 'host:port' of every rank, where TF_CONFIG gives them.
+        job: Identifies this start of the program among all others.
+        shares_gpus: Whether the ranks of a node see the same GPUs and must divide them.
+        addresses: 'host:port' of every rank, if TF_CONFIG gives them.
     """
 
     rank: int = 0
@@ -42,35 +39,42 @@ class Launch:
 
 
 def detect_launch(environ=os.environ):
-    """Find out what started us: a TF_CONFIG, Slurm's srun, jsrun or mpirun, or nothing of these.
+    """Find out which launcher started this process; without one, it is the only rank.
 
     Args:
         environ: Environment variables.
 
     Raises:
-        UserError: If TF_CONFIG describes anything but workers.
+        UserError: If the variables of the launcher are incomplete or unusable.
     """
-    if config := environ.get("TF_CONFIG"):
-        return _from_tf_config(config, environ)
-    if int(environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:  # jsrun, and mpirun, also below Slurm
-        return _from_open_mpi(environ)
-    if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # absent from a batch script itself
-        return _from_slurm(environ)
-    return Launch()
+    launches = (launcher(environ) for launcher in LAUNCHERS)
+    return next((launch for launch in launches if launch), Launch())
 
 
-def _from_tf_config(text, environ):
+def job_id(environ=os.environ):
+    """The scheduler's number of this job, or None without a scheduler."""
+    return environ.get("SLURM_JOB_ID") or environ.get("LSB_JOBID")
+
+
+def is_requeued(environ=os.environ):
+    """Whether Slurm has put this job back into the queue and started it again."""
+    return int(environ.get("SLURM_RESTART_COUNT", 0)) > 0
+
+
+def tf_config(environ):
+    """TF_CONFIG with a cluster of workers."""
+    if not (text := environ.get("TF_CONFIG")):
+        return None
     try:
         config = json.loads(text)
         (kind, addresses), *others = config["cluster"].items()
         rank = int(config["task"]["index"])
         if kind != "worker" or others or not 0 <= rank < len(addresses):
-            raise ValueError("its cluster should hold 'worker' alone, and task.index one of them")
+            raise ValueError("the cluster should contain only 'worker', and task.index one of them")
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"TF_CONFIG cannot be used: {error}. Mend or unset it.") from None
+        raise UserError(f"TF_CONFIG cannot be used: {error}. Fix or unset it.") from None
     if len(addresses) == 1:
         return Launch()
-    job = hashlib.sha256("".join(addresses).encode()).hexdigest()[:16]
     hosts = [address.rpartition(":")[0] for address in addresses]
     same_host = [r for r, host in enumerate(hosts) if host == hosts[rank]]
     return Launch(
@@ -79,45 +83,22 @@ def _from_tf_config(text, environ):
         same_host.index(rank),
         len(same_host),
         hosts[rank],
-        job,
-        "CUDA_VISIBLE_DEVICES" not in environ,
-        tuple(addresses),
+        job=hashlib.sha256("".join(addresses).encode()).hexdigest()[:16],
+        shares_gpus="CUDA_VISIBLE_DEVICES" not in environ,
+        addresses=tuple(addresses),
     )
 
 
-def _from_slurm(environ):
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    n_visible = visible and str(len(visible.split(",")))
-    parts = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
-    return Launch(
-        rank=int(environ["SLURM_PROCID"]),
-        n_ranks=int(environ["SLURM_STEP_NUM_TASKS"]),
-        local_rank=int(environ["SLURM_LOCALID"]),
-        local_size=_tasks_on_node(
-            environ["SLURM_STEP_TASKS_PER_NODE"], int(environ["SLURM_NODEID"])
-        ),
-        node=environ.get("SLURMD_NODENAME") or socket.gethostname(),
-        job="slurm-" + "-".join(environ.get(part, "0") for part in parts),
-        # --gpus-per-task shows each rank its own; else each sees all of the step on its node.
-        shares_gpus=n_visible in (None, environ.get("SLURM_GPUS_ON_NODE")),
-    )
-
-
-def _tasks_on_node(text, node):
-    """Read Slurm's '2(x3),1': the number of tasks on a node, by its place in the list."""
-    counts = []
-    for part in text.split(","):
-        n, _, times = part.partition("(x")
-        counts += [int(n)] * int(times.rstrip(")") or 1)
-    return counts[node]
-
-
-def _from_open_mpi(environ):
+def open_mpi(environ):
+    """Open MPI's mpirun, also below Slurm, and LSF's jsrun."""
+    if int(environ.get("OMPI_COMM_WORLD_SIZE", 1)) == 1:
+        return None
     job = environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid")
     if not job:
         raise UserError(
             "OMPI_COMM_WORLD_SIZE says that there are several ranks, but neither PMIX_NAMESPACE "
-            "nor OMPI_MCA_ess_base_jobid says of which job. Start them with jsrun or mpirun."
+            "nor OMPI_MCA_ess_base_jobid says which job they belong to. Start them with jsrun or "
+            "mpirun."
         )
     job = "".join(c if c.isalnum() else "-" for c in f"{environ.get('LSB_JOBID', 'mpi')}-{job}")
     return Launch(
@@ -126,6 +107,38 @@ def _from_open_mpi(environ):
         local_rank=int(environ["OMPI_COMM_WORLD_LOCAL_RANK"]),
         local_size=int(environ["OMPI_COMM_WORLD_LOCAL_SIZE"]),
         job=job,
-        # jsrun's resource sets show each rank its own; mpirun shows all of a node to each.
+        # A resource set of jsrun shows each rank its own GPUs; mpirun shows all to each rank.
         shares_gpus="JSM_NAMESPACE_RANK" not in environ,
     )
+
+
+def slurm(environ):
+    """Slurm's srun; SLURM_STEP_NUM_TASKS is absent in the batch script itself."""
+    if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+        return None
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    n_visible = visible and str(len(visible.split(",")))
+    step = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    tasks = _tasks_per_node(environ["SLURM_STEP_TASKS_PER_NODE"])
+    return Launch(
+        rank=int(environ["SLURM_PROCID"]),
+        n_ranks=int(environ["SLURM_STEP_NUM_TASKS"]),
+        local_rank=int(environ["SLURM_LOCALID"]),
+        local_size=tasks[int(environ["SLURM_NODEID"])],
+        node=environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        job="slurm-" + "-".join(environ.get(name, "0") for name in step),
+        # --gpus-per-task shows each rank its own GPUs; otherwise it sees all of its node.
+        shares_gpus=n_visible in (None, environ.get("SLURM_GPUS_ON_NODE")),
+    )
+
+
+def _tasks_per_node(text):
+    """Slurm's '2(x3),1' means the list 2, 2, 2, 1."""
+    counts = []
+    for part in text.split(","):
+        n, _, times = part.partition("(x")
+        counts += [int(n)] * int(times.rstrip(")") or 1)
+    return counts
+
+
+LAUNCHERS = (tf_config, open_mpi, slurm)

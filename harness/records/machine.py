@@ -1,4 +1,4 @@
-"""The machine that a run is on, as far as the system tells it."""
+"""The machine that a run uses, as far as the system describes it."""
 
 import contextlib
 import os
@@ -18,12 +18,12 @@ def describe_machine(kind):
     """Describe this node.
 
     Args:
-        kind: 'GPU' or 'CPU', on which the run is.
+        kind: Devices of the run, 'GPU' or 'CPU'.
 
     Returns:
-        `processor`, its name; `sockets`, `cores` and `threads` of the node; `memory` [bytes];
-        `operating_system`, `kernel`; `gpus` with `name`, `memory` [bytes] and `driver` each, all of
-        the node, of NVIDIA alone. What the system does not tell is None.
+        Dictionary with the name of the `processor`; `sockets`, `cores` and `threads` of the node;
+        `memory` [bytes]; `operating_system`, `kernel`; and `gpus`, all NVIDIA GPUs of the node with
+        `name`, `memory` [bytes] and `driver`. Unknown values are None.
     """
     return {
         **_processor(),
@@ -36,7 +36,7 @@ def describe_machine(kind):
 
 
 def _processor():
-    """Name, sockets and cores by /proc/cpuinfo; not every architecture's has all."""
+    """Name, sockets and cores from /proc/cpuinfo, which lacks some on some architectures."""
     text = ""
     with contextlib.suppress(OSError):
         text = CPUINFO.read_text(encoding="utf-8", errors="replace")

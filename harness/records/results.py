@@ -1,4 +1,4 @@
-"""What results.json, the lines of cloudmask.log and the screen say of a run."""
+"""What results.json, the lines of cloudmask.log and the screen say about a run."""
 
 import itertools
 
@@ -8,33 +8,57 @@ from harness.console import format_bytes, format_duration
 from harness.files import jsonable
 from harness.inference import scores
 
+HISTORY_COLUMNS = (
+    "epoch", "loss", "accuracy", "val_loss", "val_accuracy", "seconds", "patches_per_second",
+)  # fmt: skip
 EPOCH_FORMAT = "{:>9} {:>8} {:>9} {:>9} {:>13} {:>8} {:>10}  {}"
 
 
-def training_results(state, paths, batches, warm_up_seconds):
-    """The part `training` of results.json."""
+def epoch_row(state, trained, validated, evaluation_seconds):
+    """What is recorded about an epoch; history.csv shows HISTORY_COLUMNS of it.
+
+    Args:
+        state: TrainingState at the end of the epoch's training steps.
+        trained: Dictionary with `loss`, `accuracy` and `patches` of the training steps.
+        validated: The same of the validation.
+        evaluation_seconds: Time that the validation took [s].
+    """
+    return {
+        "epoch": state.epoch,
+        **trained,
+        **{f"val_{name}": value for name, value in validated.items()},
+        "seconds": state.seconds + evaluation_seconds,
+        "train_seconds": state.seconds,
+        "input_seconds": state.input_seconds,
+        "patches_per_second": trained["patches"] / state.seconds,
+    }
+
+
+def training_results(state, facts):
+    """The dictionary `training` of results.json.
+
+    Args:
+        state: TrainingState with at least one epoch.
+        facts: Numbers of scenes and patches, name of the loss, seconds of the warm-up.
+    """
     history, best = state.history, state.best
     seconds = [row["train_seconds"] for row in history]
-    later = seconds[1:] or seconds  # the first epoch finds cold caches
+    later = seconds[1:] or seconds  # the first epoch reads files that are not cached yet
     return {
-        "scenes_train": len(paths[0]),
-        "scenes_test": len(paths[1]),
-        "patches_train": batches[0].n_patches,
-        "patches_test": batches[1].n_patches,
+        **facts,
         "epochs_run": len(history),
         "best_epoch": best["epoch"],
         "seconds": sum(row["seconds"] for row in history),
         "seconds_per_epoch": [row["seconds"] for row in history],
         "train_seconds_per_epoch": seconds,
-        "input_seconds_per_epoch": [row.get("input_seconds") for row in history],  # of these
-        "warm_up_seconds": warm_up_seconds,  # tracing and compiling, before the run starts
-        "patches_per_second": batches[0].n_patches * len(later) / sum(later),
+        "input_seconds_per_epoch": [row["input_seconds"] for row in history],  # part of these
+        "patches_per_second": facts["patches_train"] * len(later) / sum(later),
         **{name: best[name] for name in ("loss", "accuracy", "val_loss", "val_accuracy")},
     }
 
 
 def inference_results(rows, seconds):
-    """The part `inference` of results.json."""
+    """The dictionary `inference` of results.json."""
     return {
         **scene_results(rows),
         "seconds": seconds,
@@ -56,7 +80,7 @@ def inference_results(rows, seconds):
 
 
 def scene_results(rows):
-    """What of `inference` the rows of scenes.csv tell: counts and scores."""
+    """The counts and scores in `inference`, from the rows of scenes.csv."""
     return {
         "scenes": len(rows),
         "scenes_labelled": sum(any(row[count] for count in scores.COUNTS) for row in rows),
@@ -71,13 +95,13 @@ def scene_results(rows):
 
 
 def sampling_results(parts):
-    """The part `sampling` of results.json: totals of several ranks, or of parts of a run, added up.
+    """The dictionary `sampling` of results.json: the totals of ranks, or of parts of a run.
 
-    What one of them could not measure, or did not live to tell, is None: the sum without it would
-    be too small. `energy_joules` is that of processors and GPUs together.
+    A total is None if one of them did not measure it: the sum of the others would be too small.
+    `energy_joules` is that of processors and GPUs.
 
     Args:
-        parts: Dictionaries of sampling.Sampler.totals, or None.
+        parts: Dictionaries of sampling.Sampler.totals; None for a part that was killed.
     """
     if not all(parts):
         return None
@@ -91,7 +115,7 @@ def sampling_results(parts):
 
 
 def peaks(parts):
-    """Most memory that any part of a run took, of the process and by GPU [bytes]."""
+    """Peak memory of all parts of a run, of the process and by GPU [bytes]."""
     by_gpu = [part.get("peak_gpu_memory", []) for part in parts]
     return {
         "peak_rss": max(part.get("peak_rss", 0) for part in parts),
@@ -100,7 +124,7 @@ def peaks(parts):
 
 
 def training_line(config, devices, state, n_scenes):
-    """The training line of cloudmask.log: v1.1's fields, then ours."""
+    """The training line of cloudmask.log: the fields of v1.1, then ours."""
     history, best = state.history, state.best
     per_epoch = sum(row["seconds"] for row in history) / len(history)
     return (
@@ -113,7 +137,7 @@ def training_line(config, devices, state, n_scenes):
 
 
 def inference_line(config, devices, results):
-    """The inference line of cloudmask.log: v1.1's fields, then ours."""
+    """The inference line of cloudmask.log: the fields of v1.1, then ours."""
     return (
         f"CloudMask inference, inferences={results['scenes']}, bs={config.batch_size}, "
         f"nodes={devices.n_nodes}, gpus={devices.n_gpus}, "
@@ -138,34 +162,50 @@ def result_event(results):
 # --- for the screen -------------------------------------------------------------------------
 
 
-def work_ahead(config, mode, n_train, n_test, n_masked):
-    """Lines that say what a run will do, from its configuration and numbers of scenes."""
-    size = config.patch_size
-    per_scene = (config.image_h // size) * (config.image_w // size)
+def plan(config, mode, scenes, devices):
+    """Lines that say what a run will do.
+
+    Args:
+        config: Config.
+        mode: 'benchmark', 'train' or 'inference'.
+        scenes: data.preflight.Scenes.
+        devices: Devices.
+    """
+    size, per_scene = config.patch_size, config.patches_per_scene
     shape = f"{config.image_h} x {config.image_w}"
-    lines = []
+    lines = ["devices     " + devices.describe()]
     if mode != "inference":
+        n = len(scenes.train)
         lines += [
-            f"training    {n_train} scenes of {shape}, {n_train * per_scene} patches of {size}; "
-            f"{n_test} to validate",
+            f"training    {n} scenes of {shape}, {n * per_scene} patches of {size}; "
+            f"{len(scenes.validation)} for validation",
             f"            {config.epochs} epochs, batch {config.batch_size}, Adam "
             f"{config.learning_rate:g}, {config.precision}, seed {config.seed}",
         ]
     if mode != "train":
         how = {"patches": f"patches of {size}, overlap {config.crop_size}", "scene": "one pass"}
-        lines.append(f"inference   {n_masked} scenes of {shape}, {how[config.inference_mode]}")
+        lines.append(
+            f"inference   {len(scenes.inference)} scenes of {shape}, {how[config.inference_mode]}"
+        )
     return lines
 
 
+def network_line(network, loss=None):
+    """One line about the network: its name, layers, parameters and loss."""
+    text = f"network     {network['name']}, {network['layers']} layers, "
+    text += f"{network['parameters']:,} parameters"
+    return text + (f", loss {loss}" if loss else "")
+
+
 def epoch_header():
-    """The line above those of the epochs."""
+    """The header of the lines of epochs."""
     return EPOCH_FORMAT.format(
         *("epoch", "loss", "accuracy", "val_loss", "val_accuracy", "seconds", "patches/s", "left")
     ).rstrip()
 
 
 def epoch_line(history, n_epochs):
-    """An epoch that has ended, and the time that those to come will take."""
+    """The line of a completed epoch, with the time that the remaining ones will take."""
     row = history[-1]
     left = (n_epochs - row["epoch"]) * float(np.median([row["seconds"] for row in history[-5:]]))
     scores_of_epoch = (
@@ -179,7 +219,7 @@ def epoch_line(history, n_epochs):
 
 
 def summary(results):
-    """Lines that say what a run has reached, from what results.json holds."""
+    """Lines that summarise a completed run, from the content of results.json."""
     training, inference = results["training"], results["inference"]
     lines = []
     if inference and inference["scenes_labelled"]:
@@ -191,23 +231,24 @@ def summary(results):
             f"{inference['threshold_accuracy']:.3f}",
         ]
     if inference and (n := inference["scenes"] - inference["scenes_labelled"]):
-        lines.append(f"no scores   of {n} scene(s) without a Bayesian mask")
+        lines.append(f"no scores   for {n} scene(s) without a Bayesian mask")
     if training:
         lines += [
             f"validation  accuracy {training['val_accuracy']:.3f}, loss {training['val_loss']:.4f} "
-            f"after epoch {training['best_epoch']} of {training['epochs_run']}, the best",
-            f"training    {training['seconds'] / training['epochs_run']:.1f} s an epoch, "
+            f"in the best epoch, {training['best_epoch']} of {training['epochs_run']}",
+            f"training    {training['seconds'] / training['epochs_run']:.1f} s per epoch, "
             f"{training['patches_per_second']:.1f} patches/s",
         ]
     if inference:
         parts = inference["seconds_per_scene_parts"]
         lines.append(
-            f"inference   {inference['seconds_per_scene']:.2f} s a scene, "
+            f"inference   {inference['seconds_per_scene']:.2f} s per scene, "
             f"{inference['scenes']} scenes; the network {parts['network']:.2f} s"
         )
     if bad := results["bad_scenes"]:
-        lines.append(f"left out    {len(bad)} bad scenes, named in results.json")
-    taken = f"in all      {format_duration(results['seconds'])}, {format_bytes(results['peak_rss'])} of memory"
+        lines.append(f"skipped     {len(bad)} bad scenes, listed in results.json")
+    total = f"total       {format_duration(results['seconds'])}, "
+    total += f"peak memory {format_bytes(results['peak_rss'])}"
     if (results["sampling"] or {}).get("energy_joules") is not None:
-        taken += f", {results['sampling']['energy_joules'] / 3.6e6:.3f} kWh"
-    return [*lines, taken]
+        total += f", {results['sampling']['energy_joules'] / 3.6e6:.3f} kWh"
+    return [*lines, total]

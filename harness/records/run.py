@@ -1,84 +1,87 @@
-"""A run's folder, and everything that is written there."""
+"""A run: its folder, its logs, its checkpoints and its results."""
 
 import contextlib
-import errno
 import logging
+import math
 import os
-import platform
 import resource
-import shutil
-import subprocess
-import sys
 import time
-import uuid
-from datetime import datetime, timezone
-from importlib import metadata
-from pathlib import Path
 
 from harness import REPOSITORY
-from harness.config import FILE_KEYS, dump_config
+from harness.config import dump_config
 from harness.console import log_to_file
-from harness.errors import UserError
-from harness.files import file_sha256, remove_unfinished, write_json, write_text
+from harness.data.bad_scenes import BadScenes
+from harness.errors import UserError, one_line
+from harness.files import (
+    file_sha256,
+    remove_unfinished,
+    replacing,
+    write_csv,
+    write_json,
+    write_text,
+)
+from harness.inference.scores import SCENE_COLUMNS
+from harness.parallel.launchers import job_id
 from harness.records import mlperf_log, results
 from harness.records.machine import describe_machine
 from harness.records.mlperf_log import keys, open_mlperf_log
-from harness.records.tensorboard import NoBoard
+from harness.records.run_folder import FORMAT, git_commit, now, package_versions
+from harness.records.tensorboard import NoBoard, TensorBoard
 from harness.signals import Interrupted
-from harness.training.checkpoints import Checkpoints, TrainingState
-
-REPORT_SECONDS = 600  # [s] after which a report is given up
-PACKAGES = ("tensorflow", "keras", "numpy", "h5py", "scikit-learn", "mlperf-logging")
+from harness.training.checkpoints import Checkpoints
+from harness.training.state import TrainingState
 
 log = logging.getLogger(__name__)
 
 
 class Run:
-    """One run: its folder, its logs and its results.
+    """One run, or one part of it if it is resumed.
 
-    As a context it ends what it began: whatever happens inside, `run_stop` and results.json say how
-    the run went. Processes other than the chief write nothing but a log of their own.
+    As a context manager it finishes what it has begun: whatever happens inside, the event
+    `run_stop` and results.json say how the run ended. Ranks other than the chief only write a log.
 
     Args:
         config: Config.
         devices: Devices.
         mode: 'benchmark', 'train' or 'inference'.
         folder: The run's folder.
-        bad_scenes: BadScenes of the run.
-        earlier: What results.json holds, of a run that is resumed; else None.
-        scenes: Digest of the scenes' names.
+        earlier: Content of results.json if the run is resumed, otherwise None.
+        scenes_sha256: Digest of the names of all scenes.
 
     Attributes:
         folder: The run's folder.
         mode: 'benchmark', 'train' or 'inference'.
-        results: What results.json will hold.
+        results: The future content of results.json.
         mllog: MLLogger of the MLPerf log.
+        model_file: Path of the best model.
         bad_scenes: BadScenes of the run.
-        board: TensorBoard of the run, or NoBoard.
-        part: 0, or how often the run was resumed.
-        goes_on: Whether this part begins with a checkpoint, within the timed run.
+        board: TensorBoard of the run; it shows nothing until `open_tensorboard`.
+        part: How often the run has been resumed.
+        continues: Whether this part continues from a checkpoint, inside the timed run.
 
     Raises:
-        UserError: If a run is resumed with other scenes.
+        UserError: If a run is resumed with different scenes.
     """
 
-    def __init__(self, config, devices, mode, folder, bad_scenes, earlier=None, scenes=None):
+    def __init__(self, config, devices, mode, folder, earlier=None, scenes_sha256=None):
         self._config, self._devices, self.is_chief = config, devices, devices.is_chief
-        self.mode, self.bad_scenes, self.board = mode, bad_scenes, NoBoard()
-        self.folder, parts = folder, earlier["parts"] if earlier else []
-        if earlier and earlier.get("scenes_sha256", scenes) != scenes:
+        self.folder, self.mode, self.board = folder, mode, NoBoard()
+        parts = earlier["parts"] if earlier else []
+        if earlier and earlier.get("scenes_sha256", scenes_sha256) != scenes_sha256:
             raise UserError(
-                f"{folder} cannot go on: its scenes were others. Put back what train_dir and "
-                "inference_dir held, or start a new run."
+                f"{folder} cannot be resumed: the scenes have changed. Restore the files in "
+                "train_dir and inference_dir, or start a new run."
             )
         if parts and self.is_chief:
             remove_unfinished(folder)
+        self.bad_scenes = BadScenes(folder, config.on_bad_scene)
         self.part, self._checkpoints = len(parts), Checkpoints(self.path("checkpoints"))
-        self._found = self._checkpoints.newest() if parts else None
+        self._found = self._checkpoints.newest() if parts else None  # path and state
+        self._earlier_network = earlier.get("network") if earlier else None
         self._saved = None  # epochs and steps of the last checkpoint
         self._sampler = None
-        self.goes_on = self._has_started = self._found is not None
-        self.model_file = self.path(config.model_file)  # absolute where it is an input
+        self.continues = self._is_timed = self._found is not None
+        self.model_file = self.path(config.model_file)  # absolute if it is an input
         self._log_file = self.path(config.log_file)
         self._opened = time.perf_counter()
         self._rank_log = log_to_file(self.folder / f"rank-{devices.rank}.log")
@@ -87,98 +90,163 @@ class Run:
         self.mllog = open_mlperf_log(self._mlperf_file, REPOSITORY, n_kept)
         if self.is_chief:
             self._log_file.parent.mkdir(parents=True, exist_ok=True)
-            self._log_file.touch()  # now rather than after hours
+            self._log_file.touch()  # an unwritable file fails now and not after hours
             if parts:
-                self._forget_lines(sum(part["status"] == keys.SUCCESS for part in parts))
+                self._remove_lines(sum(part["status"] == keys.SUCCESS for part in parts))
             write_text(self.folder / "config.yaml", dump_config(config, self.folder.name))
-        made_by = {  # of the last part; each part has its own besides
-            "devices": {
-                "kind": devices.kind,
-                "replicas": devices.n_replicas,
-                "ranks": devices.n_ranks,
-                "nodes": devices.n_nodes,
-                "accelerators_per_node": devices.accelerators_per_node,
-                "description": devices.describe(),
-                "deterministic": devices.deterministic,
-            },
-            "versions": {
-                "python": platform.python_version(),
-                **{name: metadata.version(name) for name in PACKAGES},
-            },
+        made_by = {  # of the last part; each part has its own copy
+            "devices": devices.summary(),
+            "versions": package_versions(),
             "git_commit": git_commit(),
         }
+        part = {"start": now(), "status": "running", "seconds": 0.0, "checkpoint_seconds": 0.0}
+        parts = [*parts, {**part, **made_by}]
         self.results = {
+            "format": FORMAT,
             "status": "running",
             "run": self.folder.name,
             "mode": mode,
-            "job": scheduler_job(),
-            "start": (parts or [{"start": now()}])[0]["start"],
+            "job": job_id(),
+            "start": parts[0]["start"],
             "seconds": 0.0,
             "resumed": self.part,
-            "parts": [
-                *parts,
-                {
-                    "start": now(),
-                    "status": "running",
-                    "seconds": 0.0,
-                    "checkpoint_seconds": 0.0,
-                    **made_by,
-                },
-            ],
+            "parts": parts,
             **made_by,
             "machine": describe_machine(devices.kind) if self.is_chief else None,
-            "scenes_sha256": scenes,
+            "scenes_sha256": scenes_sha256,
             "config": config.model_dump(by_alias=True, mode="json"),
+            "network": self._earlier_network,
             "training": None,
             "inference": None,
         }
         self.save_results("running")
 
-    @property
-    def needs_labels(self):
-        """Whether scenes need a Bayesian mask: masks alone can be made without."""
-        return self.mode != "inference"
-
-    def mlperf_bytes(self):
-        """Length of the MLPerf log so far; 0 on ranks that write none."""
-        return self._mlperf_file.stat().st_size if self.is_chief else 0
-
     def path(self, name):
-        """A file of the run: inside its folder unless absolute."""
+        """A file of the run: in its folder unless absolute."""
         return self.folder / name
 
     def begin(self):
-        """Log who runs what, and that it is set up now; or that it goes on."""
-        if self.goes_on:
-            epoch = self._found[1].epoch
-            log.info("Going on in epoch %d, step %d.", epoch, self._found[1].step + 1)
-            self.mllog.event(mlperf_log.RESUMED, self.part, metadata={"epoch_num": epoch})
+        """Log who runs what and that the set-up begins; or that the run continues."""
+        if self.continues:
+            state = self._found[1]
+            log.info("Continuing in epoch %d, step %d.", state.epoch, state.step + 1)
+            self.mllog.event(mlperf_log.RESUMED, self.part, metadata={"epoch_num": state.epoch})
             return
         mlperf_log.log_submission(self.mllog, self._config, self.results["git_commit"])
-        self.mllog.event(keys.CACHE_CLEAR, False)  # the system's file cache is as we found it
+        self.mllog.event(keys.CACHE_CLEAR, False)  # the system's file cache is left as it is
         if self.part:
             self.mllog.event(mlperf_log.RESUMED, self.part, metadata={"epoch_num": 1})
         self.mllog.start(keys.INIT_START)
 
-    def start(self):
-        """Mark the end of setting up, and the begin of the timed run."""
-        self._has_started = True
+    def start(self, network, n_train=0, n_eval=0):
+        """Log the end of the set-up and the start of the timed run; not if the run continues.
+
+        Args:
+            network: Dictionary with `name`, `parameters` and `layers`.
+            n_train: Patches to train on.
+            n_eval: Patches to validate with, or scenes to mask if nothing is trained.
+        """
+        self.results["network"] = network
+        if self.continues:
+            return
+        mlperf_log.log_hyperparameters(
+            self._config, self._devices, self.mllog, n_train, n_eval, network
+        )
+        self._is_timed = True
         self.mllog.end(keys.INIT_STOP)
         self.mllog.start(keys.RUN_START)
 
-    def restore(self, trainer):
-        """Give a trainer what the newest checkpoint holds, and return the TrainingState."""
+    # --- training
+
+    def restore(self, trainer, network):
+        """Load the newest checkpoint into a trainer, if there is one.
+
+        Args:
+            trainer: Trainer.
+            network: Dictionary of its network, see `start`.
+
+        Returns:
+            TrainingState, of the checkpoint or a new one.
+
+        Raises:
+            UserError: If the run began with another network.
+        """
         if self._found is None:
             return TrainingState()
+        if self._earlier_network != network:
+            raise UserError(
+                f"{self.folder} cannot be resumed: its network was {self._earlier_network}, now "
+                f"it is {network}. Restore the file that `network` names, or start a new run."
+            )
         path, state = self._found
         if self._devices.n_ranks > 1 and len(set(self._devices.gather(state.epoch))) > 1:
-            raise UserError(f"The ranks see different checkpoints in {path.parent}. Start again.")
+            raise UserError(
+                f"The ranks see different checkpoints in {path.parent}. All ranks must see the "
+                "same output_dir; start again."
+            )
         self._checkpoints.restore(path, trainer, self.model_file if self.is_chief else None)
         self._saved = len(state.history), state.step
         return state
 
-    def save_checkpoint(self, trainer, state):
-        """Keep what `restore` needs; the chief does."""
+    def open_tensorboard(self, channels, cloud):
+        """Let the chief show the masks of these patches after every epoch, and the scalars."""
+        self.board = TensorBoard(
+            self.path("tensorboard"), channels, cloud, self._config.profile_steps
+        )
+
+    def begin_epoch(self, state):
+        """Log the start of an epoch; not again if the run continues inside it."""
+        if not state.step:
+            self.mllog.start(keys.EPOCH_START, metadata={"epoch_num": state.epoch})
+        state.mlperf_bytes = self._mlperf_bytes()
+
+    def begin_evaluation(self, state):
+        """Log the end of the training steps of an epoch, and the start of its validation."""
+        numbered = {"epoch_num": state.epoch}
+        self.mllog.end(keys.EPOCH_STOP, metadata=numbered)
+        self.mllog.start(keys.EVAL_START, metadata=numbered)
+
+    def end_epoch(self, trainer, state, row, facts):
+        """Log an epoch, and keep its history, the best model, a checkpoint and the results.
+
+        Args:
+            trainer: Trainer.
+            state: TrainingState of the epoch; moves to the next one.
+            row: The epoch's dictionary, see `results.epoch_row`.
+            facts: What results.json says about the training besides its history.
+        """
+        numbered = {"epoch_num": row["epoch"]}
+        self.mllog.event(keys.EVAL_ACCURACY, row["val_accuracy"], metadata=numbered)
+        self.mllog.end(keys.EVAL_STOP, metadata=numbered)
+        state.end_epoch(row)
+        state.mlperf_bytes = self._mlperf_bytes()
+        log.info("%s", results.epoch_line(state.history, self._config.epochs))
+        if self.is_chief:
+            write_csv(self.path("history.csv"), results.HISTORY_COLUMNS, state.history)
+            self.board.write_epoch(row, trainer.model)
+        if not math.isfinite(row["val_loss"]):
+            raise FloatingPointError(
+                f"The validation loss became {row['val_loss']} in epoch {row['epoch']}. Lower "
+                f"learning_rate ({self._config.learning_rate}), or set precision: float32."
+            )
+        if row is state.best and self.is_chief:
+            with replacing(self.model_file) as temporary:
+                trainer.model.save(temporary)
+        if row["epoch"] % self._config.checkpoint_every == 0 or self.stop_reason(state):
+            self._save_checkpoint(trainer, state)
+        self.save_training(state, facts)
+
+    def save_training(self, state, facts):
+        """Write results.json with the training so far."""
+        self.results["training"] = results.training_results(state, facts)
+        self.save_results("running")
+
+    def stop_reason(self, state):
+        """Why training stops now, as text; None if it continues."""
+        config = self._config
+        return state.stop_reason(config.epochs, config.target_accuracy, config.patience)
+
+    def _save_checkpoint(self, trainer, state):
         if self.is_chief:
             begin = time.perf_counter()
             self._checkpoints.save(state, trainer, self.model_file)
@@ -186,40 +254,104 @@ class Run:
         self._saved = len(state.history), state.step
 
     @contextlib.contextmanager
-    def saving_when_interrupted(self, trainer, state):
-        """When Interrupted is raised inside, save a checkpoint first.
+    def checkpoint_on_interrupt(self, trainer, state):
+        """Save a checkpoint before Interrupted leaves the block.
 
-        Several ranks may have been stopped at different steps: they go on from an epoch's end.
+        Several ranks may have been interrupted at different steps: they continue from the last
+        checkpoint of an epoch.
         """
         try:
             yield
         except Interrupted:
             is_new = (len(state.history), state.step) not in (self._saved, (0, 0))
             if is_new and self._devices.n_ranks == 1:
-                state.totals = trainer.totals if state.totals is None else state.totals
-                self.save_checkpoint(trainer, state)
-                log.info("Saved epoch %d, step %d.", state.epoch, state.step)
+                self._save_checkpoint(trainer, state)
+                log.info("Saved a checkpoint in epoch %d, step %d.", state.epoch, state.step)
             raise
 
-    def _forget_lines(self, n_kept):
-        """Leave so many inference lines in log_file: one of a part that did not end counts not."""
-        lines = self._log_file.read_text(encoding="utf-8").splitlines(keepends=True)
-        of_inference = [line for line in lines if line.startswith("CloudMask inference")]
-        if forgotten := of_inference[n_kept:]:
-            write_text(self._log_file, "".join(line for line in lines if line not in forgotten))
+    # --- inference
+
+    def end_inference(self, rows, seconds, facts):
+        """Keep the scores of the masked scenes.
+
+        Args:
+            rows: Dictionaries of scenes.csv, also of scenes masked by earlier parts of the run.
+            seconds: Time of this part's inference [s].
+            facts: What results.json says about the inference besides.
+        """
+        write_csv(self.path("scenes.csv"), SCENE_COLUMNS, rows)
+        # The devices needed this long for the scenes of earlier parts, if they were equally busy.
+        earlier = sum(row["seconds"] for row in rows if row["part"] != self.part)
+        seconds += earlier / self._devices.n_replicas
+        self.results["inference"] = facts | results.inference_results(rows, seconds)
+        self.write_line(
+            results.inference_line(self._config, self._devices, self.results["inference"])
+        )
+
+    # --- records
+
+    def log_summary(self):
+        """Print what the finished run has reached, and make its report; nothing here is timed."""
+        for line in results.summary(self.results):
+            log.info("  %s", line)
+        log.info("Results are in %s", self.folder)
+        if self._config.report:
+            try:
+                from harness.records.report import make_report
+
+                log.info("Report: %s", make_report(self.folder))
+            except Exception as error:  # a report must not harm a finished run
+                log.warning("No report.html: %s", one_line(error))
 
     def write_line(self, text):
-        """Append a result line to log_file; not again where an earlier part did."""
+        """Append a result line to log_file; not again if an earlier part wrote it."""
         if self.is_chief and text not in self._log_file.read_text(encoding="utf-8").splitlines():
             with self._log_file.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
-    def _count_samples(self):
-        """Put what all ranks took of their machines into the results; of several, none may fail."""
+    def _remove_lines(self, n_kept):
+        """Keep this many inference lines in log_file: one of an aborted part does not count."""
+        lines = self._log_file.read_text(encoding="utf-8").splitlines(keepends=True)
+        of_inference = [line for line in lines if line.startswith("CloudMask inference")]
+        if removed := of_inference[n_kept:]:
+            write_text(self._log_file, "".join(line for line in lines if line not in removed))
+
+    def _mlperf_bytes(self):
+        return self._mlperf_file.stat().st_size if self.is_chief else 0
+
+    def save_results(self, status, error=None):
+        """Write results.json; the chief does.
+
+        Once the run has ended it includes the SHA-256 of the MLPerf log, which is complete then.
+        """
+        if not self.is_chief:
+            return
+        part = self.results["parts"][-1]
+        part |= {
+            "status": status,
+            "seconds": time.perf_counter() - self._opened,
+            "peak_rss": peak_rss(),
+            "peak_gpu_memory": self._devices.peak_gpu_memory(),
+        }
+        self.results |= {
+            "status": status,
+            "error": error and error[:2000],
+            "seconds": sum(part["seconds"] for part in self.results["parts"]),
+            **results.peaks(self.results["parts"]),
+            "bad_scenes": self.bad_scenes.all(),
+            "sampling": results.sampling_results(
+                [part.get("sampling") for part in self.results["parts"]]
+            ),
+            "mlperf_sha256": None if status == "running" else file_sha256(self._mlperf_file),
+        }
+        write_json(self.folder / "results.json", self.results)
+
+    def _add_up_samples(self):
+        """Put what all ranks used of their machines into the results; none of them may fail."""
         mine = self._sampler.totals()
         if self._devices.n_ranks == 1:
             ranks = [mine]
-        else:  # where numbers alone are gathered
+        else:  # only numbers can be gathered
             numbers = [self._devices.gather(-1.0 if n is None else n) for n in mine.values()]
             ranks = [
                 dict(zip(mine, (None if n < 0 else n for n in rank), strict=True))
@@ -244,19 +376,19 @@ class Run:
             if self._sampler:
                 self._sampler.close()
                 if error is None or self._devices.n_ranks == 1:
-                    self._count_samples()
-            n_bytes = self.mlperf_bytes()
+                    self._add_up_samples()
+            n_bytes = self._mlperf_bytes()
             self._log_stop(status)
             self.save_results(status, text)
         except Exception as failure:
-            # What is written last says success, or nothing does.
+            # Only the last file that is written may say success, or none does.
             with contextlib.suppress(OSError):
                 if n_bytes:
                     os.truncate(self._mlperf_file, n_bytes)
                 self._log_stop(keys.ABORTED)
             with contextlib.suppress(OSError):
                 self.save_results(keys.ABORTED, text or f"{type(failure).__name__}: {failure}")
-            if error is None:  # the first error is the one to tell
+            if error is None:  # otherwise the first error is reported
                 raise
         finally:
             if error is not None:
@@ -268,125 +400,10 @@ class Run:
             logging.getLogger().removeHandler(self._rank_log)
 
     def _log_stop(self, status):
-        if self._has_started:
+        if self._is_timed:
             self.mllog.end(keys.RUN_STOP, metadata={"status": status})
-
-    def save_results(self, status, error=None):
-        """Write results.json as things stand; the chief does.
-
-        Of a run that has ended it holds the SHA-256 of its MLPerf log, which is whole by then.
-        """
-        if not self.is_chief:
-            return
-        part = self.results["parts"][-1]
-        part |= {
-            "status": status,
-            "seconds": time.perf_counter() - self._opened,
-            "peak_rss": peak_rss(),
-            "peak_gpu_memory": self._devices.peak_gpu_memory(),
-        }
-        self.results |= {
-            "status": status,
-            "error": error and error[:2000],
-            "seconds": sum(part["seconds"] for part in self.results["parts"]),
-            **results.peaks(self.results["parts"]),
-            "bad_scenes": self.bad_scenes.all(),
-            "sampling": results.sampling_results(
-                [part.get("sampling") for part in self.results["parts"]]
-            ),
-            "mlperf_sha256": None if status == "running" else file_sha256(self._mlperf_file),
-        }
-        write_json(self.folder / "results.json", self.results)
 
 
 def peak_rss():
-    """Most memory that this process has taken [bytes]."""
+    """Peak memory of this process [bytes]."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def now():
-    """The time in UTC, ISO 8601."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def scheduler_job():
-    """The scheduler's number of this job; None where there is none."""
-    return os.environ.get("SLURM_JOB_ID") or os.environ.get("LSB_JOBID")
-
-
-def make_folder(config, mode):
-    """Make the folder of a new run, with what `--resume` needs from its first moment on.
-
-    Returns:
-        The folder's absolute path.
-
-    Raises:
-        UserError: If there is one of that name, or a file that lies elsewhere exists.
-    """
-    for key in FILE_KEYS:
-        path = getattr(config, key)
-        is_input = key == "model_file" and mode == "inference"
-        if path.is_absolute() and path.exists() and not is_input:
-            raise UserError(
-                f"{path} exists: a run never writes over the file of another. Set another {key}, "
-                "one in the run's folder say, or move the file."
-            )
-    name = config.run_name or f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-"
-    name += "" if config.run_name else scheduler_job() or str(os.getpid())
-    folder = Path(config.output_dir).resolve() / name
-    temporary = folder.with_name(f".new-{uuid.uuid4().hex}")
-    temporary.mkdir(parents=True)
-    try:
-        if folder.exists():  # renaming would replace an empty one
-            raise FileExistsError(errno.EEXIST, "exists")
-        write_text(temporary / "config.yaml", dump_config(config, name))
-        write_json(
-            temporary / "results.json",
-            {"status": "starting", "mode": mode, "job": scheduler_job(), "parts": []},
-        )
-        temporary.rename(folder)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-            raise
-        raise UserError(
-            f"{folder} exists: a run never writes into the folder of another. Choose another "
-            "run_name, remove the folder, or continue its run with --resume."
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
-
-
-def git_commit():
-    """The commit of this code, with '-dirty' where it was changed; None outside a repository."""
-    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--abbrev=40", "--dirty"]
-    with contextlib.suppress(OSError):
-        answer = subprocess.run(
-            [*command, "--exclude=*"], capture_output=True, text=True, timeout=30, check=False
-        )
-        if answer.returncode == 0:
-            return answer.stdout.strip()
-    return None
-
-
-def make_report(folder):
-    """Make report.html of a run, in a process of its own: plotting is no part of the benchmark.
-
-    Returns:
-        Its path; None where it could not be made, which is told and does no harm.
-    """
-    report = folder / "report.html"
-    command = [sys.executable, str(REPOSITORY / "tools" / "report.py"), str(folder)]
-    try:
-        done = subprocess.run(
-            [*command, "-o", str(report)],
-            capture_output=True, text=True, timeout=REPORT_SECONDS, check=False,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired) as error:
-        reason = str(error)
-    else:
-        if done.returncode == 0:
-            return report
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-    log.warning("No report.html: %s", reason)
-    return None

@@ -1,4 +1,4 @@
-"""What a run takes of its machine, second by second: processor, memory, reading, GPUs, energy."""
+"""What a run uses of its machine, sampled every second: CPU, memory, files, GPUs and energy."""
 
 import contextlib
 import csv
@@ -19,17 +19,17 @@ log = logging.getLogger(__name__)
 
 
 class Sampler:
-    """A thread that writes a row a second to a CSV file while a run goes on.
+    """A thread that appends a row per second to a CSV file during a run.
 
-    The columns are those of COLUMNS: Unix time [s]; processor time of this process, 100 is one
-    core; its resident memory [bytes]; what it reads and writes [bytes/s], from the cache or the
-    disk; power of all processor packages of the node [W]. Each GPU i adds `gpu<i>_percent`,
-    `gpu<i>_memory` [bytes] and `gpu<i>_watts`. What cannot be measured is empty.
+    The columns are those of COLUMNS: Unix time [s]; CPU use of this process, 100 is one core; its
+    resident memory [bytes]; what it reads and writes [bytes/s], from the cache or the disk; power
+    of all processor packages of the node [W]. Each GPU i adds `gpu<i>_percent`, `gpu<i>_memory`
+    [bytes] and `gpu<i>_watts`. Values that cannot be measured are empty.
 
     Args:
-        path: CSV file; rows are added to those of an earlier part of the run.
-        gpus: Numbers of the GPUs that this process uses, among those that TensorFlow sees.
-        owns_node: Whether the energy of the node's processors is counted here; one rank's is.
+        path: CSV file; rows are appended to those of an earlier part of the run.
+        gpus: Numbers of the GPUs that this process uses, among those that TensorFlow finds.
+        owns_node: Whether this rank counts the energy of the node's processors; one per node does.
         interval: Seconds between rows.
     """
 
@@ -52,13 +52,13 @@ class Sampler:
         """Write the last row and end the thread."""
         self._over.set()
         self._thread.join()
-        with contextlib.suppress(OSError):  # of a full disk, which has been told
+        with contextlib.suppress(OSError):  # of a full disk, which has been reported
             self._file.close()
 
     def totals(self):
-        """What was taken from the start to the last row; None where it cannot be measured.
+        """What was used from the start to the last row; None for what cannot be measured.
 
-        The energy of processors is 0 where another rank of the node counts it.
+        The energy of processors is 0 if another rank of the node counts it.
         """
         taken = {key: _difference(self._last[key], self._first[key]) for key in self._first}
         return {
@@ -68,7 +68,7 @@ class Sampler:
             "written_bytes": taken["written_bytes"],
             "cpu_energy_joules": taken["cpu_joules"] if self._cpu else 0.0,
             "gpu_energy_joules": taken["gpu_joules"] if self._has_gpus else 0.0,
-            "sampling_cpu_seconds": self._thread_seconds,  # that the samples themselves took
+            "sampling_cpu_seconds": self._thread_seconds,  # used by the sampling itself
         }
 
     def _read(self):
@@ -101,7 +101,7 @@ class Sampler:
                     writer.writerow(row)
                     self._file.flush()
             except OSError as error:
-                log.warning("No more samples of the system in %s: %s", self._path, error)
+                log.warning("Stopped writing samples of the system to %s: %s", self._path, error)
                 writer = None
             self._thread_seconds = time.thread_time()
 
@@ -124,17 +124,17 @@ class Sampler:
 
 
 def open_sampler(path, devices):
-    """A Sampler of this rank's process, its GPUs and, on one rank of a node, its processors."""
+    """A Sampler of this rank's process and GPUs and, on one rank per node, of the processors."""
     return Sampler(path, devices.gpu_numbers, devices.launch.local_rank == 0)
 
 
 class CpuEnergy:
-    """Counters of the energy that the processor packages of this node take (Linux powercap, RAPL).
+    """Energy counters of the processor packages of this node (Linux powercap, RAPL).
 
-    Most systems let the administrator alone read them.
+    On most systems only the administrator can read them.
 
     Args:
-        folder: Of the powercap counters.
+        folder: Folder of the powercap counters.
     """
 
     def __init__(self, folder=POWERCAP):
@@ -147,13 +147,13 @@ class CpuEnergy:
         self._last, self._joules = self._read(), 0.0
 
     def joules(self):
-        """Energy since this was made [J]; None where it cannot be read."""
+        """Energy since this object was created [J]; None if it cannot be read."""
         now = self._read()
         if now is None or self._last is None:
             self._last = None
             return None
         for value, last, (_, wraps_at) in zip(now, self._last, self._zones, strict=True):
-            self._joules += ((value - last) % wraps_at) / 1e6  # counters begin anew at the top
+            self._joules += ((value - last) % wraps_at) / 1e6  # counters start again at 0
         self._last = now
         return self._joules
 
@@ -165,18 +165,18 @@ class CpuEnergy:
 
 
 class Gpu:
-    """One NVIDIA GPU, through NVML.
+    """One NVIDIA GPU, read through NVML.
 
     Args:
         nvml: The module pynvml, initialised.
-        handle: Of the GPU.
+        handle: NVML handle of the GPU.
     """
 
     def __init__(self, nvml, handle):
         self._nvml, self._handle = nvml, handle
 
     def values(self):
-        """Utilisation [%], memory in use [bytes] and power [W], as GPU_COLUMNS names them."""
+        """Utilisation [%], used memory [bytes] and power [W], in the order of GPU_COLUMNS."""
         return (
             self._ask(lambda: self._nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu),
             self._ask(lambda: self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used),
@@ -184,7 +184,7 @@ class Gpu:
         )
 
     def joules(self):
-        """Energy since the driver was loaded [J], on Volta and later; else None."""
+        """Energy since the driver was loaded [J]; None on GPUs older than Volta."""
         return self._ask(
             lambda: self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000  # mJ
         )
@@ -197,7 +197,7 @@ class Gpu:
 
 
 def open_gpus(numbers, environ=os.environ):
-    """The GPUs of these numbers among those that CUDA shows to this process; [] without NVML."""
+    """The GPUs with these numbers among those that CUDA shows to this process; [] without NVML."""
     if not numbers:
         return []
     import pynvml
@@ -213,7 +213,7 @@ def open_gpus(numbers, environ=os.environ):
 
 
 def _gpu_handle(nvml, name):
-    """CUDA counts GPUs or calls them by the beginning of their UUID, 'GPU-8932f937'."""
+    """CUDA names GPUs by number or by the beginning of their UUID, 'GPU-8932f937'."""
     if name.isdigit():
         return nvml.nvmlDeviceGetHandleByIndex(int(name))
     for i in range(nvml.nvmlDeviceGetCount()):
@@ -224,7 +224,7 @@ def _gpu_handle(nvml, name):
 
 
 def _continue_table(path, columns):
-    """Open a CSV file to add rows; a row that a killed process left unfinished is cut off."""
+    """Open a CSV file to append rows; an incomplete last row of a killed process is removed."""
     header = ",".join(columns) + "\n"
     if path.exists():
         with path.open("rb+") as file:
@@ -232,7 +232,7 @@ def _continue_table(path, columns):
             file.truncate(content.rfind(b"\n") + 1)
         if content.startswith(header.encode()):
             return path.open("a", newline="", encoding="utf-8")
-        if b"\n" in content:  # another part of the run had other devices
+        if b"\n" in content:  # an earlier part of the run had other devices
             path.replace(path.with_name(f"{path.stem}-until-{int(time.time())}.csv"))
     file = path.open("w", newline="", encoding="utf-8")
     file.write(header)

@@ -70,7 +70,7 @@ def test_full_disk_ends_the_file_and_not_the_measuring(monkeypatch, caplog):
         pass
     sampler.close()
     assert sampler.totals()["cpu_seconds"] >= 0.2  # counted in hundredths
-    assert sum("No more samples" in record.message for record in caplog.records) == 1
+    assert sum("Stopped writing samples" in record.message for record in caplog.records) == 1
 
 
 def zone(folder, name, energy, wraps_at=1000_000_000):

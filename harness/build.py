@@ -1,0 +1,213 @@
+"""From the configuration to the objects of a run: folder, devices, trainer, batches, predictors.
+
+Everything below this module takes arrays, paths and numbers instead of the whole configuration.
+"""
+
+import contextlib
+import functools
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from data_loader import MIXED_SCENES, PatchBatches, PatchGrid, SceneError, read_patches
+from harness.data.bad_scenes import START
+from harness.data.cache import cached
+from harness.errors import UserError
+from harness.files import json_sha256, lock
+from harness.inference.windows import StripGrid
+from harness.records.run import Run
+from harness.records.run_folder import make_folder
+from harness.signals import install_handlers
+from harness.training.augmentation import AUGMENTATIONS, patch_rng
+
+BOARD_PATCHES = 4  # whose masks TensorBoard shows
+STRIPS_TRIED = (1, 2, 4, 8)  # of a scene, until they fit the memory; 8 predict most rows twice
+
+
+@contextlib.contextmanager
+def open_run(task, ranks, found, skipped):
+    """Open the devices and the folder of a run.
+
+    Args:
+        task: command_line.Task.
+        ranks: Rendezvous of the ranks.
+        found: preflight.FoundScenes, the same on all ranks.
+        skipped: {path as text: reason} of the scenes to skip; that of the chief counts.
+
+    Yields:
+        Run, Devices and preflight.Scenes.
+
+    Raises:
+        UserError: If the devices, the folder or the scenes cannot be used.
+    """
+    config, mode, is_chief = task.config, task.mode, ranks.launch.rank == 0
+    names = [path.name for path in found.all]
+    folder = task.folder or (make_folder(config, mode) if is_chief else None)
+    try:
+        work = json_sha256([mode, repr(config), names, str(task.folder)])
+        devices = open_devices(config, ranks, folder=str(folder), skipped=skipped, work=work)
+        if mode != "inference":
+            check_training(config, devices)
+        chief = devices.announcements[0]
+        scenes = found.split(config.train_split, chief["skipped"])
+    except BaseException:
+        if folder and not task.folder:
+            shutil.rmtree(folder)
+        raise
+    folder = folder or Path(chief["folder"])
+    install_handlers(reset=False)  # TensorFlow takes SIGTERM when it connects several ranks
+    in_use = f"{folder} is in use by another process. Wait for it to finish, or stop it."
+    with (
+        lock(folder, in_use) if is_chief else contextlib.nullcontext(),
+        Run(config, devices, mode, folder, task.earlier, json_sha256(names)) as run,
+        ranks.translated_errors(),
+    ):
+        if is_chief:
+            for path, reason in skipped.items():
+                run.bad_scenes.record(path, reason, START)
+        yield run, devices, scenes
+
+
+def open_devices(config, ranks, **facts):
+    """Set up TensorFlow on the configured devices; see parallel.devices.open_devices."""
+    import harness.quiet_tensorflow  # noqa: F401  (before all that imports TensorFlow)
+    from harness.parallel import devices
+
+    return devices.open_devices(
+        ranks, config.gpu, config.nodes, config.cpu_devices, config.deterministic, config.xla,
+        config.seed, **facts,
+    )  # fmt: skip
+
+
+def check_training(config, devices):
+    """Check what can only be checked once devices and tables are known.
+
+    Raises:
+        UserError: If batch_size, network, loss or augment cannot be used.
+    """
+    from harness.training.losses import LOSSES
+    from model import NETWORKS
+
+    if config.batch_size < devices.n_replicas:
+        raise UserError(
+            f"batch_size {config.batch_size} is the global batch of all replicas, and there are "
+            f"{devices.n_replicas}. Set it to at least {devices.n_replicas}."
+        )
+    if not config.network.endswith(".keras"):
+        choose(NETWORKS, "network", config.network)
+    elif not Path(config.network).is_file():
+        raise UserError(f"No file {config.network}. Set network to a .keras file or a name.")
+    choose(LOSSES, "loss", config.loss)
+    choose(AUGMENTATIONS, "augment", config.augment)
+
+
+def choose(table, key, name):
+    """The entry of a table that a configuration key names."""
+    if name not in table:
+        raise UserError(f"Unknown {key} '{name}'. Choose one of {', '.join(table)}.")
+    return table[name]
+
+
+def open_trainer(config, devices):
+    """A new network on all devices, with its optimizer and loss."""
+    from harness.networks.model_files import build_network
+    from harness.training.losses import LOSSES
+    from harness.training.trainer import POLICIES, Trainer
+
+    policy = POLICIES[config.precision]
+    return Trainer(
+        devices.strategy,
+        functools.partial(build_network, config.network, config.patch_shape, policy),
+        choose(LOSSES, "loss", config.loss),
+        config.learning_rate,
+        config.batch_size,
+        devices.micro_batch(config.micro_batch, config.batch_size),
+        config.clip_offset,
+        config.cloud_weight,
+        loss_scaling=config.precision == "float16",
+        xla=config.xla,
+    )
+
+
+def open_batches(config, devices, trainer, paths, on_bad_scene, validate=False):
+    """The batches of training patches, or of validation patches in order.
+
+    Args:
+        config: Config.
+        devices: Devices.
+        trainer: Trainer, which decides how many patches pass through the network at once.
+        paths: Scene files.
+        on_bad_scene: Called with the path and the error of a scene that cannot be read.
+        validate: Whether the scenes are for validation.
+    """
+    read = functools.partial(read_patches, shape=config.scene_shape, patch_size=config.patch_size)
+    if config.cache_dir:
+        read = cached(read, config.cache_dir, f"{config.scene_shape} {config.patch_size}")
+    mixed_scenes = config.shuffle_scenes
+    if mixed_scenes == "auto":
+        mixed_scenes = max(MIXED_SCENES, devices.n_ranks)
+    # The sums of validation are the same for any batch; a small one leaves memory to training.
+    small_batch = trainer.micro_batch * devices.n_replicas
+    return PatchBatches(
+        paths,
+        read,
+        patch_size=config.patch_size,
+        patches_per_scene=config.patches_per_scene,
+        n_channels=config.n_channels,
+        batch_size=small_batch if validate else config.batch_size,
+        replicas=devices.replicas,
+        n_replicas=devices.n_replicas,
+        n_mixed_scenes=devices.n_ranks if validate else mixed_scenes,
+        seed=config.seed,
+        shuffle=not validate,
+        multiple=trainer.micro_batch,
+        read_timeout=config.read_timeout,
+        on_bad_scene=on_bad_scene,
+        augment=patch_augmentation(config.augment),
+    )
+
+
+def patch_augmentation(name):
+    """The augmentation of PatchBatches: a function of one patch and its key; None for none."""
+    augment = choose(AUGMENTATIONS, "augment", name)
+    return augment and (lambda channels, cloud, key: augment(channels, cloud, patch_rng(*key)))
+
+
+def open_predictor(config, devices, model, device):
+    """The model on one device, ready to predict scenes as `inference_mode` says."""
+    from harness.inference.predictor import Predictor, predictor_that_fits
+    from harness.networks.geometry import geometry
+    from harness.training.trainer import POLICIES
+
+    height, width, policy = config.image_h, config.image_w, POLICIES[config.precision]
+    if config.inference_mode == "patches":
+        grid = PatchGrid(height, width, config.patch_size, config.crop_size)
+        batch = devices.micro_batch(config.micro_batch, config.batch_size, replicas=1)
+        return Predictor(model, device, grid, batch, policy, config.xla)
+    size = geometry(model)
+    grids = (StripGrid(height, width, n, size.margin, size.multiple) for n in STRIPS_TRIED)
+    return predictor_that_fits(model, device, grids, policy, config.xla)
+
+
+def open_reference_predictor(config, devices, model, device):
+    """The model in overlapping patches and float32, with which `inference_mode: scene` compares."""
+    reference = {"inference_mode": "patches", "precision": "float32", "xla": False}
+    return open_predictor(config.model_copy(update=reference), devices, model, device)
+
+
+def board_patches(config, path):
+    """The patches of a scene whose masks TensorBoard shows: some of its middle row.
+
+    Returns:
+        float32 (n, P, P, C), normalised channels, and uint8 (n, P, P, 1), the Bayesian mask.
+    """
+    size = config.patch_size
+    n_rows, n_cols = config.image_h // size, config.image_w // size
+    channels = np.zeros((min(n_cols, BOARD_PATCHES), *config.patch_shape), np.float32)
+    cloud = np.zeros((*channels.shape[:3], 1), np.uint8)
+    pairs = zip(channels, cloud, strict=True)
+    with contextlib.suppress(SceneError):  # a bad scene is met again by the validation
+        first = n_rows // 2 * n_cols
+        read_patches(path, dict(enumerate(pairs, first)), config.scene_shape, size)
+    return channels, cloud

@@ -1,0 +1,92 @@
+"""The command line: what the program is asked to do."""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.config import Config, load_config
+from harness.errors import UserError
+from harness.records.resume import MODES, find_requeued, load_resumed
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the program is asked to do.
+
+    Attributes:
+        config: Config.
+        mode: 'benchmark', 'train', 'inference' or 'check'.
+        folder: Folder of the run to resume; None for a new run.
+        earlier: Content of its results.json; None for a new run.
+    """
+
+    config: Config
+    mode: str
+    folder: Path | None = None
+    earlier: dict | None = None
+
+    @property
+    def is_finished(self):
+        """Whether nothing is left to do."""
+        return self.earlier is not None and self.earlier["status"] == "success"
+
+
+def parse_arguments(argv=None):
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description="CloudMask: train a network on Sentinel-3 SLSTR scenes, mask scenes with it, "
+        "and time both."
+    )
+    add = parser.add_argument
+    add("--config", help="YAML file (default config.yaml)")
+    add(
+        "--mode",
+        choices=(*MODES, "check"),
+        help="benchmark: train, then mask (default); check: only inspect scenes, devices and disk",
+    )
+    add(
+        "--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[],
+        help="override keys of the configuration",
+    )  # fmt: skip
+    add("--resume", metavar="RUN_DIR", type=Path, help="continue the run in this folder")
+    add(
+        "--model", metavar="FILE", type=Path,
+        help="with --mode inference: the model to mask with (default model_file)",
+    )  # fmt: skip
+    add("--verbose", action="store_true", help="show tracebacks and TensorFlow's messages")
+    return parser.parse_args(argv)
+
+
+def choose_task(arguments):
+    """Read the configuration, of a new run or of the one to resume.
+
+    Args:
+        arguments: Of `parse_arguments`.
+
+    Returns:
+        Task.
+
+    Raises:
+        UserError: If configuration and arguments cannot be used.
+    """
+    folder = arguments.resume
+    if arguments.model and (arguments.mode != "inference" or folder):
+        raise UserError("--model can only be used with --mode inference of a new run.")
+    if folder is None:
+        overrides = list(arguments.set)
+        if arguments.model:
+            overrides.append(f"model_file={json.dumps(str(arguments.model))}")
+        config = load_config(arguments.config or "config.yaml", overrides)
+        mode = arguments.mode or "benchmark"
+        if mode == "check":
+            return Task(config, mode)
+        if mode == "inference":  # the model is an input, relative to the current directory
+            config = config.model_copy(update={"model_file": config.model_file.absolute()})
+        folder = find_requeued(config, mode)
+        if folder is None:
+            return Task(config, mode)
+    config, earlier = load_resumed(folder, arguments.config, arguments.set)
+    if arguments.mode not in (None, earlier["mode"]):
+        raise UserError(f"{folder} is a run with --mode {earlier['mode']}: remove --mode.")
+    return Task(config, earlier["mode"], folder.resolve(), earlier)

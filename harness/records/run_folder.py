@@ -1,0 +1,93 @@
+"""The folder of a new run, and what its results say about code and packages."""
+
+import contextlib
+import errno
+import os
+import platform
+import shutil
+import subprocess
+import uuid
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+
+from harness import REPOSITORY
+from harness.config import FILE_KEYS, dump_config
+from harness.errors import UserError
+from harness.files import write_json, write_text
+from harness.parallel.launchers import job_id
+
+FORMAT = 2  # of a run's folder; 1 (version 0.1.0) had other checkpoints and no `network`
+PACKAGES = ("tensorflow", "keras", "numpy", "h5py", "scikit-learn", "mlperf-logging")
+
+
+def make_folder(config, mode):
+    """Make the folder of a new run, with what `--resume` needs from its first moment.
+
+    Returns:
+        The folder's absolute path.
+
+    Raises:
+        UserError: If a folder with this name exists, or a file of the run outside of it.
+    """
+    for key in FILE_KEYS:
+        path = getattr(config, key)
+        is_input = key == "model_file" and mode == "inference"
+        if path.is_absolute() and path.exists() and not is_input:
+            raise UserError(
+                f"{path} exists: a run does not overwrite the file of another run. Set another "
+                f"{key}, for example a name in the run's folder, or move the file."
+            )
+    name = config.run_name or default_name()
+    folder = Path(config.output_dir).resolve() / name
+    temporary = folder.with_name(f".new-{uuid.uuid4().hex}")
+    temporary.mkdir(parents=True)
+    try:
+        if folder.exists():  # renaming would replace an empty folder
+            raise FileExistsError(errno.EEXIST, "exists")
+        write_text(temporary / "config.yaml", dump_config(config, name))
+        write_json(
+            temporary / "results.json",
+            {"format": FORMAT, "status": "starting", "mode": mode, "job": job_id(), "parts": []},
+        )
+        temporary.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        raise UserError(
+            f"{folder} exists: a run does not write into the folder of another run. Choose another "
+            "run_name, remove the folder, or continue its run with --resume."
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def default_name():
+    """UTC time and the number of the job or process: '20260601T093000Z-4711'."""
+    return f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{job_id() or os.getpid()}"
+
+
+def package_versions():
+    """Versions of Python and of the packages that determine the results."""
+    return {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def git_commit():
+    """The commit of this code, with '-dirty' if it was changed; None outside a repository."""
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--abbrev=40", "--dirty"]
+    with contextlib.suppress(OSError):
+        answer = subprocess.run(
+            [*command, "--exclude=*"], capture_output=True, text=True, timeout=30, check=False
+        )
+        if answer.returncode == 0:
+            return answer.stdout.strip()
+    return None
+
+
+def now():
+    """The time in UTC, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
