@@ -1,5 +1,5 @@
-# make demo: the whole benchmark on synthetic scenes. make test, make lint, make
-# torture (a run killed at 60 moments, in a quarter of an hour): for developers.
+# make demo: the whole benchmark on synthetic scenes. For developers: make test, make lint and
+# make torture (runs killed at 60 random moments, about 15 minutes).
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -7,7 +7,7 @@ DEMO = demo
 
 .PHONY: demo test torture lint clean
 
-# The stamp is the requirements file that the environment was made from.
+# A stamp is newer than the requirements that the environment was made from.
 $(VENV)/.run: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<

@@ -3,7 +3,7 @@
 #   sbatch -A GROUP target/rivanna.sh                                 one node, one A100
 #   sbatch -A GROUP --gres=gpu:a100:4 target/rivanna.sh               one node, four A100
 #   sbatch -A GROUP --nodes=2 --ntasks-per-node=1 target/rivanna.sh   two nodes, one A100 each
-# What follows the script's name goes to the program, CLOUDMASK_CONFIG names another config.yaml.
+# Arguments after the script's name go to the program; CLOUDMASK_CONFIG selects another config.yaml.
 # Decoded scenes on the node's own disk: target/rivanna.sh --set 'cache_dir=/tmp/$USER/cloudmask'
 #SBATCH --job-name=cloudmask
 #SBATCH --output=%x-%j.out
@@ -19,11 +19,11 @@
 #SBATCH --time=12:00:00
 set -e
 # Once: conda env create -f environment.yml; conda activate cloudmask; pip install
-# "tensorflow[and-cuda]". That brings its own CUDA: no modules tensorflow, cudatoolkit, cuda, cudnn.
+# "tensorflow[and-cuda]". It includes CUDA: load no modules tensorflow, cudatoolkit, cuda or cudnn.
 module load miniforge
 eval "$(conda shell.bash hook)"
 conda activate cloudmask
-source target/requeue.bash    # at the time limit: save, queue again, go on
-# When a rank ends, the others have 90 s to say why before Slurm ends them.
+source target/requeue.bash    # at the time limit: save a checkpoint, requeue
+# When a rank fails, the others have 90 s to report why before Slurm kills them.
 requeue_unless_done srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --wait=90 \
     python slstr_cloud.py --config "${CLOUDMASK_CONFIG:-config.yaml}" "$@"
