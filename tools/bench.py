@@ -77,8 +77,9 @@ def measure(bench, groups, rows, output, verbose):
         except Exception as error:  # the other groups are useful without this one
             n_failed += 1
             log.error("    failed: %s: %s", type(error).__name__, error, exc_info=verbose)
-        rows.sort(key=lambda row: WORDS.index(row.name.partition("/")[0]))
-        write_text(output, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        finally:
+            rows.sort(key=lambda row: WORDS.index(row.name.partition("/")[0]))
+            write_text(output, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
         log.info("    %s", format_duration(time.perf_counter() - begin))
     return n_failed
 
