@@ -1,17 +1,17 @@
-r"""How training scales over replicas: runs the benchmark at several counts, or reads runs.
+r"""Measure how training scales over replicas: make runs at several counts, or read existing runs.
 
     python tools/scaling.py -o scaling --replicas 1 2 --ranks 2 --set epochs=3 train_dir=...
     python tools/scaling.py -o scaling --ranks 1 2 4 8 \
         --launch 'sbatch --wait --nodes={ranks} target/rivanna.sh'
     python tools/scaling.py -o scaling RUN_DIR [RUN_DIR ...]
 
-Writes scaling.csv, scaling.txt (the same for people, with the fitted serial share) and scaling.png.
-Throughput and seconds_per_epoch are that of the training steps of all epochs but the
-first, as results.json gives it.
+Writes scaling.csv, scaling.txt (a table for people, with the fitted serial share) and scaling.png.
+patches_per_second and seconds_per_epoch are those of the training steps of all epochs but the
+first, as results.json gives them.
 """
 
 import argparse
-import csv
+import contextlib
 import hashlib
 import json
 import logging
@@ -20,12 +20,15 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
 
-import _command  # noqa: F401
+from _command import exit_status
 from harness import REPOSITORY
+from harness.console import log_to_screen
+from harness.errors import UserError
+from harness.files import write_csv, write_text
 from harness.parallel.rendezvous import reserve_port
+from harness.records import saved_runs
 
 COLUMNS = (
     "scaling", "replicas", "nodes", "ranks", "batch_size", "repeats", "patches_per_second",
@@ -35,189 +38,134 @@ COLUMNS = (
 log = logging.getLogger("scaling")
 
 
-class ScalingError(ValueError):
-    """What the user can mend: shown as one line."""
-
-
-# --- making the runs ------------------------------------------------------------------------
-
-
 def plan(replicas, ranks, kinds, batch_size, repeats):
-    """List the runs to make: (replicas, ranks, batch size, repeat), repeats outermost.
+    """List the runs to make: (replicas, ranks, batch size, number of the repeat).
 
-    A machine that slows down for a while then slows all counts down alike.
-
-    Args:
-        replicas: Numbers of virtual devices in one process.
-        ranks: Numbers of processes.
-        kinds: 'strong' keeps the global batch, 'weak' the batch a replica.
-        batch_size: That of one replica.
-        repeats: Runs of each.
+    `batch_size` is the global batch of one replica: 'strong' keeps it, 'weak' multiplies it. All
+    counts are run once before any is repeated, so that a slow hour affects all of them.
     """
-    counts = [(n, 1) for n in replicas] + [(n, n) for n in ranks if (n, n) not in {(1, 1)}]
-    if 1 in ranks and (1, 1) not in counts:
-        counts.insert(0, (1, 1))
-    runs = [
-        (n, n_ranks, batch_size * (n if kind == "weak" else 1))
-        for kind in kinds
-        for n, n_ranks in counts
-    ]
+    counts = [(1, 1)] * (1 in ranks) + [(n, 1) for n in replicas] + [(n, n) for n in ranks]
+    growth = {"strong": lambda n: 1, "weak": lambda n: n}
+    runs = [(*count, batch_size * growth[kind](count[0])) for kind in kinds for count in counts]
     return [(*run, repeat) for repeat in range(repeats) for run in dict.fromkeys(runs)]
 
 
 def make_run(run, output, arguments):
-    """Make one run; return its folder."""
+    """Make one run of `plan`, unless it exists; return its folder."""
     n, ranks, batch_size, repeat = run
-    same = repr((arguments.config, arguments.set, arguments.launch))
-    work = hashlib.sha256(same.encode()).hexdigest()[:8]  # a run of other settings is another run
-    name = f"{work}-replicas{n}-ranks{ranks}-batch{batch_size}-{repeat}"
+    settings = repr((arguments.config, arguments.set, arguments.launch))  # each has its own runs
+    key = hashlib.sha256(settings.encode()).hexdigest()[:8]
+    name = f"{key}-replicas{n}-ranks{ranks}-batch{batch_size}-{repeat}"
     folder = output / "runs" / name
+    log.info("%s %s", name, "exists" if folder.exists() else "...")
     if folder.exists():
-        log.info("%s is there already", name)
         return folder
-    settings = [*arguments.set, f"batch_size={batch_size}", f"output_dir={output / 'runs'}"]
-    settings += [f"run_name={name}"]
+    folder.parent.mkdir(exist_ok=True)
+    changed = [f"batch_size={batch_size}", f"output_dir={folder.parent}", f"run_name={name}"]
     if not arguments.launch:
-        settings += [f"cpu_devices={n if ranks == 1 else 1}"]
-        settings += ["gpu=0"] if arguments.replicas else []
-    options = ["--config", arguments.config, "--mode", "train", "--set", *settings]
-    log.info("%s ...", name)
-    if arguments.launch:
-        command = arguments.launch.format(ranks=ranks, replicas=n)
-        subprocess.run([*shlex.split(command), *options], check=True)
-    else:
+        changed += [f"cpu_devices={n if ranks == 1 else 1}", *["gpu=0"] * bool(arguments.replicas)]
+    options = ["--config", arguments.config, "--mode", "train", "--set", *arguments.set, *changed]
+    if not arguments.launch:
         command = [sys.executable, str(REPOSITORY / "slstr_cloud.py"), *options]
-        _run_here(command, ranks, output / "runs" / f"{name}.log")
+        run_here(command, ranks, folder.with_name(f"{name}.log"))
+        return folder
+    command = shlex.split(arguments.launch.format(ranks=ranks, replicas=n))
+    if status := subprocess.run([*command, *options], check=False).returncode:
+        raise UserError(f"{shlex.join(command)} ended with exit status {status}, see above.")
     return folder
 
 
-def _run_here(command, ranks, log_file):
-    environments = [os.environ]
+def run_here(command, ranks, log_file):
+    """Run a command in so many processes, connected by TF_CONFIG; messages go to the log file."""
+    environments = [{}]
     if ranks > 1:
-        sockets = [reserve_port() for _ in range(ranks)]
-        workers = [f"localhost:{s.getsockname()[1]}" for s in sockets]
-        for s in sockets:
-            s.close()
-        environments = [
-            {**os.environ, "TF_CONFIG": json.dumps(
-                {"cluster": {"worker": workers}, "task": {"type": "worker", "index": rank}})}
-            for rank in range(ranks)
-        ]  # fmt: skip
-    log_file.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(reserve_port()) for _ in range(ranks)]
+            cluster = {"worker": [f"localhost:{s.getsockname()[1]}" for s in sockets]}
+        tasks = ({"type": "worker", "index": rank} for rank in range(ranks))
+        environments = [{"TF_CONFIG": json.dumps({"cluster": cluster, "task": t})} for t in tasks]
     with log_file.open("w", encoding="utf-8") as file:
-        processes = [subprocess.Popen(command, env=env, stderr=file) for env in environments]
-        statuses = [process.wait() for process in processes]
+        started = [subprocess.Popen(command, env=os.environ | e, stderr=file) for e in environments]
+        statuses = [process.wait() for process in started]
     if any(statuses):
-        raise ScalingError(f"A run ended with {statuses}; {log_file} says why.")
-
-
-# --- reading them ---------------------------------------------------------------------------
+        raise UserError(f"A run ended with exit status {statuses}. {log_file} gives the reason.")
 
 
 def read_run(folder):
-    """Read what a run says of its speed.
-
-    Raises:
-        ScalingError: If the folder holds no finished training of two epochs or more.
-    """
-    try:
-        results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ScalingError(f"{folder} is no folder of a run: {error}.") from None
-    if results["status"] != "success":
-        raise ScalingError(f"{folder} holds a run that ended as '{results['status']}'. Remove it.")
-    training = results.get("training")
-    if not training or training["epochs_run"] < 2:
-        raise ScalingError(
-            f"{folder} has no training of two epochs or more: the first, which starts everything "
-            "up, is left out. Set epochs to 2 at least."
+    """Read the speed of a run; UserError unless it finished a training of two epochs or more."""
+    run = saved_runs.read_run(folder)
+    if run.status != "success":
+        raise UserError(f"{folder} has the status '{run.status}', expected 'success'. Remove it.")
+    devices, training = run.results["devices"], run.results["training"]
+    if training.get("epochs_run", 0) < 2:
+        raise UserError(
+            f"{folder} should hold a training of at least two epochs, because the first one is not "
+            "counted. Set epochs to 2 or more."
         )
     return {
-        "replicas": results["devices"]["replicas"],
-        "nodes": results["devices"]["nodes"],
-        "ranks": results["devices"]["ranks"],
-        "batch_size": results["config"]["batch_size"],
+        **{name: devices[name] for name in ("replicas", "nodes", "ranks")},
+        "batch_size": run.results["config"]["batch_size"],
         "patches_per_second": training["patches_per_second"],
         "seconds_per_epoch": statistics.median(training["train_seconds_per_epoch"][1:]),
     }
 
 
 def tabulate(runs):
-    """Turn runs into rows of scaling.csv.
+    """Make the rows of scaling.csv, for each series of at least two numbers of replicas.
 
-    Runs of one global batch make a series of strong scaling, runs of one batch a replica a series
-    of weak scaling, where there are two numbers of replicas or more.
+    Runs with the same global batch are a series of strong scaling, runs with the same batch per
+    replica a series of weak scaling.
     """
-    series = defaultdict(list)
+    series = {}
     for run in runs:
-        series["strong", run["batch_size"]].append(run)
-        series["weak", run["batch_size"] / run["replicas"]].append(run)
-    rows = []
-    for (scaling, _), members in sorted(series.items()):
-        if len({run["replicas"] for run in members}) > 1:
-            rows += [{"scaling": scaling, **row} for row in _series_rows(members)]
-    return rows
+        series.setdefault(("strong", run["batch_size"]), []).append(run)
+        series.setdefault(("weak", run["batch_size"] / run["replicas"]), []).append(run)
+    return [
+        {"scaling": scaling, **row}
+        for (scaling, _), members in sorted(series.items())
+        if len({run["replicas"] for run in members}) > 1
+        for row in series_rows(members)
+    ]
 
 
-def _series_rows(runs):
-    points = defaultdict(list)
+def series_rows(runs):
+    """Yield a row per count of a series; the speed-up is over the fewest replicas and ranks."""
+    names, per_replica = ("replicas", "ranks", "nodes", "batch_size"), None
+    points = {}
     for run in runs:
-        points[tuple(run[k] for k in ("replicas", "ranks", "nodes", "batch_size"))].append(run)
-    speeds = {
-        point: [run["patches_per_second"] for run in members] for point, members in points.items()
-    }
-    first = min(points)  # fewest replicas, then fewest ranks
-    for point in sorted(points):
-        replicas, ranks, nodes, batch_size = point
-        median = statistics.median(speeds[point])
-        speed_up = median / statistics.median(speeds[first]) * first[0]
+        points.setdefault(tuple(run[name] for name in names), []).append(run)
+    for point, members in sorted(points.items()):
+        speeds = [run["patches_per_second"] for run in members]
+        median = statistics.median(speeds)
+        per_replica = per_replica or median / point[0]
         yield {
-            "replicas": replicas,
-            "nodes": nodes,
-            "ranks": ranks,
-            "batch_size": batch_size,
-            "repeats": len(points[point]),
+            **dict(zip(names, point, strict=True)),
+            "repeats": len(members),
             "patches_per_second": median,
-            "seconds_per_epoch": statistics.median(r["seconds_per_epoch"] for r in points[point]),
-            "speed_up": speed_up,
-            "efficiency": speed_up / replicas,
-            "min": min(speeds[point]),
-            "median": median,
-            "max": max(speeds[point]),
+            "seconds_per_epoch": statistics.median(run["seconds_per_epoch"] for run in members),
+            "speed_up": median / per_replica,
+            "efficiency": median / per_replica / point[0],
+            **{"min": min(speeds), "median": median, "max": max(speeds)},
         }
 
 
 def serial_share(rows):
     """Fit the share of work that does not speed up, by least squares; None without two counts.
 
-    Strong scaling follows Amdahl, 1/S = s + (1 - s)/n, weak scaling Gustafson, S = n - s (n - 1);
-    both are lines through the origin in s.
+    Strong scaling follows Amdahl, 1/S = s + (1 - s)/n, weak scaling Gustafson, S = n - s (n - 1).
     """
-    pairs = [
-        (1 - 1 / n, 1 / row["speed_up"] - 1 / n)
-        if row["scaling"] == "strong"
-        else (n - 1, n - row["speed_up"])
-        for row in rows
-        if (n := row["replicas"]) > 1
-    ]
-    if not pairs:
-        return None
-    return sum(x * y for x, y in pairs) / sum(x * x for x, _ in pairs)
-
-
-def write_table(rows, path):
-    """Write scaling.csv."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    pairs = []
+    for row in rows:
+        n, s = row["replicas"], row["speed_up"]
+        pairs.append((1 - 1 / n, 1 / s - 1 / n) if row["scaling"] == "strong" else (n - 1, n - s))
+    squares = sum(x * x for x, _ in pairs)  # 0 where all rows have one replica
+    return sum(x * y for x, y in pairs) / squares if squares else None
 
 
 def text_table(rows):
-    """The rows for people."""
-    lines = [
-        "scaling  replicas  ranks  nodes  batch  patches/s (min-max)      speed-up  efficiency"
-    ]
+    """Format rows and the fitted serial shares as lines."""
+    head = "scaling  replicas  ranks  nodes  batch  patches/s (min-max)      speed-up  efficiency"
+    lines = [head]
     for row in rows:
         speeds = f"{row['median']:.1f} ({row['min']:.1f}-{row['max']:.1f})"
         lines.append(
@@ -229,46 +177,36 @@ def text_table(rows):
         if share is not None:
             words = f"{share:.1%}" if share <= 1 else "none fits, more replicas are slower here"
             lines.append(f"{law}'s serial share, {scaling} scaling: {words}")
-    return "\n".join(lines)
+    return "\n".join([*lines, ""])
 
 
 def draw(rows, path):
-    """Draw the speed-up against the ideal line."""
-    import matplotlib
+    """Draw the speed-up, with the ideal line."""
+    import numpy as np
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4.5), layout="constrained")
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots()
     most = max(row["replicas"] for row in rows)
     axes.plot([1, most], [1, most], color="0.6", linestyle="--", label="ideal")
-    styles = {
-        ("strong", False): ("#0072b2", "o", "strong, one process"),
-        ("strong", True): ("#0072b2", "s", "strong, several ranks"),
-        ("weak", False): ("#d55e00", "^", "weak, one process"),
-        ("weak", True): ("#d55e00", "D", "weak, several ranks"),
-    }
-    for (scaling, many), (colour, marker, label) in styles.items():
+    for scaling, many, colour, marker in (
+        ("strong", False, "#0072b2", "o"), ("strong", True, "#0072b2", "s"),
+        ("weak", False, "#d55e00", "^"), ("weak", True, "#d55e00", "D"),
+    ):  # fmt: skip
         members = [r for r in rows if r["scaling"] == scaling and (r["ranks"] > 1) == many]
         if members:
-            base = members[0]["median"] / members[0]["speed_up"]
-            errors = [
-                [(r["median"] - r["min"]) / base for r in members],
-                [(r["max"] - r["median"]) / base for r in members],
-            ]
+            columns = ("replicas", "speed_up", "min", "median", "max")
+            n, speed_up, low, middle, high = np.array([[r[c] for c in columns] for r in members]).T
             axes.errorbar(
-                [r["replicas"] for r in members], [r["speed_up"] for r in members], errors,
-                color=colour, marker=marker, capsize=3, label=label,
-                linestyle=":" if many else "-", markerfacecolor="none" if many else colour,
+                n, speed_up, np.stack([middle - low, high - middle]) * speed_up / middle,
+                color=colour, marker=marker, capsize=3, linestyle=":" if many else "-",
+                markerfacecolor="none" if many else colour,
+                label=f"{scaling}, {'several ranks' if many else 'one process'}",
             )  # fmt: skip
     axes.set(xlabel="replicas", ylabel="speed-up of training", ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-
-
-# --- the program ----------------------------------------------------------------------------
 
 
 def parse_arguments(argv):
@@ -279,45 +217,43 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN_DIR", help="read these runs instead of making some")
     add("-o", "--output", type=Path, required=True, help="folder for the results")
-    add("--config", default="config.yaml")
+    add("--config", default="config.yaml", help="configuration of the runs (default config.yaml)")
     add("--replicas", type=int, nargs="*", default=[], help="virtual CPU devices in one process")
-    add("--ranks", type=int, nargs="*", default=[], help="processes, here or by --launch")
+    add("--ranks", type=int, nargs="*", default=[], help="processes, here or with --launch")
     add("--kinds", nargs="+", choices=("strong", "weak"), default=["strong", "weak"])
     add("--batch-size", type=int, default=32, help="global batch of one replica (default 32)")
-    add("--repeats", type=int, default=3)
+    add("--repeats", type=int, default=3, help="runs of each count (default 3)")
     add("--launch", help="command that starts {ranks} ranks and takes the program's options")
     add("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[])
+    add("--verbose", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
     if not (arguments.runs or arguments.replicas or arguments.ranks):
-        parser.error("name runs to read, or --replicas or --ranks to make some")
+        parser.error("name runs to read, or use --replicas or --ranks to make some")
     return arguments
+
+
+def work(arguments):
+    """Make or read runs, and write the tables and the plot."""
+    output = arguments.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    counts = arguments.replicas, arguments.ranks, arguments.kinds
+    runs = plan(*counts, arguments.batch_size, arguments.repeats)
+    folders = arguments.runs or [make_run(run, output, arguments) for run in runs]
+    rows = tabulate([read_run(folder) for folder in folders])
+    if not rows:
+        raise UserError("Scaling needs runs with at least two numbers of replicas, found one.")
+    write_csv(output / "scaling.csv", COLUMNS, rows)
+    write_text(output / "scaling.txt", text_table(rows))
+    draw(rows, output / "scaling.png")
+    sys.stdout.write(text_table(rows))
+    log.info("Tables and plot are in %s", output)
 
 
 def main(argv=None):
     """Run the program and return its exit status."""
     arguments = parse_arguments(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    output = arguments.output.resolve()
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        folders = arguments.runs or [
-            make_run(run, output, arguments)
-            for run in plan(
-                arguments.replicas, arguments.ranks, arguments.kinds,
-                arguments.batch_size, arguments.repeats,
-            )
-        ]  # fmt: skip
-        rows = tabulate([read_run(folder) for folder in folders])
-        if not rows:
-            raise ScalingError("One number of replicas shows no scaling; two at least are needed.")
-    except (ScalingError, subprocess.CalledProcessError) as error:
-        log.error("Error: %s", error)
-        return 2
-    write_table(rows, output / "scaling.csv")
-    (output / "scaling.txt").write_text(text_table(rows) + "\n", encoding="utf-8")
-    draw(rows, output / "scaling.png")
-    log.info("%s\nTables and plot are in %s", text_table(rows), output)
-    return 0
+    log_to_screen(arguments.verbose)
+    return exit_status(lambda: work(arguments), arguments.verbose)
 
 
 if __name__ == "__main__":

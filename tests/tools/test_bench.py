@@ -1,198 +1,305 @@
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
 
+from harness import REPOSITORY
 from model import unet
 from tools import bench
+from tools.lib.bench import measurements, program, rows
 
-KEYS = [field.name for field in fields(bench.Row)]
+KEYS = [field.name for field in fields(rows.Row)]
+QUICK = ["--quick", "--size", "96", "96", "--patch", "32"]
+
+# Multiply-adds per pixel of full resolution: rows, columns, inputs and outputs of each kernel over
+# the pixels that share one of its results, 1, 4, 16 and 64 in the four stages.
+DOWN = 9 * (9 * 32 + 32 * 32) + 9 * (32 * 64 + 64 * 64) / 4 + 9 * (64 * 128 + 128 * 128) / 16
+BOTTOM = 9 * (128 * 256 + 256 * 256) / 64
+UP = 9 * (384 * 128 + 128 * 128) / 16 + 9 * (192 * 64 + 64 * 64) / 4
+LAST = 9 * (96 * 32 + 32 * 32) + 32
+PIXEL = DOWN + BOTTOM + UP + LAST
 
 
 def run(tmp_path, *arguments):
     """Run the program on scenes of 96 x 96; return its status and its rows by name."""
     output = tmp_path / "bench.json"
-    status = bench.main(
-        ["--quick", "--size", "96", "96", "--patch", "32", "-o", str(output), *arguments]
-    )
-    rows = json.loads(output.read_text()) if output.exists() else []
-    assert all(list(row) == KEYS for row in rows)
-    return status, {row["name"]: row for row in rows}
+    status = bench.main([*QUICK, "-o", str(output), *arguments])
+    found = json.loads(output.read_text()) if output.exists() else []
+    assert all(list(row) == KEYS for row in found)
+    return status, {row["name"]: row for row in found}
 
 
-def test_operations_of_the_network_are_those_of_an_independent_count():
-    # Multiply-adds a pixel of full resolution: rows, columns, inputs and outputs of each kernel
-    # over the pixels that share one of its results. 1 / 4 / 16 / 64 for the four stages.
-    down = 9 * (9 * 32 + 32 * 32) + 9 * (32 * 64 + 64 * 64) / 4 + 9 * (64 * 128 + 128 * 128) / 16
-    bottom = 9 * (128 * 256 + 256 * 256) / 64
-    up = 9 * (384 * 128 + 128 * 128) / 16 + 9 * (192 * 64 + 64 * 64) / 4
-    last = 9 * (96 * 32 + 32 * 32) + 32
-    pixel = down + bottom + up + last
-    assert pixel == 163_904
-    assert bench.forward_gflop(1200, 1504) == pytest.approx(2e-9 * pixel * 1200 * 1504)
-    assert bench.forward_gflop(1200, 1504) == pytest.approx(592, abs=0.5)
-    assert 3 * bench.forward_gflop(256, 256) == pytest.approx(64.4, abs=0.05)
-    assert 63 * bench.forward_gflop(256, 256) == pytest.approx(1353, abs=0.5)
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """The rows of a whole `--quick` run."""
+    status, found = run(tmp_path_factory.mktemp("bench"))
+    assert status == 0
+    return found
 
 
-def test_operations_follow_the_model(monkeypatch):
-    monkeypatch.setattr(bench, "unet", lambda shape: unet((*shape[:2], 1)))
-    # One input channel instead of nine: 8 x 9 x 32 multiply-adds a pixel less.
-    assert bench.forward_gflop(8, 8) == pytest.approx(2e-9 * 64 * (163_904 - 8 * 9 * 32))
+@pytest.mark.parametrize(
+    ("rows_cols", "channels", "pixel"),
+    [
+        ((1200, 1504), 9, 163_904),
+        ((256, 256), 9, 163_904),
+        # One channel instead of nine: 9 x 8 x 32 multiply-adds fewer per pixel.
+        ((8, 8), 1, 163_904 - 9 * 8 * 32),
+    ],
+)
+def test_operations_of_the_network_agree_with_a_count_by_hand(rows_cols, channels, pixel):
+    assert PIXEL == 163_904
+    n_rows, n_cols = rows_cols
+    gflop = measurements.network_gflop(unet((n_rows, n_cols, channels)))
+    assert gflop == pytest.approx(2e-9 * pixel * n_rows * n_cols)
+
+
+def test_quick_run_has_all_rows(quick):
+    threads = {f"loader/contiguous/{n} thread{'s' * (n > 1)}" for n in thread_counts()}
+    most = max(thread_counts())
+    assert set(quick) == threads | {
+        "gemm/float32", "gemm/bfloat16", "raw_read", "raw_read/gzip", "loader_naive",
+        f"loader/gzip/{most} thread{'s' * (most > 1)}", "time_to_first_batch",
+        "train_step/float32", "train_step/bfloat16", "strategy_overhead",
+        "train_epoch/bfloat16", "input_stall",
+        "infer_patches/float32", "infer_patches/float32/network",
+        "infer_scene/bfloat16", "infer_scene/bfloat16/network",
+        "overhead/patches/float32", "overhead/scene/bfloat16",
+    }  # fmt: skip
+    assert next(iter(quick)).startswith("gemm/")
+
+
+def thread_counts():
+    most = min(len(os.sched_getaffinity(0)), 4)
+    return {n for n in (1, 2) if n < most} | {most}
+
+
+def test_rows_are_consistent(quick):
+    for row in quick.values():
+        assert row["min"] <= row["value"] <= row["max"]
+        if row["baseline"] in quick:
+            assert row["baseline_value"] == quick[row["baseline"]]["value"]
+        if row["ratio"] is not None:
+            ratio = row["value"] / row["baseline_value"]
+            expected = ratio if row["unit"].endswith("/s") else 1 / ratio
+            assert row["ratio"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "baseline"),
+    [
+        ("loader/contiguous/1 thread", "loader_naive"),
+        ("train_step/bfloat16", "train_step/float32"),
+        ("train_epoch/bfloat16", "in memory"),
+        ("infer_scene/bfloat16", "infer_patches/float32"),
+        ("infer_scene/bfloat16/network", "infer_patches/float32/network"),
+        ("train_step/float32", None),
+        ("infer_patches/float32", None),
+    ],
+)
+def test_rows_are_compared_with_their_baseline(quick, name, baseline):
+    assert quick[name]["baseline"] == baseline
+
+
+@pytest.mark.parametrize(
+    ("name", "gflop"),  # of one unit of the row: a patch or a scene
+    [
+        # Training takes three passes of 32 x 32 pixels.
+        ("train_step/float32", 3 * 2e-9 * PIXEL * 32 * 32),
+        ("train_step/bfloat16", 3 * 2e-9 * PIXEL * 32 * 32),
+        # Patches of 32 overlap by 10 pixels: stride 22, ceil(96 / 22) = 5 in each direction.
+        ("infer_patches/float32", 25 * 2e-9 * PIXEL * 32 * 32),
+        ("infer_patches/float32/network", 25 * 2e-9 * PIXEL * 32 * 32),
+        ("infer_scene/bfloat16", 2e-9 * PIXEL * 96 * 96),
+        ("infer_scene/bfloat16/network", 2e-9 * PIXEL * 96 * 96),
+    ],
+)
+def test_limit_is_the_rate_of_the_matrix_products_of_the_same_precision(quick, name, gflop):
+    row = quick[name]
+    rate = gflop * row["value"] if row["unit"] == "patches/s" else gflop / row["value"]
+    limit = quick["gemm/bfloat16" if "bfloat16" in name else "gemm/float32"]
+    assert limit["min"] * 0.999 <= rate / row["limit_share"] <= limit["max"] * 1.001
+
+
+def test_limit_of_the_loader_is_h5py_on_the_same_storage(quick):
+    for name, row in quick.items():
+        if name.startswith("loader/"):
+            raw = quick["raw_read/gzip" if "gzip" in name else "raw_read"]
+            assert row["limit_share"] == pytest.approx(row["value"] / raw["value"])
+
+
+def test_inference_from_file_to_mask_includes_the_network(quick):
+    for kind in ("patches/float32", "scene/bfloat16"):
+        whole, network = quick[f"infer_{kind}"], quick[f"infer_{kind}/network"]
+        assert whole["value"] > network["value"] > 0
+        assert quick[f"overhead/{kind}"]["min"] > 1
+
+
+def test_first_batch_is_taken_from_a_thousand_scenes(tmp_path, monkeypatch):
+    counts = []
+    build = program.build_batches
+
+    def counting(config, devices, paths, n_threads=None):
+        counts.append(len(paths))
+        return build(config, devices, paths, n_threads)
+
+    monkeypatch.setattr(program, "build_batches", counting)
+    status, found = run(tmp_path, "--only", "time_to_first_batch")
+    assert (status, set(found)) == (0, {"time_to_first_batch"})
+    assert counts == [800, 800]  # 0.8 of 1000, in each of two repeats
+
+
+def test_slow_reader_shows_in_the_waiting_share():
+    now = [0.0]  # [s], of a clock that reading and training move
+
+    def pass_time(seconds):
+        now[0] += seconds
+
+    def feed():
+        for seconds in (3.0, 1.0, 0.0):
+            pass_time(seconds)
+            yield seconds
+
+    steps = measurements.time_steps(feed(), lambda batch: pass_time(1.0), 3, clock=lambda: now[0])
+    assert steps == [(3.0, 4.0), (1.0, 2.0), (0.0, 1.0)]
+    assert measurements.waiting_share(steps) == 4 / 7  # of all time, not the mean of the shares
 
 
 def test_alternate_takes_turns():
     calls = []
     functions = {name: lambda name=name: calls.append(name) or len(calls) for name in "abc"}
-    assert bench.alternate(functions, 2) == {"a": [1, 4], "b": [2, 5], "c": [3, 6]}
+    assert rows.alternate(functions, 2) == {"a": [1, 4], "b": [2, 5], "c": [3, 6]}
     assert "".join(calls) == "abcabc"
 
 
-def test_alternate_stops_in_time_but_not_before_the_first_round():
-    assert bench.alternate({"a": lambda: 1, "b": lambda: 2}, 5, seconds=0) == {"a": [1], "b": [2]}
+def test_alternate_completes_the_first_round_after_its_time_is_over():
+    functions = {"a": lambda: 1, "b": lambda: 2}
+    assert rows.alternate(functions, 5, seconds=0) == {"a": [1], "b": [2]}
 
 
 @pytest.mark.parametrize(("unit", "ratio"), [("patches/s", 2.0), ("s/scene", 0.5), ("GB", 0.5)])
 def test_ratio_is_how_many_times_better(unit, ratio):
-    row = bench.make_row("ours", unit, [4.0, 40.0, 3.0], "theirs", [1.0, 2.0, 30.0], 0.9)
-    assert (row.value, row.min, row.max) == (4.0, 3.0, 40.0)
-    assert (row.baseline, row.baseline_value, row.ratio) == ("theirs", 2.0, ratio)
-    assert row.limit_share == 0.9
+    row = rows.make_row("ours", unit, [4.0, 40.0, 3.0], "theirs", [1.0, 2.0, 30.0], 0.9)
+    assert row == rows.Row("ours", unit, 4.0, 3.0, 40.0, "theirs", 2.0, ratio, 0.9)
 
 
-def test_what_could_not_be_measured_is_null():
-    row = bench.make_row("ours", "s", [], "theirs", [1.0])
-    assert [getattr(row, name) for name in KEYS] == ["ours", "s", *[None] * 7]
-    assert "-" in bench.text_table([row])
+def test_row_that_is_its_own_baseline_has_no_ratio():
+    row = rows.make_row("ours", "GB", [4.0], "ours", [4.0])
+    assert (row.baseline, row.baseline_value, row.ratio) == (None, None, None)
 
 
-def test_table_is_readable_at_100_columns():
-    rows = [
-        bench.make_row(f"torch/infer_patches/{p}/compile", "patches/s", [v, 2 * v], b, [v], 0.5)
-        for p in ("float32", "bfloat16")
-        for v in (1e-4, 0.123456, 99.96, 12345.6)
-        for b in ("torch.compile", "infer_patches/float32/network")
+def test_table_has_a_line_per_row_with_three_digits():
+    table = rows.text_table(
+        [
+            rows.make_row("gemm/float32", "GFLOP/s", [1234.5, 99.96, 12345.6]),
+            rows.make_row("train_step/float32", "patches/s", [1.5]),
+            rows.make_row(
+                "train_step/bfloat16", "s", [0.01234], "train_step/float32", [0.0617], 0.5
+            ),
+        ]
+    )
+    assert [line.split() for line in table.splitlines()] == [
+        ["unit", "value", "min", "-", "max", "ratio", "to", "limit"],
+        ["gemm/float32", "GFLOP/s", "1234", "100.0", "-", "12346"],
+        ["train_step/float32", "patches/s", "1.50", "1.50", "-", "1.50"],
+        ["train_step/bfloat16", "s", *"0.0123 0.0123 - 0.0123 5.00 float32 50%".split()],
     ]
-    lines = bench.text_table(rows).splitlines()
-    assert len(lines) == len(rows) + 1
-    assert max(map(len, lines)) <= 100
-    assert {len(line.split()) for line in lines[1:]} == {9}  # no column runs into another
-
-
-def test_numbers_show_three_digits():
-    assert [bench.number(v) for v in (1234.5, 99.96, 1.5, 0.01234, 0.0)] == [
-        "1234", "100.0", "1.50", "0.0123", "0",
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("name", "only", "wanted"),
     [
         ("train_step/float32", ["train_step"], True),
-        ("train_step", ["train_step/float32"], True),  # holds it
+        ("train_step", ["train_step/float32"], True),  # may contain it
         ("train_step/bfloat16", ["train_step/float32"], False),
         ("train_epoch/bfloat16", ["train_step", "train"], True),
         ("gemm/float32", [], True),
     ],
 )
 def test_only_selects_by_prefix(name, only, wanted):
-    assert bench.is_wanted(name, only) is wanted
+    assert rows.is_wanted(name, only) is wanted
 
 
-def test_loader_is_compared_with_h5py_and_the_textbook_pipeline(tmp_path):
-    status, rows = run(tmp_path, "--only", "raw_read", "load")
-    assert status == 0
-    ours = rows["loader/contiguous/1 thread"]
-    assert ours["baseline"] == "loader_naive"
-    assert ours["baseline_value"] == rows["loader_naive"]["value"]
-    assert ours["ratio"] == pytest.approx(ours["value"] / ours["baseline_value"])
-    assert ours["limit_share"] == pytest.approx(ours["value"] / rows["raw_read"]["value"])
-    assert {"raw_read/gzip", "raw_read/cold"} <= set(rows)
-    assert any(name.startswith("loader/gzip/") for name in rows)
-
-
-def test_training_states_its_share_of_the_matrix_product(tmp_path, capsys):
-    status, rows = run(tmp_path, "--only", "train_step/float32", "strategy", "gemm")
-    assert status == 0
-    assert set(rows) == {"gemm/float32", "gemm/bfloat16", "train_step/float32", "strategy_overhead"}
-    # 3 passes of 2 x 163,904 operations a pixel of 32 x 32
-    gflop = 3 * 2e-9 * 163_904 * 32 * 32
-    step, limit = rows["train_step/float32"], rows["gemm/float32"]
-    assert limit["min"] <= step["value"] * gflop / step["limit_share"] <= limit["max"]
+def test_only_measures_what_is_named(tmp_path, capsys):
+    status, found = run(tmp_path, "--only", "train_step/bfloat16")
+    assert (status, list(found)) == (0, ["train_step/bfloat16"])
     table = capsys.readouterr().out
-    assert "tensorflow 2." in table and "commit" in table
-    assert table.index("gemm/float32") < table.index("train_step/float32")
-
-
-def test_epoch_states_how_long_it_waits(tmp_path):
-    status, rows = run(tmp_path, "--only", "input_stall", "train_epoch", "time_to")
-    assert status == 0
-    assert set(rows) == {"time_to_first_batch", "train_epoch/bfloat16", "input_stall"}
-    assert 0 <= rows["input_stall"]["value"] <= 1
-
-
-def test_inference_is_measured_by_the_program_itself(tmp_path):
-    status, rows = run(tmp_path, "--only", "infer_patches", "overhead/patches")
-    assert status == 0
-    name = "infer_patches/float32"
-    parts = {f"{name}/{part}" for part in ("read", "network", "stitch", "score", "write")}
-    assert set(rows) == {name, *parts, "overhead/patches/float32"}
-    assert rows[name]["value"] > rows[f"{name}/network"]["value"] > 0
-    assert rows[name]["limit_share"] < rows[f"{name}/network"]["limit_share"]
+    assert "tensorflow 2." in table and "train_step/bfloat16" in table
 
 
 @pytest.mark.slow
-def test_peak_memory_is_that_of_the_program_alone(tmp_path):
-    status, rows = run(tmp_path, "--only", "peak_rss")
-    assert status == 0
-    few, many = rows["peak_rss/32 scenes"], rows["peak_rss/128 scenes"]
-    assert 0.1 < few["value"] < 2
-    assert many["baseline"] == "peak_rss/32 scenes"
+def test_peak_memory_of_few_and_many_scenes(tmp_path):
+    status, found = run(tmp_path, "--only", "peak_rss")
+    assert (status, list(found)) == (0, ["peak_rss/32 scenes", "peak_rss/128 scenes"])
+    few, many = found.values()
+    assert 0.1 < few["value"] < 2  # [GB]; TensorFlow alone takes a few tenths
+    assert (many["baseline"], many["baseline_value"]) == ("peak_rss/32 scenes", few["value"])
 
 
-def test_unknown_name_is_one_clear_error(tmp_path, capsys):
-    status, rows = run(tmp_path, "--only", "trainstep")
-    assert (status, rows) == (2, {})
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert "trainstep" in lines[0] and "train_step" in lines[0]
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--only", "trainstep"], ["trainstep", "train_step"]),
+        (["--only", "gemm/float99"], ["gemm/float99"]),
+        (["--patch", "20"], ["PATCH_SIZE", "20"]),
+    ],
+)
+def test_mistake_of_the_user_is_one_clear_error(tmp_path, capsys, arguments, words):
+    status, _ = run(tmp_path, *arguments)
+    assert status == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Error")]
+    assert all(word in error for word in words)
 
 
-def test_missing_pytorch_says_what_to_type(tmp_path, capsys, monkeypatch):
+def test_missing_pytorch_is_an_error_that_names_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert run(tmp_path, "--against", "torch") == (2, {})
     (line,) = capsys.readouterr().err.splitlines()
     assert "-m pip install torch" in line
 
 
-def test_failed_measurement_leaves_the_others(tmp_path, monkeypatch, capsys):
-    def fail(bench):
-        """Fails."""
-        raise RuntimeError("out of luck")
+@pytest.mark.parametrize(
+    ("error", "status"), [(RuntimeError("no luck"), 1), (KeyboardInterrupt, 130)]
+)
+def test_rows_measured_before_an_error_are_kept(tmp_path, monkeypatch, capsys, error, status):
+    def fail(config, devices):
+        raise error
 
-    monkeypatch.setattr(bench, "SUBJECTS", {fail: ("loader",), bench.measure_gemm: ("gemm",)})
-    status, rows = run(tmp_path)
-    assert status == 1
-    assert set(rows) >= {"gemm/float32"}
-    assert "out of luck" in capsys.readouterr().err
-
-
-def test_interrupt_shows_what_there_is(tmp_path, monkeypatch, capsys):
-    def interrupt(bench):
-        """Stops."""
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(bench, "SUBJECTS", {bench.measure_gemm: ("gemm",), interrupt: ("loader",)})
-    status, rows = run(tmp_path)
-    assert status == 130
-    assert "gemm/float32" in rows
-    assert "gemm/float32" in capsys.readouterr().out
+    monkeypatch.setattr(program, "build_trainer", fail)
+    found_status, found = run(tmp_path, "--only", "raw_read", "train_step", "gemm")
+    assert found_status == status
+    printed = capsys.readouterr()
+    assert "raw_read" in found and "raw_read" in printed.out
+    assert ("gemm/float32" in found) == (status == 1)  # measured after the error
+    assert "no luck" in printed.err or status == 130
 
 
+@pytest.mark.parametrize("option", ["--help", "--only=trainstep"])
+def test_tensorflow_is_not_imported_for(option):
+    code = (
+        "import sys; from tools import bench\n"
+        "try: bench.main(sys.argv[1:])\n"
+        "finally: print([m for m in ('tensorflow', 'keras', 'scipy') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, option]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "tools")}
+    answer = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
+    assert answer.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.slow
 def test_pytorch_does_the_same_work(tmp_path):
     pytest.importorskip("torch", reason="PyTorch is not among the requirements")
-    status, rows = run(tmp_path, "--only", "torch/infer_scene", "torch/train_step/float32")
-    assert status == 0
-    assert rows["torch/infer_scene/float32/eager"]["baseline"] == "torch"
-    assert rows["torch/train_step/float32/eager"]["ratio"] > 0
+    names = ["torch/infer_scene/float32", "torch/train_step/float32"]
+    output = tmp_path / "bench.json"
+    # In a process of its own: Triton, a part of PyTorch, must be imported before TensorFlow.
+    command = [sys.executable, "tools/bench.py", *QUICK, "-o", output, "--only", *names]
+    subprocess.run(command, cwd=REPOSITORY, check=True)
+    found = {row["name"]: row for row in json.loads(output.read_text())}
+    assert set(found) == {f"{name}/eager" for name in names}
+    assert all(row["baseline"] == "torch" and row["ratio"] > 0 for row in found.values())

@@ -1,0 +1,1 @@
+"""What bench.py measures, apart from its command line."""
