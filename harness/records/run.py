@@ -8,7 +8,6 @@ import platform
 import resource
 import shutil
 import subprocess
-import sys
 import time
 import uuid
 from datetime import datetime, timezone
@@ -18,7 +17,7 @@ from pathlib import Path
 from harness import REPOSITORY
 from harness.config import FILE_KEYS, dump_config
 from harness.console import log_to_file
-from harness.errors import UserError
+from harness.errors import UserError, one_line
 from harness.files import file_sha256, remove_unfinished, write_json, write_text
 from harness.records import mlperf_log, results
 from harness.records.machine import describe_machine
@@ -27,7 +26,6 @@ from harness.records.tensorboard import NoBoard
 from harness.signals import Interrupted
 from harness.training.checkpoints import Checkpoints, TrainingState
 
-REPORT_SECONDS = 600  # [s] after which a report is given up
 PACKAGES = ("tensorflow", "keras", "numpy", "h5py", "scikit-learn", "mlperf-logging")
 
 log = logging.getLogger(__name__)
@@ -370,23 +368,15 @@ def git_commit():
 
 
 def make_report(folder):
-    """Make report.html of a run, in a process of its own: plotting is no part of the benchmark.
+    """Make report.html of a finished run; a failure is a warning and nothing more.
 
     Returns:
-        Its path; None where it could not be made, which is told and does no harm.
+        Its path; None if it could not be made.
     """
-    report = folder / "report.html"
-    command = [sys.executable, str(REPOSITORY / "tools" / "report.py"), str(folder)]
     try:
-        done = subprocess.run(
-            [*command, "-o", str(report)],
-            capture_output=True, text=True, timeout=REPORT_SECONDS, check=False,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired) as error:
-        reason = str(error)
-    else:
-        if done.returncode == 0:
-            return report
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-    log.warning("No report.html: %s", reason)
-    return None
+        from harness.records import report  # imports jinja2, and later matplotlib
+
+        return report.make_report(folder)
+    except Exception as error:  # signals raise Interrupted, which is none and ends the program
+        log.warning("No report.html: %s", one_line(error))
+        return None
