@@ -377,6 +377,6 @@ def make_report(folder):
         from harness.records import report  # imports jinja2, and later matplotlib
 
         return report.make_report(folder)
-    except Exception as error:  # signals raise Interrupted, which is none and ends the program
+    except Exception as error:  # not Interrupted, a SystemExit: signals still end the program
         log.warning("No report.html: %s", one_line(error))
         return None

@@ -331,10 +331,6 @@ def make_partial(run, kind, tmp_path):
         with (run / "samples.csv").open("a") as file:
             file.write("17955661")
         return ["Machine"], []
-    if kind == "MLPerf log cut off":
-        log = (run / "mlperf_cloudmask.log").read_text()
-        (run / "mlperf_cloudmask.log").write_text(log[: log.index('"eval_start"') + 30])
-        return ["Machine"], ["inference_stop"]
     change(run, devices=results(run)["devices"] | {"deterministic": {}, "replicas": 1e308})
     history = rows(run / "history.csv")
     write_table(run / "history.csv", [history[0] | {"val_loss": "1e308"}, history[1]])
@@ -347,7 +343,7 @@ def make_partial(run, kind, tmp_path):
     [
         "train only", "inference only", "aborted while masking", "starting",
         "resumed, with bad scenes", "no labels", "scene files gone", "damaged mask",
-        "samples cut off", "MLPerf log cut off", "odd numbers",
+        "samples cut off", "odd numbers",
     ],
 )  # fmt: skip
 def test_report_of_a_partial_or_damaged_run(run, finished, tmp_path, kind):
@@ -357,7 +353,7 @@ def test_report_of_a_partial_or_damaged_run(run, finished, tmp_path, kind):
         assert text in page.text
     for text in absent:
         assert text not in page.text
-    page_of(run, finished)  # beside a whole run
+    page_of(run, finished)  # next to a finished run
 
 
 def test_scenes_other_than_those_that_were_masked_are_not_shown(run, dataset, tmp_path, capsys):
@@ -430,7 +426,7 @@ def test_report_of_several_runs_shows_results_curves_and_differences(run, finish
     change(third, status="aborted", inference=None, training=None)
     page = page_of(run, finished, third)
     assert "3 runs" in page.text
-    # Two runs are named 'run': they go by their folders.
+    # Two runs have the name 'run': the table shows their folders.
     assert f"1 {run} success" in page.text and f"2 {finished} success" in page.text
     assert re.search(r"3 third aborted \d+ – –", page.text)
     accuracy, f1 = (results(run)["inference"][key] for key in ("accuracy", "f1"))

@@ -20,7 +20,7 @@ from harness.records.saved_runs import MEASURES, differences, labels, measures, 
 
 
 def make_report(run_folder, data=None, output=None):
-    """Make the page of one run; of one that was stopped too, as far as it came.
+    """Make the page of one run, finished or not.
 
     Args:
         run_folder: The run's folder.
@@ -67,7 +67,7 @@ def write_pictures(run_folder, output, data=None):
         Number of pictures.
 
     Raises:
-        UserError: If there is no mask, or a scene file is missing or another.
+        UserError: If there is no mask, or a scene file is missing or differs from the one masked.
     """
     run = read_run(run_folder)
     masks = find_masks(run.folder, [])
@@ -89,23 +89,21 @@ def write_pictures(run_folder, output, data=None):
 
 
 def describe_runs(runs):
-    """Everything that the page shows of several runs; in its charts a run goes by its number."""
+    """Everything that the page shows of several runs; its charts name runs by number."""
     measured = {str(n): measures(run) for n, run in enumerate(runs, 1)}
     columns = [key for key in MEASURES if any(m[key] is not None for m in measured.values())]
     compared = ["accuracy", *(key for key, score in SCORES.items() if score.kind == "baseline")]
     accuracies = {
-        SCORES[key].label: ([m[key] for _, m in known], [n for n, _ in known])
+        SCORES[key].label: ([m[key] for _, m in known], [int(n) for n, _ in known])
         for key in compared
         if (known := [(n, m) for n, m in measured.items() if m[key] is not None])
     }
     found = []
     if accuracies:
-        found.append(
-            chart(
-                "Accuracy and baselines", "accuracy", "run", accuracies, points=True,
-                height=1.2 + 0.3 * len(runs),
-            )
-        )  # fmt: skip
+        ticks = range(1, len(runs) + 1)
+        accuracies[f"target {TARGET_ACCURACY}"] = ([TARGET_ACCURACY] * len(runs), ticks)
+        options = {"height": 1.2 + 0.3 * len(runs), "yticks": ticks, "points": True}
+        found.append(chart("Accuracy and baselines", "accuracy", "run", accuracies, **options))
     for key in ("val_loss", "val_accuracy"):
         lines = {
             str(n): tuple(numbers([row.get(k) for row in run.history]) for k in ("epoch", key))
@@ -142,9 +140,7 @@ def write_page(output, content):
     from markupsafe import Markup
 
     if (output := Path(output)).is_dir():
-        raise UserError(
-            f"The page is a file, but {output} is a folder. Name a file with -o."
-        )
+        raise UserError(f"The page is a file, but {output} is a folder. Name a file with -o.")
     folder = Path(__file__).parent
     script = (folder / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

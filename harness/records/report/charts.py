@@ -16,7 +16,7 @@ MAX_POINTS = 300  # of a line
 GREY = "#7e8896"
 # Contrast with a white and with a dark page is at least 3, WCAG 2.
 SERIES = ("#2f80c9", "#c8641b", "#1f9068", "#b85c9e", "#87801a", "#7d6fd0")
-DASHES, MARKERS = ("-", "--", ":", "-."), "ov|x"
+DASHES, MARKERS = ("-", "--", ":", "-."), "ovsx"
 STYLE = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "cloudmask",  # the same file for the same data
@@ -33,7 +33,7 @@ STYLE = {
 
 
 def chart(
-    title, x_label, y_label, lines, *, points=False, best=None, diagonal=None, phases=None,
+    title, x_label, y_label, lines, *, points=False, best=None, diagonal=None,
     height=2.5, note="", **settings,
 ):  # fmt: skip
     """Draw lines, or points.
@@ -46,7 +46,6 @@ def chart(
         points: Whether to draw a mark for each pair and no lines.
         best: Epoch to mark, or None.
         diagonal: Name of the line from (0, 0) to (1, 1), or None for no such line.
-        phases: Spans behind the lines, {name: list of (begin, end)}.
         height: [inches] without legend.
         note: A caption.
         settings: More for `Axes.set`.
@@ -61,11 +60,6 @@ def chart(
     with matplotlib.rc_context(STYLE):
         figure = Figure((WIDTH, height), layout="constrained")
         axes = figure.add_subplot()
-        for (name, spans), alpha in zip((phases or {}).items(), (0.12, 0.4, 0.25), strict=False):
-            axes.broken_barh(
-                [(begin, end - begin) for begin, end in spans], (0, 1), zorder=0.5, label=name,
-                transform=axes.get_xaxis_transform(), facecolor=GREY, alpha=alpha, linewidth=0,
-            )  # fmt: skip
         for i, (name, (x, y)) in enumerate(lines.items()):
             style = {"color": SERIES[i % len(SERIES)], "label": name}
             if points:

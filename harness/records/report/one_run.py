@@ -8,7 +8,7 @@ import numpy as np
 
 from harness.config import Config, load_config
 from harness.console import format_bytes, format_duration, progress
-from harness.data.scene_files import mask_files, reading
+from harness.data.scene_files import mask_files
 from harness.errors import UserError
 from harness.inference.scores import SCORES, TARGET_ACCURACY
 from harness.records.report import pictures
@@ -19,7 +19,6 @@ BINS = 1000  # of probability
 RELIABILITY_BINS = 20
 MIN_PIXELS = 100  # of a point in the reliability diagram
 MAX_GAP = 30.0  # [s] between two samples in a chart; a resumed run may have waited for days
-PHASES = {"epoch": "training", "eval": "validation", "inference": "inference"}  # of MLPerf events
 SCORE_COLUMNS = {score.label: score.meaning for score in SCORES.values()}
 SCENE_PARTS = {
     "read": "reading, in parallel with the network", "network": "network", "stitch": "stitching",
@@ -81,7 +80,7 @@ def describe_run(run, data=None):
         notes.append("The run had not ended when this page was made, or it was killed.")
     masks, rows = mask_files(run.folder), run.scenes
     if masks and not rows:  # the run was stopped before it wrote scenes.csv
-        rows = rows_of_masks(masks)
+        rows = dictionaries([pictures.read_row(path) for path in masks.values()])
         notes.append(f"Inference did not finish: scores are those of the {len(rows)} masks so far.")
     folder = scene_folder(run, data)
     scenes = pictures.scenes_by_name(folder) if masks else {}
@@ -145,15 +144,6 @@ def scene_folder(run, data=None):
         return load_config(run.folder / "config.yaml").inference_dir  # absolute
     except UserError:
         return Path(str(run.results["config"].get("inference_dir", "unknown")))
-
-
-def rows_of_masks(masks):
-    """Rows as in scenes.csv, read from the masks."""
-    rows = []
-    for path in masks.values():
-        with reading(path) as file:
-            rows.append(json.loads(file.attrs["row"]))
-    return dictionaries(rows)
 
 
 def cards(run, rows):
@@ -481,10 +471,6 @@ def machine_charts(run):
     times = np.array([row["time"] for row in samples], float)
     # Minutes of running: gaps between the parts of a resumed run are cut to MAX_GAP.
     running = np.append(0, np.cumsum(np.clip(np.diff(times), 0, MAX_GAP))) / 60
-    phases = {
-        name: [np.interp(span, times, running) for span in spans]
-        for name, spans in read_phases(run, times[-1]).items()
-    }
     gpus = sorted({str(key).partition("_")[0] for key in samples[0] if str(key).startswith("gpu")})
 
     def columns(*names, unit=1):
@@ -508,33 +494,6 @@ def machine_charts(run):
         lines = {name: (running, y) for name, y in lines.items() if np.isfinite(y).any()}
         top = 1.1 * max((np.nanmax(y) for _, y in lines.values()), default=0)
         if lines:
-            limits = {"phases": phases, "ylim": (0, top or 1)}
-            found.append(chart(f"{label} over time", "minutes", label, lines, **limits))
+            title = f"{label} over time"
+            found.append(chart(title, "minutes", label, lines, ylim=(0, top or 1)))
     return found
-
-
-def read_phases(run, end):
-    """Phases of a run by its MLPerf log: {name: list of (begin, end)} in Unix seconds.
-
-    Args:
-        run: Run.
-        end: Of a phase that did not end.
-    """
-    path = run.folder / str(run.results["config"].get("mlperf_logfile") or "mlperf_cloudmask.log")
-    if not path.is_file():
-        return {}
-    phases, begun = {name: [] for name in PHASES.values()}, {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            event = json.loads(line.partition(":::MLLOG ")[2])
-            name, _, edge = event["key"].rpartition("_")
-            seconds = event["time_ms"] / 1000
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # another line, or one that was cut off
-        if name in PHASES and edge == "start":
-            begun[name] = seconds
-        elif name in begun and edge == "stop":
-            phases[PHASES[name]].append((begun.pop(name), seconds))
-    for name, begin in begun.items():
-        phases[PHASES[name]].append((begin, end))
-    return {name: spans for name, spans in phases.items() if spans}

@@ -69,6 +69,12 @@ def scenes_by_name(folder):
     return {path.stem: path for path in walk_scenes(folder)} if Path(folder).is_dir() else {}
 
 
+def read_row(mask_path):
+    """Read the row of scenes.csv in a mask file."""
+    with reading(mask_path) as file:
+        return json.loads(file.attrs["row"])
+
+
 def read_mask_and_label(mask_path, scene_path):
     """Read a mask and the label of its scene, and check that it is the scene that was masked.
 
@@ -236,11 +242,12 @@ def write_png(path, name, facts, shown):
     figure = Figure((10.8, 2 * (3.6 * height / width + 0.45) + 0.5), layout="constrained")
     figure.suptitle(f"{name}\n{facts}", fontsize=9, parse_math=False)
     cells = figure.subplots(2, 3).ravel()
-    for axes in cells:
-        axes.set_axis_off()
     for axes, panel in zip(cells, shown, strict=False):
         axes.imshow(panel.pixels, interpolation="none")
         axes.set_title(f"{panel.title} ({panel.note})", fontsize=8)
+        axes.set(xticks=[], yticks=[])
+    for axes in cells[len(shown) :]:
+        axes.set_axis_off()
     classes = {"not measured": NOT_MEASURED, **(DIFFERENCES if len(shown) == 5 else {})}
     handles = [
         Patch(facecolor=np.divide(colour, 255), edgecolor="0.3", label=label)
