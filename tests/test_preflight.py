@@ -6,12 +6,12 @@ import h5py
 import numpy as np
 import pytest
 from conftest import HEIGHT, PATCH, WIDTH, results, rewrite, rows, spoil, start
+from harness.data.preflight import BadScenes, check_disk, check_scenes
 
 import data_loader
 import slstr_cloud
 from data_loader import SceneError
 from harness.console import format_bytes, format_duration, table
-from harness.data.preflight import BadScenes, check_disk, check_scenes
 
 SHAPE = (HEIGHT, WIDTH, 9)
 

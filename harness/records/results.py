@@ -225,7 +225,7 @@ def summary(results):
     if inference and inference["scenes_labelled"]:
         lines += [
             f"accuracy    {inference['accuracy']:.3f} of pixels agree with the Bayesian mask; "
-            "the target is 0.9",
+            f"the target is {scores.TARGET_ACCURACY}",
             f"            {inference['valid_accuracy']:.3f} of those with data; all cloud "
             f"{inference['all_cloud_accuracy']:.3f}, threshold "
             f"{inference['threshold_accuracy']:.3f}",

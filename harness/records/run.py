@@ -295,13 +295,8 @@ class Run:
         for line in results.summary(self.results):
             log.info("  %s", line)
         log.info("Results are in %s", self.folder)
-        if self._config.report:
-            try:
-                from harness.records.report import make_report
-
-                log.info("Report: %s", make_report(self.folder))
-            except Exception as error:  # a report must not harm a finished run
-                log.warning("No report.html: %s", one_line(error))
+        if self._config.report and (path := make_report(self.folder)):
+            log.info("Report: %s", path)
 
     def write_line(self, text):
         """Append a result line to log_file; not again if an earlier part wrote it."""
@@ -407,3 +402,18 @@ class Run:
 def peak_rss():
     """Peak memory of this process [bytes]."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def make_report(folder):
+    """Make report.html of a finished run; a failure is only a warning.
+
+    Returns:
+        Its path; None if it could not be made.
+    """
+    try:
+        from harness.records import report  # imports jinja2, and later matplotlib
+
+        return report.make_report(folder)
+    except Exception as error:  # not Interrupted, a SystemExit: signals still end the program
+        log.warning("No report.html: %s", one_line(error))
+        return None

@@ -1,1 +1,166 @@
-"""report.html: numbers, charts and pictures of one run or several."""
+"""report.html: numbers, charts and pictures of one run, or of several side by side.
+
+Nothing here needs TensorFlow. All that comes from files is escaped, and the page runs no script but
+its own.
+"""
+
+import base64
+import hashlib
+from pathlib import Path
+
+from harness.console import printable, progress
+from harness.data.scene_files import find_masks
+from harness.errors import UserError
+from harness.files import write_text
+from harness.inference.scores import SCORES, TARGET_ACCURACY
+from harness.records.report import pictures
+from harness.records.report.charts import chart
+from harness.records.report.one_run import cell, describe_run, numbers, scene_folder, setting, table
+from harness.records.saved_runs import MEASURES, differences, labels, measures, number, read_run
+
+
+def make_report(run_folder, data=None, output=None):
+    """Make the page of one run, finished or not.
+
+    Args:
+        run_folder: The run's folder.
+        data: Folder of the scene files; None for the run's own inference_dir.
+        output: File to write; None for report.html in the run's folder.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        UserError: If the folder is not that of a run, or a file in it is damaged.
+    """
+    run = read_run(run_folder)
+    output = output or run.folder / "report.html"
+    return write_page(output, describe_run(run, data))
+
+
+def make_comparison(run_folders, output):
+    """Make one page of several runs.
+
+    Args:
+        run_folders: Folders of runs.
+        output: File to write.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        UserError: As `make_report`.
+    """
+    runs = [read_run(folder) for folder in run_folders]
+    return write_page(output, describe_runs(runs))
+
+
+def write_pictures(run_folder, output, data=None):
+    """Write the pictures of each masked scene as PNG.
+
+    Args:
+        run_folder: The run's folder.
+        output: Folder to write to.
+        data: As in `make_report`.
+
+    Returns:
+        Number of pictures.
+
+    Raises:
+        UserError: If there is no mask, or a scene file is missing or differs from the one masked.
+    """
+    run = read_run(run_folder)
+    masks = find_masks(run.folder, [])
+    folder = scene_folder(run, data)
+    scenes = pictures.scenes_by_name(folder)
+    if missing := [path.stem for path in masks if path.stem not in scenes]:
+        raise UserError(
+            f"{len(missing)} of {len(masks)} masked scenes are not in {folder}, for example "
+            f"{missing[0]}. Name the folder of the scene files with --data."
+        )
+    accuracies = {str(row.get("scene")): number(row.get("accuracy")) for row in run.scenes}
+    for path in progress(masks, "Drawing", len(masks)):
+        scene = pictures.read_masked_scene(path, scenes[path.stem])
+        accuracy = accuracies.get(path.stem)
+        facts = f"run {run.name}" + ("" if accuracy is None else f", accuracy {accuracy:.4f}")
+        png = Path(output) / f"{path.stem}.png"
+        pictures.write_png(png, path.stem, facts, pictures.panels(scene))
+    return len(masks)
+
+
+def describe_runs(runs):
+    """Everything that the page shows of several runs; its charts name runs by number."""
+    measured = {str(n): measures(run) for n, run in enumerate(runs, 1)}
+    columns = [key for key in MEASURES if any(m[key] is not None for m in measured.values())]
+    compared = ["accuracy", *(key for key, score in SCORES.items() if score.kind == "baseline")]
+    accuracies = {
+        SCORES[key].label: ([m[key] for _, m in known], [int(n) for n, _ in known])
+        for key in compared
+        if (known := [(n, m) for n, m in measured.items() if m[key] is not None])
+    }
+    found = []
+    if accuracies:
+        ticks = range(1, len(runs) + 1)
+        accuracies[f"target {TARGET_ACCURACY}"] = ([TARGET_ACCURACY] * len(runs), ticks)
+        options = {"height": 1.2 + 0.3 * len(runs), "yticks": ticks, "points": True}
+        found.append(chart("Accuracy and baselines", "accuracy", "run", accuracies, **options))
+    for key in ("val_loss", "val_accuracy"):
+        lines = {
+            str(n): tuple(numbers([row.get(k) for row in run.history]) for k in ("epoch", key))
+            for n, run in enumerate(runs, 1)
+            if run.history
+        }
+        if lines:
+            found.append(chart(label := MEASURES[key].label, "epoch", label, lines, height=3))
+    rows = [
+        [n, name, m["status"], *(cell(m[key], MEASURES[key].show) for key in columns)]
+        for name, (n, m) in zip(labels(runs), measured.items(), strict=True)
+    ]
+    differing = [
+        [key, *("–" if value is None else setting(value) for value in values)]
+        for key, values in differences(runs).items()
+    ]
+    headings = dict.fromkeys(("run", "folder", "status"), "")
+    headings |= {MEASURES[key].label: MEASURES[key].meaning for key in columns}
+    title = "Configuration, commit, devices, versions, scenes"
+    none = "" if differing else "None: the runs repeat one another."
+    of_runs = ("key", *(f"run {n}" for n in measured))
+    return {
+        "name": f"{len(runs)} runs",
+        "sections": {
+            "Results": {"charts": found, "tables": table("Runs", headings, rows, sort="")},
+            "Differences": {"text": none, "tables": table(title, of_runs, differing)},
+        },
+    }
+
+
+def write_page(output, content):
+    """Write the HTML page, whole or not at all, and return its path."""
+    from jinja2 import Environment, FileSystemLoader
+    from markupsafe import Markup
+
+    if (output := Path(output)).is_dir():
+        raise UserError(f"The page is a file, but {output} is a folder. Name a file with -o.")
+    folder = Path(__file__).parent
+    script = (folder / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+    def plain(value):
+        """Text without what would reverse or hide other text."""
+        is_text = isinstance(value, str) and not isinstance(value, Markup)
+        return printable(value) if is_text else value
+
+    environment = Environment(
+        loader=FileSystemLoader(folder), autoescape=True, finalize=plain,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    page = environment.get_template("report.html.jinja").render(
+        **content,
+        target=TARGET_ACCURACY,
+        classes=pictures.DIFFERENCES | {"not measured": pictures.NOT_MEASURED},
+        style=Markup((folder / "report.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_digest=digest,
+    )
+    write_text(output, page)
+    return output

@@ -1,6 +1,5 @@
-"""What tools/report.py shows of one run: numbers for its template, charts and pictures."""
+"""The numbers, charts and pictures that the report shows of one run."""
 
-import functools
 import json
 import math
 from pathlib import Path
@@ -9,40 +8,32 @@ import numpy as np
 
 from harness.config import Config, load_config
 from harness.console import format_bytes, format_duration, progress
-from harness.data.scene_files import mask_files, reading
+from harness.data.scene_files import mask_files
 from harness.errors import UserError
-from harness.records.report import charts, pictures
-from harness.records.saved_runs import PLACES, measures, number
+from harness.inference.scores import SCORES, TARGET_ACCURACY
+from harness.records.report import pictures
+from harness.records.report.charts import chart
+from harness.records.saved_runs import MEASURES, PLACES, measures, number
 
 BINS = 1000  # of probability
 RELIABILITY_BINS = 20
-FEWEST_PIXELS = 100  # of a point in the reliability diagram
-MOST_GPU_LINES = 3  # in a chart; of more GPUs the mean and the extremes
-LONGEST_GAP = 30.0  # [s] between two samples that a chart shows; a resumed run may wait for days
-SCENE_COLUMNS = {  # of scenes.csv: (heading, digits)
-    "accuracy": ("accuracy", 4),
-    "valid_accuracy": ("valid accuracy", 4),
-    "balanced_accuracy": ("balanced accuracy", 4),
-    "precision": ("precision", 4),
-    "recall": ("recall", 4),
-    "f1": ("F1", 4),
-    "iou": ("IoU", 4),
-    "threshold_accuracy": ("threshold baseline", 4),
-    "all_cloud_accuracy": ("cloud in label", 4),
-    "cloud_fraction": ("cloud in mask", 4),
-    "seconds": ("seconds", 2),
-}
-PHASES = {"epoch": "training", "eval": "validation", "inference": "inference"}
+MIN_PIXELS = 100  # of a point in the reliability diagram
+MAX_GAP = 30.0  # [s] between two samples in a chart; a resumed run may have waited for days
+SCORE_COLUMNS = {score.label: score.meaning for score in SCORES.values()}
+SCENE_PARTS = {
+    "read": "reading, in parallel with the network", "network": "network", "stitch": "stitching",
+    "score": "scoring", "write": "writing",
+}  # fmt: skip
 
 
 def numbers(values):
-    """A list of finite numbers and NaN, of what should be a list of numbers."""
+    """Numbers of what should be a list of them, NaN for anything else."""
     known = map(number, values if isinstance(values, list) else [])
     return [math.nan if value is None else value for value in known]
 
 
 def mean(values):
-    """Mean of the numbers in a list; None without any."""
+    """Mean of the numbers among the values; None without any."""
     known = [value for value in map(number, values) if value is not None]
     return sum(known) / len(known) if known else None
 
@@ -52,78 +43,102 @@ def dictionaries(values):
     return [value for value in (values if isinstance(values, list) else []) if type(value) is dict]
 
 
-# --- one run --------------------------------------------------------------------------------
+def cell(value, show):
+    """A number in a table: its value, by which rows are sorted, and its text."""
+    value = number(value)
+    return (None, "–") if value is None else (value, show(value))
 
 
-def report_of_one(run, data):
-    """What the page shows of a run, by the names that the template uses.
+def table(name, columns, rows, sort=None, is_long=False):
+    """A table of the page, in a list; an empty list without rows.
+
+    Args:
+        name: Its title.
+        columns: {heading: explanation}, or headings.
+        rows: Lists of texts, and of numbers as in `cell`.
+        sort: None if it cannot be sorted, else the heading by which it is sorted, or "".
+        is_long: Whether it has a scroll bar of its own.
+    """
+    columns = columns if isinstance(columns, dict) else dict.fromkeys(columns, "")
+    shown = {"name": name, "columns": columns, "rows": rows, "sort": sort, "is_long": is_long}
+    return [shown] if rows else []
+
+
+def describe_run(run, data=None):
+    """Everything that the page shows of a run, by the names in the template.
 
     Args:
         run: Run of harness.records.saved_runs.
         data: Folder of the scene files; None for the run's own inference_dir.
+
+    Raises:
+        UserError: If a table or mask of the run is damaged.
     """
-    results, notes = run.results, []
-    training, inference = results["training"], results["inference"]
-    masks = mask_files(run.folder)
-    rows = run.scenes
-    if masks and not rows:
-        rows = rows_of_masks(masks)
-        notes.append(f"Masking had not ended: scores are those of the {len(rows)} masks so far.")
+    results, inference = run.results, run.results["inference"]
+    notes = [f"Error: {results['error']}"] if results.get("error") else []
+    if run.status in ("running", "starting"):
+        notes.append("The run had not ended when this page was made, or it was killed.")
+    masks, rows = mask_files(run.folder), run.scenes
+    if masks and not rows:  # the run was stopped before it wrote scenes.csv
+        rows = dictionaries([pictures.read_row(path) for path in masks.values()])
+        notes.append(f"Inference did not finish: scores are those of the {len(rows)} masks so far.")
     folder = scene_folder(run, data)
     scenes = pictures.scenes_by_name(folder) if masks else {}
     if masks and not scenes:
-        notes.append(f"No pictures: there are no scene files in {folder} (--data says where).")
-    known = {name: (masks[name], scenes[name]) for name in masks if name in scenes}
-    others = set()
-    calibrated = calibration(known, notes, others)
-    chosen = chosen_pictures(rows, known, notes, others)
-    if others:
+        notes.append(f"No pictures: no scene files in {folder}. Name their folder with --data.")
+    pairs = {name: (masks[name], scenes[name]) for name in masks if name in scenes}
+    problems = {}  # scene: message
+    score_charts = [*scene_chart(rows), *calibration(pairs, problems)]
+    chosen = chosen_scenes(rows, pairs, problems)
+    if problems:
         notes.append(
-            f"{len(others)} scene(s) are not those that were masked ({min(others)} for one): they "
-            "have no picture and no part in the calibration. --data says where the scenes are."
+            f"{len(problems)} scene(s) are missing in pictures and calibration, for example: "
+            f"{next(iter(problems.values()))}"
         )
+    scene_columns = {"scene": "", "kind": "", **SCORE_COLUMNS, "seconds": "Inference."}
+    bad_scenes = [
+        [str(bad.get(key, "")) for key in ("path", "reason", "during")]
+        for bad in dictionaries(results.get("bad_scenes"))
+    ]
     return {
-        "run": run,
-        "accuracy": number(inference.get("accuracy")) or mean([r.get("accuracy") for r in rows]),
-        "seconds_per_scene": number(inference.get("seconds_per_scene")),
-        "patches_per_second": number(training.get("patches_per_second")),
-        "validation": number(training.get("val_accuracy")),
-        "baselines": {
-            key: number(inference.get(key)) or mean([row.get(key) for row in rows])
-            for key in ("valid_accuracy", "all_cloud_accuracy", "threshold_accuracy")
-        },
-        "speed": speed(run),
-        "facts": facts(run),
-        "changed": changed_settings(results["config"]),
-        "parts": [
-            {
-                "start": moment(part.get("start", "")),
-                "status": part.get("status", ""),
-                "took": _told(format_duration, part.get("seconds")) or "",
-            }
-            for part in dictionaries(results.get("parts"))
-        ],
-        "bad_scenes": [
-            {key: str(bad.get(key, "")) for key in ("path", "reason", "during")}
-            for bad in dictionaries(results.get("bad_scenes"))
-        ],
-        "curves": training_curves(run, training.get("best_epoch")) if run.history else [],
-        "times": time_parts(run),
-        "scene_times": scene_time_parts(inference),
-        "scenes": scene_table(rows),
-        "scene_chart": scene_chart(rows),
-        "kinds": by_kind(rows),
-        "confusion": confusion(rows),
-        "calibration": calibrated,
-        "pictures": chosen,
-        "machine": machine_charts(run),
+        "name": run.name,
+        "status": run.status,
         "notes": notes,
-    }
+        "cards": cards(run, rows),
+        "sections": {
+            "What ran where": {
+                "facts": facts(run),
+                "tables": table(
+                    "Settings that differ from the reference workload",
+                    ("key", "this run", "reference"), changed_settings(results["config"]),
+                ) + table("Bad scenes", ("file", "reason", "during"), bad_scenes),
+            },
+            "Training": {"charts": training_charts(run)},
+            "Times": {"bars": times_of_run(run) + times_of_scene(inference)},
+            "Pictures": {"pictures": chosen},
+            "Scores": {
+                "charts": score_charts,
+                "tables": table(
+                    "Means over scenes", {"scenes": "", "number": ""} | SCORE_COLUMNS, means(rows)
+                ) + table("Scenes", scene_columns, scene_rows(rows), "accuracy", is_long=True),
+            },
+            "Machine": {"charts": machine_charts(run)},
+        },
+    }  # fmt: skip
 
 
-def scene_folder(run, data):
-    """Where the scene files of a run should be."""
-    if data:
+# --- texts and numbers ----------------------------------------------------------------------
+
+
+def scene_folder(run, data=None):
+    """The folder where the scene files of a run should be.
+
+    Raises:
+        UserError: If `data` is no folder.
+    """
+    if data is not None:
+        if not Path(data).is_dir():
+            raise UserError(f"No directory {data}. Name the folder of the scene files with --data.")
         return data
     try:
         return load_config(run.folder / "config.yaml").inference_dir  # absolute
@@ -131,336 +146,317 @@ def scene_folder(run, data):
         return Path(str(run.results["config"].get("inference_dir", "unknown")))
 
 
-def rows_of_masks(masks):
-    """Rows as in scenes.csv, of the masks of a run that ended before it wrote that file."""
-    rows = []
-    for path in masks.values():
-        with reading(path) as file:
-            rows.append(json.loads(file.attrs["row"]))
-    return dictionaries(rows)
-
-
-def speed(run):
-    """What belongs beside the speeds, as pairs of texts."""
-    measured, training = measures(run), run.results["training"]
-    pairs = {
-        "seconds per epoch": measured["seconds_per_epoch"],
-        "epochs": measured["epochs"],
-        "best epoch": number(training.get("best_epoch")),
-        "replicas": measured["replicas"],
+def cards(run, rows):
+    """The metrics in large type: the accuracy with its baselines, and the two speeds."""
+    values, inference = measures(run), run.results["inference"]
+    for key in SCORES:  # a run that was stopped has them in the rows alone
+        mean_of_rows = mean([row.get(key) for row in rows])
+        values[key] = mean_of_rows if number(inference.get(key)) is None else inference[key]
+    texts = {
+        key: None if values[key] is None else m.show(values[key]) for key, m in MEASURES.items()
     }
-    pairs = {name: f"{value:.{2 * ('seconds' in name)}f}" for name, value in pairs.items() if value}
-    if energy := _told(_energy, run.results["sampling"].get("energy_joules")):
-        pairs["energy"] = energy
-    return pairs
+    baselines = [key for key, score in SCORES.items() if score.kind == "baseline"]
+    bars = [
+        (MEASURES[key].label, values[key], texts[key], MEASURES[key].meaning)
+        for key in ("accuracy", "valid_accuracy", *baselines, "val_accuracy")
+        if texts[key]
+    ]
+
+    def card(title, key, note, missing, bars=()):
+        text = texts[key]
+        return {
+            "title": title,
+            "text": text or "–",
+            "note": note if text else missing,
+            "bars": bars,
+        }
+
+    return [
+        card(
+            "Accuracy", "accuracy",
+            "Agreement with the Bayesian mask, mean over scenes. "
+            f"Dashed: the target, {TARGET_ACCURACY}.",
+            "The scenes have no labels." if rows else "No scenes were masked.", bars,
+        ),
+        card(
+            "Seconds per scene", "seconds_per_scene",
+            "Inference, wall time: reading, network, stitching, scoring, writing.",
+            "Inference did not finish.",
+        ),
+        card(
+            "Training patches per second", "patches_per_second",
+            "All replicas together, without the first epoch. "
+            f"{texts['epochs']} epochs, {texts['seconds_per_epoch']} s per epoch.",
+            "Nothing was trained.",
+        ),
+    ]  # fmt: skip
 
 
 def facts(run):
-    """What ran where, as pairs of texts."""
+    """What ran where, {name: text}."""
     results, training, inference = run.results, run.results["training"], run.results["inference"]
-    devices, versions = results["devices"], results["versions"]
-    config, sampling = results["config"], results["sampling"]
-    pairs = {
+    devices, config, sampling = results["devices"], results["config"], results["sampling"]
+    parts, network, peaks = (
+        dictionaries(results.get("parts")),
+        results.get("network"),
+        measures(run),
+    )
+    if isinstance(network, dict):
+        network = ", ".join(f"{key} {value}" for key, value in network.items())
+
+    def shown(show, value):
+        return None if number(value) is None or value < 0 else show(value)
+
+    def counted(part, **words):
+        return ", ".join(f"{part[key]} {word}" for key, word in words.items() if part.get(key))
+
+    def energy(name):
+        return shown(lambda joules: f"{joules / 3.6e6:.3g} kWh", sampling.get(name) or None)
+
+    found = {
         "Devices": devices.get("description"),
         "Platform": config.get("platform"),
         "Organisation": config.get("organisation"),
-        "Begin": moment(results.get("start")),
-        "Took": _told(format_duration, results.get("seconds")),
+        "Start": str(results.get("start") or "").replace("T", " ").replace("+00:00", " UTC"),
+        "Duration": shown(format_duration, results.get("seconds")),
+        "Parts": ", ".join(
+            f"{part.get('status')} after {shown(format_duration, part.get('seconds'))}"
+            for part in parts
+            if len(parts) > 1
+        ),
         "Mode": results.get("mode"),
         "Job": results.get("job"),
-        "Trained on": _counted(
-            training, "scenes_train", "scenes", "patches_train", "patches", "epochs_run", "epochs"
+        "Network": network,
+        "Loss": config.get("loss"),
+        "Training": counted(
+            training, scenes_train="scenes", patches_train="patches", epochs_run="epochs"
         ),
-        "Validated on": _counted(training, "scenes_test", "scenes", "patches_test", "patches"),
-        "Masked": _counted(inference, "scenes", "scenes"),
+        "Best epoch": training.get("best_epoch"),
+        "Validation": counted(training, scenes_test="scenes", patches_test="patches"),
+        "Inference": counted(inference, scenes="scenes"),
         "Precision": config.get("precision"),
-        "Bit for bit repeatable": {"True": "yes", "False": "no"}.get(
-            str(devices.get("deterministic"))
-        ),
-        "Peak memory": _told(format_bytes, results.get("peak_rss")),
-        "Peak GPU memory": _told(format_bytes, measures(run)["peak_gpu_memory"]),
-        "Energy of CPUs": _told(_energy, sampling.get("cpu_energy_joules")),
-        "Energy of GPUs": _told(_energy, sampling.get("gpu_energy_joules") or None),
-        "CPU time": _told(format_duration, sampling.get("cpu_seconds")),
-        "Read, cache included": _told(format_bytes, sampling.get("read_bytes")),
-        "Written, cache included": _told(format_bytes, sampling.get("written_bytes")),
+        "Deterministic": {"True": "yes", "False": "no"}.get(str(devices.get("deterministic"))),
+        "Peak memory": shown(format_bytes, peaks["peak_rss"]),
+        "Peak GPU memory": shown(format_bytes, peaks["peak_gpu_memory"]),
+        "Energy": energy("energy_joules"),
+        "Energy of CPUs": energy("cpu_energy_joules"),
+        "Energy of GPUs": energy("gpu_energy_joules"),
+        "CPU time": shown(format_duration, sampling.get("cpu_seconds")),
+        "Read, with cache": shown(format_bytes, sampling.get("read_bytes")),
+        "Written, with cache": shown(format_bytes, sampling.get("written_bytes")),
         "Commit": results.get("git_commit"),
-        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "Versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
     }
-    return {name: str(value) for name, value in pairs.items() if value not in (None, "")}
-
-
-def _told(how, value):
-    return None if number(value) is None or value < 0 else how(value)
-
-
-def moment(text):
-    """A time of results.json for people."""
-    return str(text or "").replace("T", " ").replace("+00:00", " UTC")
-
-
-def _energy(joules):
-    return f"{joules / 1000:.1f} kJ" if joules < 3.6e5 else f"{joules / 3.6e6:.2f} kWh"
-
-
-def _counted(part, *keys_and_words):
-    keys, words = keys_and_words[::2], keys_and_words[1::2]
-    return ", ".join(
-        f"{part[key]} {word}" for key, word in zip(keys, words, strict=True) if part.get(key)
-    )
+    return {name: str(value) for name, value in found.items() if value not in (None, "")}
 
 
 def changed_settings(config):
-    """Settings other than the reference workload's: {key: (value, reference)}."""
+    """Rows of settings that differ from the reference workload: key, value, reference."""
     reference = Config().model_dump(by_alias=True, mode="json")
-    return {
-        key: (value, reference.get(key))
+    return [
+        [key, setting(value), setting(reference.get(key))]
         for key, value in config.items()
         if key not in PLACES and value != reference.get(key)
-    }
+    ]
 
 
-def training_curves(run, best):
-    """Charts of loss and accuracy over epochs, and of the time of each."""
-    column = {
-        key: numbers([row.get(key) for row in run.history])
-        for key in ("epoch", "loss", "accuracy", "val_loss", "val_accuracy", "seconds")
-    }
+def setting(value):
+    """A value as it is written in a configuration."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+# --- training and times ---------------------------------------------------------------------
+
+
+def training_charts(run):
+    """Charts of loss, accuracy and seconds of each epoch; none without training."""
+    if not run.history:
+        return []
+    training, epochs = run.results["training"], numbers([row.get("epoch") for row in run.history])
     found = []
     for key in ("loss", "accuracy"):
-        values = {run.name: (column["epoch"], column[key], column[f"val_{key}"])}
-        found.append(
-            charts.chart(
-                f"curve-{key}",
-                f"{key} of training and validation, epoch by epoch",
-                functools.partial(charts.learning_curve, runs=values, key=key, best=best),
-            )
-        )
-    training = run.results["training"]
-    trained = np.array(numbers(training.get("train_seconds_per_epoch")))
-    waited = np.array(numbers(training.get("input_seconds_per_epoch")))
-    total = np.array(column["seconds"])
-    parts = {"epoch": total}
-    if len(trained) == len(total):
-        parts = {"training": trained, "validation": total - trained}
-        if len(waited) == len(total):
-            rest = total - trained
-            parts = {"steps": trained - waited, "waiting for data": waited, "validation": rest}
-    found.append(
-        charts.chart(
-            "epochs", "seconds of each epoch", lambda axes: charts.epoch_times(axes, parts)
-        )
-    )
-    return found
+        names = {"validation": f"val_{key}", "training": key}
+        lines = {
+            name: (epochs, numbers([row.get(column) for row in run.history]))
+            for name, column in names.items()
+        }
+        best = number(training.get("best_epoch"))
+        found.append(chart(f"Training and validation {key}", "epoch", key, lines, best=best))
+    names = {"epoch": "", "training": "train_", "waiting for data": "input_"}
+    lines = {
+        name: (range(1, len(seconds) + 1), seconds)
+        for name, start in names.items()
+        if (seconds := numbers(training.get(f"{start}seconds_per_epoch")))
+    }
+    return [*found, chart("Seconds per epoch", "epoch", "seconds", lines, ylim=(0, None))]
 
 
-def time_parts(run):
-    """Where the time of a run went: [(what, seconds)], with what is left at the end."""
+def times_of_run(run):
+    """How long the parts of a run took, with the remainder at the end, as `bars`."""
     results, training = run.results, run.results["training"]
-    whole = number(results.get("seconds"))
-    trained = np.nansum(numbers(training.get("train_seconds_per_epoch")))
-    waited = np.nansum(numbers(training.get("input_seconds_per_epoch")))
+    trained, waited, both = (
+        float(np.nansum(numbers(training.get(f"{part}seconds_per_epoch"))))
+        for part in ("train_", "input_", "")
+    )
     parts = dictionaries(results.get("parts"))
-    checkpoints = [part.get("checkpoint_seconds") for part in parts]
-    last = " (last part)" if len(parts) > 1 else ""  # of earlier ones it is not known
-    parts = {
-        f"setting up: tracing, compiling{last}": number(training.get("warm_up_seconds")),
+    last = " (last part)" if len(parts) > 1 else ""  # unknown for earlier parts
+    times = {
+        f"setup: tracing, compiling{last}": number(training.get("warm_up_seconds")),
         "training: waiting for data": waited,
         "training: steps": trained - waited,
-        "validation": np.nansum(numbers(training.get("seconds_per_epoch"))) - trained,
-        "checkpoints": np.nansum(numbers(checkpoints)),
+        "validation": both - trained,
+        "checkpoints": np.nansum(numbers([part.get("checkpoint_seconds") for part in parts])),
         f"inference{last}": number(results["inference"].get("seconds")),
     }
-    parts = {what: float(seconds) for what, seconds in parts.items() if seconds}
-    if whole and parts and (rest := whole - sum(parts.values())) > 0:
-        parts["all else: start, scene checks, writing"] = rest
-    return list(parts.items())
+    times = {name: float(seconds) for name, seconds in times.items() if seconds}
+    rest = (number(results.get("seconds")) or 0) - sum(times.values())
+    rest = {"other: start, scene checks, writing": rest} if times and rest > 0 else {}
+    return bars("The run", times | rest)
 
 
-def scene_time_parts(inference):
-    """Where the time of a scene went, on average: [(what, seconds)]."""
-    words = {
-        "read": "reading, beside the network",
-        "network": "network",
-        "stitch": "stitching",
-        "score": "scoring",
-        "write": "writing",
-    }
+def times_of_scene(inference):
+    """How long the parts of masking a scene took on average, as `bars`."""
     parts = inference.get("seconds_per_scene_parts")
     parts = parts if isinstance(parts, dict) else {}
-    return [(word, parts[key]) for key, word in words.items() if number(parts.get(key))]
+    times = {word: parts[key] for key, word in SCENE_PARTS.items() if number(parts.get(key))}
+    return bars("One scene, on average", times)
+
+
+def bars(title, times):
+    """A group of bars, title and [(name, share of the longest, text)], in a list; or none."""
+    longest = max(times.values(), default=0)
+    members = [
+        (name, s / longest, format_duration(s) if s >= 10 else f"{s:.3g} s")
+        for name, s in times.items()
+    ]
+    return [(title, members)] if members else []
 
 
 # --- scenes ---------------------------------------------------------------------------------
 
 
-def scene_table(rows):
-    """Rows of the table of scenes, the worst first: (name in three pieces, kind, numbers)."""
-    table = [
-        (
-            name_pieces(str(row.get("scene", ""))),
-            str(row.get("day_night", "")),
-            [(number(row.get(key)), digits) for key, (_, digits) in SCENE_COLUMNS.items()],
-        )
+def score_cells(values):
+    """Cells of a table row with all scores."""
+    return [cell(values.get(key), score.show) for key, score in SCORES.items()]
+
+
+def scene_rows(rows):
+    """Rows of the table of scenes, those with the lowest accuracy first."""
+    shown = [
+        [str(row.get("scene", "")), str(row.get("day_night", "")), *score_cells(row)]
+        + [cell(row.get("seconds"), "{:.2f}".format)]
         for row in rows
     ]
-    return sorted(table, key=lambda row: math.inf if row[2][0][0] is None else row[2][0][0])
+    return sorted(shown, key=lambda row: math.inf if row[2][0] is None else row[2][0])
 
 
-def name_pieces(name):
-    """A scene's name, divided around the time that tells it from others."""
-    head, digits, tail = name[:16], name[16:31], name[31:]
-    is_product = head.startswith("S3") and len(digits) == 15 and digits[8] == "T"
-    return (head, digits, tail) if is_product else ("", name, "")
-
-
-def by_kind(rows):
-    """Means over day, night and all scenes: [(kind, scenes, numbers)]."""
-    kinds = sorted({str(row.get("day_night", "")) for row in rows})
-    groups = {kind: [r for r in rows if str(r.get("day_night", "")) == kind] for kind in kinds}
+def means(rows):
+    """Rows of means over day, night and all scenes; none if all are of one kind."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(str(row.get("day_night", "")), []).append(row)
+    groups = dict(sorted(groups.items())) | {"all": rows} if len(groups) > 1 else {}
     return [
-        (
-            kind or "unknown",
-            len(members),
-            [
-                (mean([row.get(key) for row in members]), digits)
-                for key, (_, digits) in SCENE_COLUMNS.items()
-            ],
-        )
-        for kind, members in (groups | {"all": rows}).items()
-        if members
+        [kind, (len(group), str(len(group)))]
+        + score_cells({key: mean([row.get(key) for row in group]) for key in SCORES})
+        for kind, group in groups.items()
     ]
 
 
 def scene_chart(rows):
-    """Chart of the accuracy of each scene; None without scores."""
-    points = {}
+    """A list of the chart of accuracies; empty without any."""
+    groups = {}
     for row in rows:
-        pair = number(row.get("all_cloud_accuracy")), number(row.get("accuracy"))
-        if None not in pair:
-            points.setdefault(str(row.get("day_night", "")), []).append(pair)
-    points = dict(sorted(points.items()))
-    if not points:
-        return None
-    return charts.chart(
-        "scenes",
-        "accuracy of each scene over the share of cloud in its label",
-        lambda axes: charts.scene_accuracies(axes, points),
-        height=3.2,
-    )
+        point = number(row.get("all_cloud_accuracy")), number(row.get("accuracy"))
+        kind = row.get("day_night") if row.get("day_night") in ("day", "night") else "unknown"
+        if None not in point:
+            groups.setdefault(kind, []).append(point)
+    if not groups:
+        return []
+    return [
+        chart(
+            "Accuracy of each scene", "share of cloud in the label", "accuracy",
+            {kind: tuple(zip(*groups[kind], strict=True)) for kind in sorted(groups)}, points=True,
+            diagonal="all cloud", height=3.2,
+            note="A mask above the dotted line is better than calling every pixel cloud.",
+        )
+    ]  # fmt: skip
 
 
-def confusion(rows):
-    """Counts of pixels over all scenes, and their shares: {'tp': (count, share)}; or None."""
-    counts = {
-        key: sum(number(row.get(key)) or 0 for row in rows) for key in ("tp", "fn", "fp", "tn")
-    }
-    total = sum(counts.values())
-    return {key: (count, count / total) for key, count in counts.items()} if total else None
-
-
-def calibration(known, notes, others):
-    """Reliability diagram and ROC over the pixels that have data, a probability and a label.
+def calibration(pairs, problems):
+    """Reliability diagram and ROC curve over the pixels with data, a probability and a label.
 
     Args:
-        known: {scene: (mask file, scene file)}.
-        notes: Takes what is to be told.
-        others: Takes the names of scenes that are not those that were masked.
+        pairs: {scene: (mask file, scene file)}.
+        problems: Takes the message of each scene that cannot be read.
 
     Returns:
-        Dictionary of the charts and their numbers; None without such pixels.
+        Two charts; none without such pixels of both classes.
     """
     counts, n_scenes = np.zeros((2, BINS), np.int64), 0  # of clear and cloud, by probability
-    errors = []
-    for name, paths in progress(known.items(), "Reading probabilities", len(known)):
+    for name, paths in progress(pairs.items(), "Reading probabilities", len(pairs)):
         try:
             found = pictures.read_label_and_probability(*paths)
-        except pictures.OtherScene:
-            others.add(name)
-            continue
         except UserError as error:
-            errors.append(error)
+            problems[name] = str(error)
             continue
         if found:
             label, probability = found
-            counts += histogram(label, probability)
+            index = np.clip(probability * BINS, 0, BINS - 1).astype(np.int64) + BINS * label
+            counts += np.bincount(index, minlength=2 * BINS).reshape(2, BINS)
             n_scenes += 1
-    if errors:
-        notes.append(f"{len(errors)} scene(s) are missing in the calibration: {errors[0]}")
     if not counts.sum(axis=1).all():
-        return None  # nothing was kept, or all is cloud
-    clear, cloud = counts
-    # Rates of pixels above the lower edge of each bin, from the highest threshold to the lowest.
-    false_alarms, hits = (
-        np.concatenate([[0], np.cumsum(n[::-1]) / n.sum()]) for n in (clear, cloud)
-    )
-    middle = BINS - BINS // 2  # index of the threshold 0.5
+        return []
     cells = counts.reshape(2, RELIABILITY_BINS, -1)
     totals = cells.sum(axis=(0, 2))
-    filled = totals >= FEWEST_PIXELS
+    kept = totals >= MIN_PIXELS
     centres = (np.arange(BINS) + 0.5).reshape(RELIABILITY_BINS, -1) / BINS
-    probabilities = (cells.sum(axis=0) * centres).sum(axis=1)[filled] / totals[filled]
-    shares = cells[1].sum(axis=1)[filled] / totals[filled]
-    step = BINS // 100  # enough for the eye
-    return {
-        "scenes": n_scenes,
-        "auc": float(np.trapezoid(hits, false_alarms)),
-        "error": float((totals[filled] * abs(probabilities - shares)).sum() / totals.sum()),
-        "reliability": charts.chart(
-            "reliability",
-            "share of cloud over the probability that the network gives",
-            lambda axes: charts.reliability(axes, probabilities, shares),
-            height=3.2,
+    probabilities = (cells.sum(axis=0) * centres).sum(axis=1)[kept] / totals[kept]
+    shares = cells[1].sum(axis=1)[kept] / totals[kept]
+    error = (totals[kept] * abs(probabilities - shares)).sum() / totals.sum()
+    # Rates of pixels above the lower edge of each bin, from the highest threshold to the lowest.
+    false_alarms, hits = (np.append(0, np.cumsum(n[::-1]) / n.sum()) for n in counts)
+    area = np.trapezoid(hits, false_alarms)
+    return [
+        chart(
+            "Calibration", "probability of cloud", "share of cloud in the label",
+            {"network": (probabilities, shares)}, diagonal="ideal", height=3.2,
+            note=f"Pixels with data of {n_scenes} scene(s). Mean difference between probability "
+            f"and share of cloud: {error:.3f}.",
         ),
-        "roc": charts.chart(
-            "roc",
-            "true positive rate over false positive rate",
-            lambda axes: charts.roc(
-                axes, false_alarms[::step], hits[::step], (false_alarms[middle], hits[middle])
-            ),
-            height=3.2,
+        chart(
+            "ROC curve", "false positive rate", "true positive rate",
+            {"network": (false_alarms, hits)}, diagonal="chance", height=3.2,
+            note=f"Area under the curve: {area:.3f}.",
         ),
-    }
+    ]  # fmt: skip
 
 
-def histogram(label, probability):
-    """Pixels by probability: int64 (2, BINS) of clear and of cloud."""
-    index = np.clip(probability * BINS, 0, BINS - 1).astype(np.int64)
-    return np.bincount(index + BINS * label, minlength=2 * BINS).reshape(2, BINS)
-
-
-def chosen_pictures(rows, known, notes, others):
-    """Pictures of the worst, the median and the best scene; of the first ones without scores.
+def chosen_scenes(rows, pairs, problems):
+    """Pictures of the worst, the median and the best scene; without scores, of three scenes.
 
     Arguments as those of `calibration`.
+
+    Returns:
+        Dictionaries with `title`, `name` and `images`, pairs of a Panel and its address.
     """
-    rows = [row for row in rows if str(row.get("scene")) in known]
-    scored = sorted(
-        (row for row in rows if number(row.get("accuracy")) is not None),
-        key=lambda row: row["accuracy"],
-    )
-    members = scored or rows
-    if not members:
-        return []
+    rows = [row for row in rows if str(row.get("scene")) in pairs]
+    scored = [row for row in rows if number(row.get("accuracy")) is not None]
+    rows = sorted(scored, key=lambda row: row["accuracy"]) or rows
     # Of two scenes the second is the best, not the median.
-    places = {0: "Worst scene", len(members) // 2: "Median scene", len(members) - 1: "Best scene"}
+    places = {0: "Worst scene", len(rows) // 2: "Median scene", len(rows) - 1: "Best scene"}
     found = []
-    for place, word in places.items():
-        row = members[place]
-        name, word = str(row["scene"]), word if scored else "Scene"
+    for place, title in places.items() if rows else ():
+        row, name = rows[place], str(rows[place]["scene"])
         try:
-            scene = pictures.read_masked_scene(*known[name])
-        except pictures.OtherScene:
-            others.add(name)
-            continue
+            panels = pictures.panels(pictures.read_masked_scene(*pairs[name]), pictures.MAX_COLS)
         except UserError as error:
-            notes.append(f"No pictures of {name}: {error}")
+            problems[name] = str(error)
             continue
-        shown = pictures.panels(scene, pictures.MOST_COLS)
-        images = [(panel, pictures.data_uri(panel)) for panel in shown]
-        found.append(
-            (word, name, str(row.get("day_night", "")), number(row.get("accuracy")), images)
-        )
+        title = f"{title if scored else 'Scene'}: {row.get('day_night', '')}"
+        title += f", accuracy {row['accuracy']:.4f}" if scored else ""
+        images = [(panel, pictures.data_uri(panel)) for panel in panels]
+        found.append({"title": title, "name": name, "images": images})
     return found
 
 
@@ -468,83 +464,36 @@ def chosen_pictures(rows, known, notes, others):
 
 
 def machine_charts(run):
-    """Charts of CPU, memory, input and output, GPUs and power over time; none without samples."""
+    """Charts of the samples over time: CPU, memory, files, GPUs and power; none without samples."""
     samples = [row for row in run.samples if number(row.get("time")) is not None]
     if len(samples) < 2:
         return []
     times = np.array([row["time"] for row in samples], float)
-    # Minutes that the run ran: of a break between its parts no more than LONGEST_GAP is shown.
-    running = np.concatenate([[0], np.cumsum(np.clip(np.diff(times), 0, LONGEST_GAP))]) / 60
-    config = run.results["config"]
-    log_file = run.folder / str(config.get("mlperf_logfile") or "mlperf_cloudmask.log")
-    phases = [
-        (kind, *np.interp((begin, times[-1] if end is None else end), times, running))
-        for kind, begin, end in read_phases(log_file)
-    ]
+    # Minutes of running: gaps between the parts of a resumed run are cut to MAX_GAP.
+    running = np.append(0, np.cumsum(np.clip(np.diff(times), 0, MAX_GAP))) / 60
+    gpus = sorted({str(key).partition("_")[0] for key in samples[0] if str(key).startswith("gpu")})
 
-    def column(name, unit=1):
-        return np.array(numbers([row.get(name) for row in samples])) / unit
+    def columns(*names, unit=1):
+        return np.array([numbers([row.get(name) for name in names]) for row in samples]) / unit
 
-    gpus = sorted({key.partition("_")[0] for key in samples[0] if key.startswith("gpu")})
-    of_gpus = {
-        what: {gpu.upper(): column(f"{gpu}_{what}", unit) for gpu in gpus}
-        for what, unit in (("percent", 1), ("memory", 1e9), ("watts", 1))
-    }
-    no_gpu = np.zeros(len(samples)) if gpus else np.full(len(samples), np.nan)
+    def of_gpus(name, unit=1):
+        return columns(*(f"{gpu}_{name}" for gpu in gpus), unit=unit)
+
     plans = {
-        "CPU [cores]": {"CPU": column("cpu_percent", 100)},
-        "memory [GB]": {"memory": column("memory", 1e9)},
-        "files [MB/s],\ncache included": {
-            "read": column("read_rate", 1e6),
-            "written": column("write_rate", 1e6),
+        "CPU [cores]": {"CPU": columns("cpu_percent", unit=100)},
+        "memory [GB]": {"memory": columns("memory", unit=1e9)},
+        "files [MB/s]": {
+            "read": columns("read_rate", unit=1e6), "written": columns("write_rate", unit=1e6),
         },
-        "GPU [%]": few(of_gpus["percent"]),
-        "GPU memory [GB]": few(of_gpus["memory"]),
-        "power [W]": {"CPU": column("cpu_watts"), "GPUs": sum(of_gpus["watts"].values(), no_gpu)},
-    }
+        "GPU [%]": {"each GPU": of_gpus("percent")},
+        "GPU memory [GB]": {"each GPU": of_gpus("memory", 1e9)},
+        "power [W]": {"CPUs": columns("cpu_watts"), "each GPU": of_gpus("watts")},
+    }  # fmt: skip
     found = []
     for label, lines in plans.items():
-        lines = {name: values for name, values in lines.items() if np.isfinite(values).any()}
+        lines = {name: (running, y) for name, y in lines.items() if np.isfinite(y).any()}
+        top = 1.1 * max((np.nanmax(y) for _, y in lines.values()), default=0)
         if lines:
-            found.append(
-                charts.chart(
-                    f"machine-{len(found)}",
-                    f"{label} over time".replace("\n", " "),
-                    functools.partial(
-                        charts.over_time, times=running, lines=lines, phases=phases, label=label
-                    ),
-                )
-            )
+            title = f"{label} over time"
+            found.append(chart(title, "minutes", label, lines, ylim=(0, top or 1)))
     return found
-
-
-def few(lines):
-    """Lines for a chart: of many GPUs the mean and the extremes."""
-    if len(lines) <= MOST_GPU_LINES:
-        return lines
-    values = np.array(list(lines.values()))
-    return {
-        "GPU, mean": values.mean(axis=0),
-        "lowest": values.min(axis=0),
-        "highest": values.max(axis=0),
-    }
-
-
-def read_phases(path):
-    """Phases of a run by its MLPerf log: [(kind, begin, end)] in Unix seconds, end None if open."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    found, begun = [], {}
-    for line in lines:
-        try:
-            event = json.loads(line.partition(":::MLLOG ")[2])
-            name, _, edge = event["key"].rpartition("_")
-            seconds = event["time_ms"] / 1000
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # another line, or one that was cut off
-        if name in PHASES and edge == "start":
-            begun[name] = seconds
-        elif name in begun and edge == "stop":
-            found.append((PHASES[name], begun.pop(name), seconds))
-    return found + [(PHASES[name], begin, None) for name, begin in begun.items()]

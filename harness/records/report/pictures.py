@@ -1,7 +1,7 @@
-"""Pictures of masked scenes: what the radiometer saw, the label, the mask, and where they differ.
+"""Pictures of masked scenes: the channels, the label, the mask, and where the two differ.
 
-Classes differ in brightness, so that they are told apart without colour vision and in grey print.
-Nothing here needs TensorFlow.
+Classes differ in brightness, so that they can be told apart without colour vision and in grey
+print. Nothing here needs TensorFlow.
 """
 
 import base64
@@ -18,25 +18,25 @@ from harness.files import replacing
 from harness.records.saved_runs import number
 
 CLEAR, CLOUD = (8, 48, 107), (255, 255, 255)  # of a mask
-DIFFERENCES = {  # brightness of each differs from that of the next by a contrast of 3, WCAG 2
+DIFFERENCES = {  # neighbours in brightness have a contrast of at least 3, WCAG 2
     "both cloud": (255, 255, 255),
     "both clear": (214, 214, 214),
-    "cloud in ours alone": (200, 80, 0),
-    "cloud in the label alone": (20, 0, 40),
+    "cloud only in our mask": (200, 80, 0),
+    "cloud only in the label": (20, 0, 40),
 }
-STRIPES = ((120, 120, 120), (180, 180, 180))  # where nothing was measured
-MOST_COLS = 480  # pixels of a picture in the report
+NOT_MEASURED = (150, 90, 170)
+MAX_COLS = 500  # pixels of a picture in the report
 GAMMA = 0.7  # of false colour by day: the sea is dark
 PNG_DPI = 200
 
 
 @dataclass(frozen=True)
 class MaskedScene:
-    """A mask, and what is known of its scene.
+    """A mask and its scene.
 
     Attributes:
         mask: bool (H, W), True is cloud.
-        label: bool (H, W), the Bayesian mask; None where the scene has none.
+        label: bool (H, W), the Bayesian mask; None if the scene has none.
         reflectances: float32 (H, W, 3) of S3, S2 and S1, NaN where missing; None by night.
         temperatures: float32 (H, W, 3) of S7 to S9 [K], NaN where missing.
     """
@@ -52,39 +52,39 @@ class Panel:
     """One picture.
 
     Attributes:
-        title: What is shown.
+        title: What it shows.
         note: How to read it.
         pixels: uint8 (h, w, 3).
-        has_classes: Whether it holds a few plain colours only.
+        lossless: Whether lossy compression would blur it: it has only a few plain colours.
     """
 
     title: str
     note: str
     pixels: np.ndarray
-    has_classes: bool = True
-
-
-class OtherScene(UserError):
-    """A scene file that is not the one that a mask was made of."""
-
-
-# --- reading --------------------------------------------------------------------------------
+    lossless: bool = True
 
 
 def scenes_by_name(folder):
-    """Scene files below a folder by name of scene, through linked folders too; maybe none."""
+    """Scene files below a folder by name of scene; an empty dictionary if there are none."""
     return {path.stem: path for path in walk_scenes(folder)} if Path(folder).is_dir() else {}
 
 
+def read_row(mask_path):
+    """Read the row of scenes.csv in a mask file."""
+    with reading(mask_path) as file:
+        return json.loads(file.attrs["row"])
+
+
 def read_mask_and_label(mask_path, scene_path):
-    """Read a mask and the label of its scene: by this, or its size, a file is the scene's or not.
+    """Read a mask and the label of its scene, and check that it is the scene that was masked.
+
+    The accuracy that the mask file records tells; of a scene without label, the file size.
 
     Returns:
-        Mask and Bayesian mask, bool (H, W), which is None where the scene has none.
+        Mask and Bayesian mask, bool (H, W), the latter None if the scene has none.
 
     Raises:
-        OtherScene: If it is not.
-        UserError: If a file is not what it should be.
+        UserError: If it is another scene, or a file is damaged.
     """
     with reading(mask_path) as file:
         mask = mask_of(file) != 0
@@ -99,35 +99,41 @@ def read_mask_and_label(mask_path, scene_path):
     else:
         is_same = size in (-1, scene_path.stat().st_size)
     if not is_same:
-        raise OtherScene(
-            f"{scene_path} is not the file that was masked. Say where that is with --data."
+        raise UserError(
+            f"{scene_path} is not the file that was masked. Name the folder of that with --data."
         )
     return mask, label
 
 
 def read_masked_scene(mask_path, scene_path):
-    """Read a mask and its scene.
+    """Read a MaskedScene.
 
     Raises:
-        OtherScene: If it is not the scene that was masked.
-        UserError: If a file is not what it should be.
+        UserError: If it is not the scene that was masked, or a file is damaged.
     """
     mask, label = read_mask_and_label(mask_path, scene_path)
     with reading(scene_path) as file:
-        temperatures = _measured(numbers(file, "bts", (*mask.shape, 3))[:])
-        reflectances = _reflectances(numbers(file, "refs", (None, None, None)), mask.shape)
-    return MaskedScene(mask, label, reflectances, temperatures)
+        temperatures = _nan_where_missing(numbers(file, "bts", (*mask.shape, 3))[:])
+        refs = numbers(file, "refs", (None, None, None))
+        fold = refs.shape[0] // mask.shape[0]  # 2 on the 500 m grid: every other pixel is enough
+        if fold not in (1, 2) or refs.shape[:2] != (fold * mask.shape[0], fold * mask.shape[1]):
+            raise ValueError(
+                f"'refs' should have the grid {mask.shape} or its double: {refs.shape}"
+            )
+        is_day = refs.shape[2] >= 3
+        refs = _nan_where_missing(refs[:][::fold, ::fold, 2::-1]) if is_day else None
+        is_day = is_day and (refs > 0).mean() > 0.01
+    return MaskedScene(mask, label, refs if is_day else None, temperatures)
 
 
 def read_label_and_probability(mask_path, scene_path):
-    """Read what calibration needs, of the pixels with data: where these lack, so does the label.
+    """Read what calibration needs, for the pixels with data.
 
     Returns:
-        Bayesian mask, bool (n,), and probability, float32 (n,); or None without either of them.
+        Bayesian mask, bool (n,), and probability, float32 (n,); or None if a file lacks one.
 
     Raises:
-        OtherScene: If it is not the scene that was masked.
-        UserError: If a file is not what it should be.
+        UserError: If it is not the scene that was masked, or a file is damaged.
     """
     with reading(mask_path) as file:
         probability = numbers(file, "probability", (None, None), optional=True)
@@ -143,123 +149,80 @@ def read_label_and_probability(mask_path, scene_path):
     return label[known], probability[known]
 
 
-def _measured(values):
-    """Float32 with NaN where nothing was measured."""
+def _nan_where_missing(values):
     with np.errstate(over="ignore"):
         values = values.astype(np.float32)
     return np.where(np.isfinite(values) & (values != 0), values, np.nan)
 
 
-def _reflectances(dataset, grid):
-    """S3, S2 and S1 on the 1 km grid; None where there is no light, or no such channels."""
-    fold = dataset.shape[0] // grid[0]  # 2 on the 500 m grid, of which every other pixel will do
-    if fold not in (1, 2) or dataset.shape[:2] != (fold * grid[0], fold * grid[1]):
-        raise ValueError(f"'refs' should be on the grid {grid} or twice as fine: {dataset.shape}")
-    if dataset.shape[2] < 3:
-        return None
-    values = _measured(dataset[:][::fold, ::fold, 2::-1])
-    return values if (values > 0).mean() > 0.01 else None
-
-
 # --- drawing --------------------------------------------------------------------------------
 
 
-def panels(scene, most_cols=None):
-    """Pictures of a scene, in the order to be shown.
+def panels(scene, max_cols=None):
+    """Draw a scene.
 
     Args:
         scene: MaskedScene.
-        most_cols: Larger pictures are reduced by a whole number; None for none.
+        max_cols: In wider pictures only every n-th row and column is kept; None for all.
+
+    Returns:
+        Panels in the order to be shown: five, or three without a label.
     """
-    step = -(-scene.mask.shape[1] // most_cols) if most_cols else 1
-    cold_bright = "cold is bright"
-    temperatures = _reduced(scene.temperatures, step)
+    step = -(-scene.mask.shape[1] // max_cols) if max_cols else 1
+    kept = np.s_[step // 2 :: step, step // 2 :: step]
+    mask, temperatures = scene.mask[kept], scene.temperatures[kept]
     if scene.reflectances is None:
-        title, note = "False colour, night", f"S7, S8, S9 as red, green, blue; {cold_bright}"
-        colour = np.stack(
-            [1 - _stretched(temperatures[..., i], *_range(temperatures[..., i])) for i in range(3)],
-            axis=-1,
-        )
+        title, note = "False colour, night", "S7, S8, S9 as red, green, blue; cold is bright"
+        colour = 1 - np.stack([_stretch(temperatures[..., i])[0] for i in range(3)], axis=-1)
     else:
         title, note = "False colour, day", "S3, S2, S1 as red, green, blue"
-        values = _reduced(scene.reflectances, step)
-        colour = _stretched(values, 0, _range(values)[1]) ** GAMMA
-    low, high = _range(temperatures[..., 2])
-    grey = 1 - _stretched(temperatures[..., 2], low, high)
+        colour = _stretch(scene.reflectances[kept], low=0.0)[0] ** GAMMA
+    grey, low, high = _stretch(temperatures[..., 2])
     shown = [
-        Panel(title, note, _painted(colour), has_classes=False),
+        Panel(title, note, _paint(colour), lossless=False),
         Panel(
-            "S9, 12 µm",
-            f"{low:.0f} to {high:.0f} K; {cold_bright}",
-            _painted(np.repeat(grey[..., None], 3, axis=-1)),
-            has_classes=False,
+            "S9, 12 µm", f"{low:.0f} to {high:.0f} K; cold is bright",
+            _paint(np.repeat(1 - grey[..., None], 3, axis=-1)), lossless=False,
         ),
-    ]
-    mask = scene.mask[step // 2 :: step, step // 2 :: step]  # a share of pixels stays what it is
-    if scene.label is not None:
-        label = scene.label[step // 2 :: step, step // 2 :: step]
-        shown.append(Panel("Bayesian mask", "cloud is white", _classes(label, (CLEAR, CLOUD))))
-    shown.append(Panel("Our mask", "cloud is white", _classes(mask, (CLEAR, CLOUD))))
-    if scene.label is not None:
-        share = np.mean(scene.mask != scene.label)
-        index = np.where(mask == label, ~mask, 2 + label).astype(np.uint8)
-        shown.append(
-            Panel(
-                "Where they differ",
-                f"in {share:.1%} of the pixels",
-                _classes(index, tuple(DIFFERENCES.values())),
-            )
-        )
-    return shown
+        Panel("Our mask", "cloud is white", _colour_classes(mask, (CLEAR, CLOUD))),
+    ]  # fmt: skip
+    if scene.label is None:
+        return shown
+    label, share = scene.label[kept], np.mean(scene.mask != scene.label)
+    index = np.where(mask == label, ~mask, 2 + label)  # in the order of DIFFERENCES
+    differing = _colour_classes(index, tuple(DIFFERENCES.values()))
+    shown[2:2] = [Panel("Bayesian mask", "cloud is white", _colour_classes(label, (CLEAR, CLOUD)))]
+    return [*shown, Panel("Where they differ", f"in {share:.1%} of the pixels", differing)]
 
 
-def _reduced(values, step):
-    """Means over step x step pixels of those measured; what does not fill a cell is cut off."""
-    h, w, c = values.shape
-    if step == 1:
-        return values
-    cells = values[: h // step * step, : w // step * step].reshape(
-        h // step, step, w // step, step, c
-    )
-    count = np.isfinite(cells).sum(axis=(1, 3))
-    total = np.nansum(cells, axis=(1, 3))
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
-
-
-def _range(values):
-    """Where brightness begins and ends: the middle 98 % of what was measured."""
+def _stretch(values, low=None):
+    """Map the middle 98 % of the values to 0 to 1; returns these, and the limits."""
     measured = values[np.isfinite(values)]
-    if not measured.size:
-        return 0.0, 1.0
-    low, high = np.percentile(measured, (1, 99))
-    return (low, high) if high > low else (low, low + 1)
+    first, high = np.percentile(measured, (1, 99)) if measured.size else (0.0, 1.0)
+    low = first if low is None else low
+    high = max(high, low + 1e-3)
+    return np.clip((values - low) / (high - low), 0, 1), low, high  # NaN stays
 
 
-def _stretched(values, low, high):
-    return np.clip((values - low) / (high - low), 0, 1)  # NaN stays
-
-
-def _painted(levels):
-    """Bytes of red, green and blue, striped where one of them is NaN."""
-    missing = np.isnan(levels).any(axis=-1)
+def _paint(levels):
+    """Bytes of red, green and blue; NOT_MEASURED where one of them is NaN."""
+    missing = np.isnan(levels).any(axis=-1, keepdims=True)
     pixels = (np.nan_to_num(levels) * 255).round().astype(np.uint8)
-    rows, cols = np.nonzero(missing)
-    pixels[rows, cols] = np.array(STRIPES, np.uint8)[(rows + cols) // 4 % 2]
-    return pixels
+    return np.where(missing, np.array(NOT_MEASURED, np.uint8), pixels)
 
 
-def _classes(index, colours):
-    return np.array(colours, np.uint8)[np.asarray(index, np.uint8)]
+def _colour_classes(index, colours):
+    return np.array(colours, np.uint8)[index.astype(np.uint8)]
 
 
 def data_uri(panel):
     """A picture as the address of an <img>."""
     from PIL import Image
 
-    space = io.BytesIO()
-    how = {"lossless": True} if panel.has_classes else {"quality": 75}
-    Image.fromarray(panel.pixels).save(space, "webp", method=4, **how)
-    return "data:image/webp;base64," + base64.b64encode(space.getvalue()).decode()
+    buffer = io.BytesIO()
+    options = {"lossless": True} if panel.lossless else {"quality": 75}
+    Image.fromarray(panel.pixels).save(buffer, "webp", method=4, **options)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def write_png(path, name, facts, shown):
@@ -271,16 +234,13 @@ def write_png(path, name, facts, shown):
         facts: A line of text below the name.
         shown: Of `panels`.
     """
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # without pyplot, as in charts.py
     from matplotlib.patches import Patch
 
+    name, facts = (text.encode("ascii", "backslashreplace").decode() for text in (name, facts))
     height, width = shown[0].pixels.shape[:2]
-    panel_inches = 3.6
-    figure = Figure(
-        figsize=(3 * panel_inches, 2 * (panel_inches * height / width + 0.45) + 0.5),
-        layout="constrained",
-    )
-    figure.suptitle(f"{_plain(name)}\n{_plain(facts)}", fontsize=9, parse_math=False)
+    figure = Figure((10.8, 2 * (3.6 * height / width + 0.45) + 0.5), layout="constrained")
+    figure.suptitle(f"{name}\n{facts}", fontsize=9, parse_math=False)
     cells = figure.subplots(2, 3).ravel()
     for axes, panel in zip(cells, shown, strict=False):
         axes.imshow(panel.pixels, interpolation="none")
@@ -288,17 +248,11 @@ def write_png(path, name, facts, shown):
         axes.set(xticks=[], yticks=[])
     for axes in cells[len(shown) :]:
         axes.set_axis_off()
-    handles = [Patch(facecolor=np.divide(STRIPES[0], 255), hatch="///", label="not measured")]
-    if len(shown) == 5:
-        handles += [
-            Patch(facecolor=np.divide(colour, 255), edgecolor="0.3", label=label)
-            for label, colour in DIFFERENCES.items()
-        ]
+    classes = {"not measured": NOT_MEASURED, **(DIFFERENCES if len(shown) == 5 else {})}
+    handles = [
+        Patch(facecolor=np.divide(colour, 255), edgecolor="0.3", label=label)
+        for label, colour in classes.items()
+    ]
     cells[-1].legend(handles=handles, loc="center left", frameon=False, fontsize=9)
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=PNG_DPI, metadata={"Title": _plain(name)})
-
-
-def _plain(name):
-    """A name that any font can show."""
-    return name.encode("ascii", "backslashreplace").decode()
+        figure.savefig(temporary, dpi=PNG_DPI, metadata={"Title": name})

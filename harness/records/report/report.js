@@ -1,25 +1,22 @@
 "use strict";
-// A heading's button sorts its table by that column; what has no number comes last.
-for (const button of document.querySelectorAll("table.sortable th button")) {
+// A click on a heading sorts its table by that column; cells without a number come last.
+for (const button of document.querySelectorAll("th button")) {
   button.addEventListener("click", () => {
-    const heading = button.closest("th");
-    const rows = heading.closest("table").tBodies[0];
-    const ascending = heading.getAttribute("aria-sort") !== "ascending";
+    const heading = button.closest("th"), body = heading.closest("table").tBodies[0];
+    const isUp = heading.getAttribute("aria-sort") !== "ascending";
     for (const other of heading.parentNode.children) other.removeAttribute("aria-sort");
-    heading.setAttribute("aria-sort", ascending ? "ascending" : "descending");
-
-    const keyed = [...rows.rows].map((row) => {
-      const text = row.cells[heading.cellIndex].textContent.trim();
-      return { row, text, number: Number.parseFloat(text) };
+    heading.setAttribute("aria-sort", isUp ? "ascending" : "descending");
+    const keyed = [...body.rows].map((row) => {
+      const cell = row.cells[heading.cellIndex];
+      return { row, text: cell.textContent, number: Number.parseFloat(cell.dataset.value) };
     });
-    const areNumbers = keyed.every((k) => k.text === "–" || String(Number(k.text)) !== "NaN");
-    const order = (a, b) =>
-      areNumbers ? a.number - b.number : a.text.localeCompare(b.text, "en");
-    const isMissing = (k) => k.text === "–";
-    keyed.sort((a, b) =>
-      isMissing(a) || isMissing(b)
-        ? isMissing(a) - isMissing(b)
-        : ascending ? order(a, b) : order(b, a));
-    rows.append(...keyed.map((k) => k.row));
+    const isNumeric = keyed.some((k) => !Number.isNaN(k.number));
+    keyed.sort((a, b) => {
+      const last = Number.isNaN(a.number) - Number.isNaN(b.number);
+      if (isNumeric && last) return last;
+      const order = isNumeric ? a.number - b.number || 0 : a.text.localeCompare(b.text, "en", { numeric: true });
+      return isUp ? order : -order;
+    });
+    body.append(...keyed.map((k) => k.row));
   });
 }
