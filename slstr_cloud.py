@@ -88,22 +88,33 @@ def train(config, devices, run, train_paths, test_paths):
     ):
         warm_up_seconds = trainer.warm_up(training.replica_batch, validation.replica_batch)
         state = run.restore(trainer)
+        run.results["network"] = describe_network(trainer.model)
         training.first = state.epoch - 1, state.step
         if not run.goes_on:
             n_patches = training.n_patches, validation.n_patches
-            mlperf_log.log_hyperparameters(config, devices, run.mllog, *n_patches)
+            mlperf_log.log_hyperparameters(
+                config, devices, run.mllog, *n_patches, run.results["network"], "cross_entropy"
+            )
             run.start()
         if config.tensorboard and run.is_chief:
             run.board = open_board(config, run, test_paths[0])
             if config.profile_steps and config.profile_steps[0] > config.epochs * training.n_steps:
                 log.warning("profile_steps are beyond the last step: none is profiled.")
         for _ in train_epochs(config, devices, run, trainer, training, validation, state):
-            run.results["training"] = results.training_results(
-                state, (train_paths, test_paths), (training, validation), warm_up_seconds
-            )
+            run.results["training"] = {
+                "loss_function": "cross_entropy",
+                **results.training_results(
+                    state, (train_paths, test_paths), (training, validation), warm_up_seconds
+                ),
+            }
             run.save_results("running")
     n_scenes = len(train_paths) + len(test_paths)
     run.write_line(results.training_line(config, devices, state, n_scenes))
+
+
+def describe_network(model):
+    """The dictionary `network` of results.json."""
+    return {"name": "unet", "parameters": model.count_params(), "layers": len(model.layers)}
 
 
 def train_epochs(config, devices, run, trainer, training, validation, state):
@@ -284,7 +295,10 @@ def infer(config, devices, run, paths):
         with passing_over_bad_scenes(config):
             modes["differs"] = compare_with_patches(config, devices, model, predictors[0], paths[0])
     if run.mode == "inference":
-        mlperf_log.log_hyperparameters(config, devices, run.mllog, 0, len(paths))
+        run.results["network"] = describe_network(model)
+        mlperf_log.log_hyperparameters(
+            config, devices, run.mllog, 0, len(paths), run.results["network"]
+        )
         run.start()
 
     made_by = {"threshold": THRESHOLD, "model_sha256": file_sha256(run.model_file)}
