@@ -1,97 +1,193 @@
-"""How well a cloud mask agrees with the label, in the names that results.json and scenes.csv use.
+"""The table of scores: how well a cloud mask agrees with its label.
 
-Cloud is the positive class. A ratio without anything below the line is NaN.
+A new score is a function of `Pixels` and an entry in SCORES; scenes.csv, results.json, the report,
+tools/compare.py and tools/submission.py then include it. Cloud is the positive class.
 """
 
 import math
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-COUNTS = ("tp", "fp", "fn", "tn")
-RATIOS = ("accuracy", "valid_accuracy", "balanced_accuracy", "precision", "recall", "f1", "iou")
-BASELINES = ("all_cloud_accuracy", "threshold_accuracy")
-SCENE_COLUMNS = (
-    "scene", "day_night", *RATIOS, *COUNTS, "valid_fraction", "cloud_fraction", *BASELINES,
-    "seconds", "out_of_range",
-)  # fmt: skip
+TARGET_ACCURACY = 0.9  # MLCommons Science, policy.adoc: mean over scenes
+COUNTS = ("tp", "fp", "fn", "tn")  # true and false positives, false and true negatives
 
 
-def confusion(mask, label):
-    """Count pixels: true and false positives, false and true negatives.
+@dataclass
+class Pixels:
+    """One scene as the scores see it.
 
-    Args:
-        mask: bool, any shape; True is cloud.
-        label: bool, the same shape.
-
-    Returns:
-        Dictionary of int with the keys tp, fp, fn, tn.
+    Attributes:
+        mask: bool (H, W), True is cloud.
+        label: bool (H, W), the Bayesian mask; None if the scene has none.
+        valid: bool (H, W), False where a brightness temperature is missing.
+        bt_12um: float32 (H, W), brightness temperature of S9 [K]; 0 where missing.
+        min_sst: The threshold baseline calls colder pixels cloud [K].
+        tp, fp, fn, tn: Numbers of pixels, see COUNTS; 0 without a label.
     """
-    tp = int(np.count_nonzero(mask & label))
-    fp = int(np.count_nonzero(mask)) - tp
-    fn = int(np.count_nonzero(label)) - tp
-    return {"tp": tp, "fp": fp, "fn": fn, "tn": mask.size - tp - fp - fn}
+
+    mask: np.ndarray
+    label: np.ndarray | None
+    valid: np.ndarray
+    bt_12um: np.ndarray
+    min_sst: float
+
+    def __post_init__(self):
+        self.tp = self.fp = self.fn = self.tn = 0
+        if self.label is not None:
+            self.tp = int(np.count_nonzero(self.mask & self.label))
+            self.fp = int(np.count_nonzero(self.mask)) - self.tp
+            self.fn = int(np.count_nonzero(self.label)) - self.tp
+            self.tn = self.mask.size - self.tp - self.fp - self.fn
 
 
-def ratios(tp, fp, fn, tn):
-    """Derive the scores from confusion counts."""
-    recall = _divide(tp, tp + fn)
-    specificity = _divide(tn, tn + fp)
-    return {
-        "accuracy": _divide(tp + tn, tp + fp + fn + tn),
-        "balanced_accuracy": (recall + specificity) / 2,
-        "precision": _divide(tp, tp + fp),
-        "recall": recall,
-        "f1": _divide(2 * tp, 2 * tp + fp + fn),
-        "iou": _divide(tp, tp + fp + fn),
-    }
+def accuracy(p):
+    """Share of pixels where mask and label agree."""
+    return ratio(p.tp + p.tn, p.tp + p.fp + p.fn + p.tn)
+
+
+def valid_accuracy(p):
+    """The same among pixels with data."""
+    agree = np.count_nonzero((p.mask == p.label) & p.valid)
+    return ratio(agree, np.count_nonzero(p.valid))
+
+
+def balanced_accuracy(p):
+    """Mean of the recalls of cloud and of clear."""
+    return (recall(p) + ratio(p.tn, p.tn + p.fp)) / 2
+
+
+def precision(p):
+    """Share of the mask's cloud that is cloud in the label."""
+    return ratio(p.tp, p.tp + p.fp)
+
+
+def recall(p):
+    """Share of the label's cloud that is cloud in the mask."""
+    return ratio(p.tp, p.tp + p.fn)
+
+
+def f1(p):
+    """Harmonic mean of precision and recall."""
+    return ratio(2 * p.tp, 2 * p.tp + p.fp + p.fn)
+
+
+def iou(p):
+    """Cloud in both over cloud in either."""
+    return ratio(p.tp, p.tp + p.fp + p.fn)
+
+
+def valid_fraction(p):
+    """Share of pixels with all brightness temperatures."""
+    return float(p.valid.mean())
+
+
+def cloud_fraction(p):
+    """Share of cloud in the mask."""
+    return float(p.mask.mean())
+
+
+def all_cloud_accuracy(p):
+    """Accuracy of calling every pixel cloud: the share of cloud in the label."""
+    return float(p.label.mean())
+
+
+def threshold_accuracy(p):
+    """Accuracy of calling pixels cloud where S9 is colder than MIN_SST; missing is cold."""
+    return float(((p.bt_12um < p.min_sst) == p.label).mean())
+
+
+def ratio(part, whole):
+    """Part of a whole; NaN if the whole is 0."""
+    return float(part / whole) if whole else math.nan
+
+
+@dataclass(frozen=True)
+class Score:
+    """An entry of the table.
+
+    Attributes:
+        label: Name in tables and charts for people.
+        value: Function of Pixels, a float; the first line of its docstring explains the score.
+        kind: 'agreement' of mask and label; 'baseline' that a mask has to beat; 'fraction', which
+            needs no label and has no mean over scenes.
+        format: How people read a value, a format specification.
+    """
+
+    label: str
+    value: Callable[[Pixels], float]
+    kind: str = "agreement"
+    format: str = ".4f"
+
+    @property
+    def meaning(self):
+        """One sentence that explains the score."""
+        return (self.value.__doc__ or "").partition("\n")[0]
+
+    def show(self, value):
+        """A value as text for people."""
+        return format(value, self.format)
+
+
+SCORES = {  # by the key in scenes.csv and results.json, in the order of all tables
+    "accuracy": Score("accuracy", accuracy),
+    "valid_accuracy": Score("valid accuracy", valid_accuracy),
+    "balanced_accuracy": Score("balanced accuracy", balanced_accuracy),
+    "precision": Score("precision", precision),
+    "recall": Score("recall", recall),
+    "f1": Score("F1", f1),
+    "iou": Score("IoU", iou),
+    "valid_fraction": Score("pixels with data", valid_fraction, "fraction"),
+    "cloud_fraction": Score("cloud in mask", cloud_fraction, "fraction"),
+    "all_cloud_accuracy": Score("all cloud", all_cloud_accuracy, "baseline"),
+    "threshold_accuracy": Score("threshold", threshold_accuracy, "baseline"),
+}
+MEAN_SCORES = {key: score for key, score in SCORES.items() if score.kind != "fraction"}
+
+
+def _keys(*kinds):
+    return [key for key, score in SCORES.items() if score.kind in kinds]
+
+
+SCENE_COLUMNS = (
+    *("scene", "day_night", *_keys("agreement"), *COUNTS, *_keys("fraction", "baseline")),
+    *("seconds", "out_of_range"),
+)
 
 
 def score_scene(mask, label, valid, bt_12um, min_sst):
-    """Score one mask, and the two baselines that it has to beat.
+    """Score one mask, and the baselines that it has to beat.
 
     Args:
         mask: uint8 or bool (H, W), non-zero is cloud.
-        label: The Bayesian mask, likewise; None where there is none to compare with.
+        label: The Bayesian mask, likewise; None if there is none to compare with.
         valid: bool (H, W), False where a brightness temperature is missing.
         bt_12um: float32 (H, W), brightness temperature of S9 [K]; 0 where missing.
         min_sst: The threshold baseline calls colder pixels cloud [K].
 
     Returns:
-        Dictionary with the score columns of scenes.csv.
+        Dictionary with the scores and COUNTS; without a label all but the fractions are NaN and 0.
     """
-    mask = mask.astype(bool)
-    fractions = {"valid_fraction": float(valid.mean()), "cloud_fraction": float(mask.mean())}
-    if label is None:
-        unknown = dict.fromkeys(("valid_accuracy", *BASELINES), math.nan)
-        counts = dict.fromkeys(COUNTS, 0)
-        return {**ratios(**counts), **unknown, **counts, **fractions}
-    label = label.astype(bool)
-    counts = confusion(mask, label)
-    return {
-        **ratios(**counts),
-        "valid_accuracy": ratios(**confusion(mask[valid], label[valid]))["accuracy"],
-        **counts,
-        **fractions,
-        "all_cloud_accuracy": float(label.mean()),
-        "threshold_accuracy": float(((bt_12um < min_sst) == label).mean()),
+    label = None if label is None else label.astype(bool)
+    pixels = Pixels(mask.astype(bool), label, valid, bt_12um, min_sst)
+    values = {
+        key: math.nan if label is None and score.kind != "fraction" else score.value(pixels)
+        for key, score in SCORES.items()
     }
+    return {**values, **{key: getattr(pixels, key) for key in COUNTS}}
 
 
 def mean_scores(rows):
-    """Means over scenes of the ratios and baselines, and sums of the counts.
+    """Means over scenes of MEAN_SCORES, and sums of the counts.
 
     Args:
-        rows: Dictionaries of `score_scene`. A NaN is left out of its mean.
+        rows: Dictionaries of `score_scene`. Means ignore NaN.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Mean of empty slice")
         means = {
-            key: float(np.nanmean([row[key] for row in rows] or [math.nan]))
-            for key in (*RATIOS, *BASELINES)
+            key: float(np.nanmean([row[key] for row in rows] or [math.nan])) for key in MEAN_SCORES
         }
     return {**means, **{key: sum(row[key] for row in rows) for key in COUNTS}}
-
-
-def _divide(a, b):
-    return a / b if b else math.nan

@@ -1,50 +1,86 @@
-"""Runs as the programs in tools/ read them: whole or not, on any machine, without TensorFlow."""
+"""Runs as the report and tools/ read them: finished or not, on any machine, without TensorFlow."""
 
 import csv
 import functools
 import io
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from harness.console import format_bytes
 from harness.errors import UserError
+from harness.inference.scores import MEAN_SCORES
 
 PARTS = ("config", "devices", "versions", "training", "inference", "sampling")
-# Keys of the configuration that say where a run's files go, and nothing of what it does.
+# Keys of the configuration that say where the files of a run are and do not change what it does.
 PLACES = {"run_name", "output_dir", "log_file", "mlperf_logfile"}
-GREATEST = 1e100  # number of a file; squares and differences of greater ones overflow
+MAX_NUMBER = 1e100  # squares and differences of larger numbers overflow
 
-# What a comparison shows of a run besides its status: the name, and where results.json has it.
-MEASURES = {
-    "replicas": ("devices", "replicas"),
-    "epochs": ("training", "epochs_run"),
-    "seconds_per_epoch": None,  # the mean; results.json has each
-    "patches_per_second": ("training", "patches_per_second"),
-    "seconds_per_scene": ("inference", "seconds_per_scene"),
-    "val_loss": ("training", "val_loss"),
-    "val_accuracy": ("training", "val_accuracy"),
-    "accuracy": ("inference", "accuracy"),
-    "valid_accuracy": ("inference", "valid_accuracy"),
-    "all_cloud_accuracy": ("inference", "all_cloud_accuracy"),
-    "threshold_accuracy": ("inference", "threshold_accuracy"),
-    "peak_rss": ("peak_rss",),  # [bytes]
-    "peak_gpu_memory": None,  # [bytes], of the GPU that took most
-    "energy_joules": ("sampling", "energy_joules"),
-}
+
+@dataclass(frozen=True)
+class Measure:
+    """A number that runs are compared by.
+
+    Attributes:
+        label: Name in tables for people.
+        show: Function that formats a value for people.
+        meaning: A short explanation.
+        place: Keys that lead to it in results.json; empty if `measures` calculates it.
+    """
+
+    label: str
+    show: Callable[[float], str]
+    meaning: str
+    place: tuple = ()
+
+
+MEASURES = {  # in the order of all tables
+    "replicas": Measure("replicas", "{:g}".format, "Devices.", ("devices", "replicas")),
+    "epochs": Measure("epochs", "{:g}".format, "Epochs trained.", ("training", "epochs_run")),
+    "seconds_per_epoch": Measure("s/epoch", "{:.2f}".format, "Training and validation [s]."),
+    "patches_per_second": Measure(
+        "patches/s", "{:.1f}".format, "Training without the first epoch, all replicas.",
+        ("training", "patches_per_second"),
+    ),
+    "seconds_per_scene": Measure(
+        "s/scene", "{:.3f}".format, "Inference, reading to writing [s].",
+        ("inference", "seconds_per_scene"),
+    ),
+    "val_loss": Measure(
+        "validation loss", "{:.4f}".format, "Loss of the validation patches, best epoch.",
+        ("training", "val_loss"),
+    ),
+    "val_accuracy": Measure(
+        "validation accuracy", "{:.4f}".format, "Accuracy there.", ("training", "val_accuracy")
+    ),
+    **{
+        key: Measure(score.label, score.show, score.meaning, ("inference", key))
+        for key, score in MEAN_SCORES.items()
+    },
+    "peak_rss": Measure(
+        "peak memory", format_bytes, "Peak memory of the first rank's process.", ("peak_rss",)
+    ),
+    "peak_gpu_memory": Measure(
+        "peak GPU memory", format_bytes, "Peak memory of TensorFlow on a GPU of the first rank."
+    ),
+    "energy_joules": Measure(
+        "energy [J]", "{:.0f}".format, "Energy of CPUs and GPUs.", ("sampling", "energy_joules")
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left.
+    """The files of a run.
 
     Attributes:
         folder: Its folder.
         name: The folder's name.
-        results: What results.json holds; PARTS that it lacks, or that are null, are empty
-            dictionaries.
+        results: results.json; those of PARTS that are absent or null are empty dictionaries.
         history: A dictionary for each row of history.csv, with numbers; empty without the file.
-        scenes: Likewise of scenes.csv.
+        scenes: The same of scenes.csv.
     """
 
     folder: Path
@@ -55,44 +91,27 @@ class Run:
 
     @property
     def status(self):
-        """The status that results.json gives: 'success', 'aborted', 'running' or 'starting'."""
+        """The status in results.json: 'success', 'aborted', 'running' or 'starting'."""
         return self.results["status"]
 
     @functools.cached_property
     def samples(self):
-        """Rows of samples.csv, read when asked for, without a last line that a crash left torn.
+        """Rows of samples.csv, read on first use, without a last line that a crash cut off.
 
         Raises:
-            UserError: If the file is damaged otherwise.
+            UserError: If the file is damaged in another way.
         """
-        return _rows(self.folder / "samples.csv", may_be_torn=True)
-
-
-def add_mask_options(add):
-    """Give a program the options that choose masks of a run and say where their scenes are.
-
-    Args:
-        add: The add_argument of its parser.
-    """
-    add("--data", type=Path, help="folder of the scene files (default the run's inference_dir)")
-    add(
-        "--geodetic", metavar="PATH", type=Path,
-        help="a Sentinel-3 geodetic_in.nc for one scene, or a folder of PRODUCT.SEN3 folders",
-    )  # fmt: skip
-    add("--scene", nargs="+", default=[], help="names of scenes, without suffix (default all)")
+        return _read_rows(self.folder / "samples.csv", may_be_cut=True)
 
 
 def read_run(folder):
-    """Read a run, of any status.
+    """Read a run of any status.
 
     Args:
         folder: The run's folder.
 
-    Returns:
-        Run.
-
     Raises:
-        UserError: If it is no run's folder, or a file in it is damaged.
+        UserError: If it is not the folder of a run, or a file in it is damaged.
     """
     folder = Path(folder)
     file = folder / "results.json"
@@ -108,38 +127,38 @@ def read_run(folder):
             f"{file} should be that of a run ({type(error).__name__}: {error}). "
             "Name the folder of a run."
         ) from None
-    tables = (_rows(folder / f"{name}.csv") for name in ("history", "scenes"))
+    tables = (_read_rows(folder / f"{name}.csv") for name in ("history", "scenes"))
     return Run(folder, folder.resolve().name, results, *tables)
 
 
-def _rows(path, may_be_torn=False):
-    """The rows of a CSV file, numbers as numbers; none where there is no file.
+def _read_rows(path, may_be_cut=False):
+    """The rows of a CSV file, numbers as numbers; none if there is no file.
 
     Args:
         path: Path.
-        may_be_torn: Whether what follows the last end of a line is left out.
+        may_be_cut: Whether to ignore what follows the last end of a line.
     """
     try:
         content = path.read_bytes()
-        if may_be_torn:
+        if may_be_cut:
             content = content[: content.rfind(b"\n") + 1]
         reader = csv.DictReader(io.StringIO(content.decode(), newline=""), strict=True)
         rows = list(reader)
     except FileNotFoundError:
         return []
     except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read: {error}. Take it from the run again.") from None
+        raise UserError(f"Cannot read {path}: {error}. Copy it from the run again.") from None
     for n, row in enumerate(rows, 1):
         if None in row or None in row.values():
             raise UserError(
-                f"{path} has {len(reader.fieldnames)} columns, row {n} another number of "
-                "values. Take it from the run again."
+                f"{path} has {len(reader.fieldnames)} columns, but row {n} has another number of "
+                "values. Copy it from the run again."
             )
-    return [{column: _number(text) for column, text in row.items()} for row in rows]
+    return [{column: _parse_number(text) for column, text in row.items()} for row in rows]
 
 
-def _number(text):
-    """A number where the text is one, else the text."""
+def _parse_number(text):
+    """A number if the text is one, else the text."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -149,38 +168,38 @@ def _number(text):
 
 
 def labels(runs):
-    """A name for each run: its own, or its folder where two have the same."""
+    """A name for each run: its own, or its folder if two have the same name."""
     counts = Counter(run.name for run in runs)
     return [run.name if counts[run.name] == 1 else str(run.folder) for run in runs]
 
 
 def measures(run):
-    """The status and the MEASURES of a run; None where it has no such number."""
-    values = {name: _number_at(run.results, *path) for name, path in MEASURES.items() if path}
-    seconds, epochs = _number_at(run.results, "training", "seconds"), values["epochs"]
+    """The status and the MEASURES of a run; None for a number that it does not have."""
+    values = {name: _number_at(run.results, measure.place) for name, measure in MEASURES.items()}
+    seconds, epochs = _number_at(run.results, ("training", "seconds")), values["epochs"]
     values["seconds_per_epoch"] = seconds / epochs if seconds and epochs else None
     peaks = run.results.get("peak_gpu_memory")
     peaks = map(number, peaks if isinstance(peaks, list) else [])
     values["peak_gpu_memory"] = max((peak for peak in peaks if peak is not None), default=None)
-    return {"status": run.status, **{name: values[name] for name in MEASURES}}
+    return {"status": run.status, **values}
 
 
-def _number_at(results, *path):
-    for key in path:
+def _number_at(results, place):
+    for key in place:
         results = results.get(key) if isinstance(results, dict) else None
     return number(results)
 
 
 def number(value):
-    """A number that can be calculated with and drawn, or None for whatever else a file holds."""
+    """A number that can be calculated with and drawn; None for anything else in a file."""
     is_one = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_one and abs(value) <= GREATEST else None
+    return value if is_one and abs(value) <= MAX_NUMBER else None
 
 
 def circumstances(run):
-    """All that should be the same for runs to be repeats: {place in results.json: value}.
+    """All that should be equal for runs to be repeats: {place in results.json: value}.
 
-    The configuration but for PLACES, devices, versions, mode, commit and scenes.
+    These are the configuration without PLACES, devices, versions, mode, commit and scenes.
     """
     results = run.results
     config = {k: v for k, v in results["config"].items() if k not in PLACES}
@@ -192,13 +211,13 @@ def circumstances(run):
 
 
 def differences(runs):
-    """What of their circumstances differs between runs.
+    """The circumstances that differ between runs.
 
     Args:
         runs: Runs.
 
     Returns:
-        {place in results.json, 'config.epochs' say: [its value in each run, None where absent]}.
+        {place in results.json, for example 'config.epochs': [value of each run, None if absent]}.
     """
     all_of = [circumstances(run) for run in runs]
     names = dict.fromkeys(name for each in all_of for name in each)
@@ -206,22 +225,22 @@ def differences(runs):
     return {name: v for name, v in values.items() if any(value != v[0] for value in v)}
 
 
-def repeats(runs, besides=()):
-    """Group runs that repeat one another: the same in their circumstances, and ended in success.
+def repeats(runs, ignored=()):
+    """Group runs that repeat one another: finished with success in equal circumstances.
 
     Args:
         runs: Runs.
-        besides: Circumstances that may differ, 'config.seed' say.
+        ignored: Circumstances that may differ, for example 'config.seed'.
 
     Returns:
-        Lists of Runs, each in its order, in the order of their first; one that did not end in
-        success stands alone.
+        Lists of Runs, each in its order, in the order of their first; a run without success is
+        alone in its list.
     """
     groups = []
     for run in runs:
         for group in groups:
             if run.status == group[0].status == "success" and not (
-                differences([group[0], run]).keys() - set(besides)
+                differences([group[0], run]).keys() - set(ignored)
             ):
                 group.append(run)
                 break
