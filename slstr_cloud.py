@@ -93,7 +93,7 @@ def train(config, devices, run, train_paths, test_paths):
         if not run.goes_on:
             n_patches = training.n_patches, validation.n_patches
             mlperf_log.log_hyperparameters(
-                config, devices, run.mllog, *n_patches, run.results["network"], "cross_entropy"
+                config, devices, run.mllog, *n_patches, run.results["network"]
             )
             run.start()
         if config.tensorboard and run.is_chief:

@@ -120,6 +120,9 @@ class Config(BaseModel):
     min_sst: Annotated[float, Number, Field(gt=0)] = 273.15
 
     # Training
+    network: str = "unet"
+    loss: str = "cross_entropy"
+    augment: str = "none"
     seed: Annotated[int, Number, Field(ge=0, lt=2**32)] = 1234
     learning_rate: Annotated[float, Number, Field(gt=0)] = 0.001
     epochs: Count = 30
