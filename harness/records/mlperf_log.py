@@ -108,7 +108,7 @@ def log_submission(mllog, config, commit):
         mllog.event(key, value_at(results, place))
 
 
-def log_hyperparameters(config, devices, mllog, n_train, n_eval, network, loss_function=None):
+def log_hyperparameters(config, devices, mllog, n_train, n_eval, network):
     """Log what is trained and how.
 
     Args:
@@ -118,7 +118,6 @@ def log_hyperparameters(config, devices, mllog, n_train, n_eval, network, loss_f
         n_train: Patches to train on; 0 in inference alone.
         n_eval: Patches to validate on; scenes in inference alone.
         network: {"name": ..., "parameters": count, "layers": count}.
-        loss_function: Name of the loss, or None in inference alone, which logs no such event.
     """
     results = {
         "config": config.model_dump(by_alias=True, mode="json"),
@@ -131,10 +130,10 @@ def log_hyperparameters(config, devices, mllog, n_train, n_eval, network, loss_f
         "training": {
             "patches_train": n_train,
             "patches_test": n_eval,
-            "loss_function": loss_function,
+            "loss_function": config.loss if n_train else None,
         },
     }
     mllog.event(keys.OPT_NAME, keys.ADAM)
     for key, place in HYPERPARAMETERS.items():
-        if key != LOSS_FUNCTION or loss_function is not None:
+        if key != LOSS_FUNCTION or n_train:  # inference alone has none
             mllog.event(key, value_at(results, place))
