@@ -78,15 +78,7 @@ TIME_TO_TRAIN = Measure(
 )
 MEASUREMENTS = {"time_to_train": TIME_TO_TRAIN} | MEASURES
 # What reading a value of an edited results.json or log may raise.
-DAMAGED = (
-    KeyError,
-    TypeError,
-    IndexError,
-    AttributeError,
-    OverflowError,
-    RecursionError,
-    ValueError,
-)
+DAMAGED = (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, ValueError)
 
 log = logging.getLogger("submission")
 
@@ -228,7 +220,9 @@ def describe_system(run, system, given):
         "accelerators_per_node": devices["accelerators_per_node"],
         "framework": f"TensorFlow {versions['tensorflow']}, Keras {versions['keras']}",
         "other_software_stack": versions,
-        "operating_system": machine and f"{machine['operating_system']}, {machine['kernel']}",
+        "operating_system": ", ".join(
+            filter(None, map(machine.get, ("operating_system", "kernel")))
+        ),
         "hw_notes": f"as the run detected it: {devices['description']}",
         "sw_notes": f"CloudMask, commit {results['git_commit']}",
     }

@@ -80,7 +80,7 @@ def open_mlperf_log(path, root_dir, n_bytes=0):
 
 
 class _WholeFile(logging.FileHandler):
-    """A log file that raises an OSError if an event cannot be written, on a full disk for example."""
+    """A log file that raises an OSError if an event cannot be written, as on a full disk."""
 
     def handleError(self, record):
         error = sys.exc_info()[1]
