@@ -18,10 +18,9 @@ is unchanged (SHA-256 in results.json), passes the compliance checker of mlperf_
 harness/mlperf_rules.yaml and agrees with results.json, history.csv and scenes.csv; all runs have
 the same configuration, devices, versions, scenes and commit, without uncommitted changes.
 
-The rules are those of MLCommons Science, https://github.com/mlcommons/science: submit.adoc for the
-folder and its files, policy.adoc for the rest. All runs have the same seed, unlike in MLPerf
-Training, because one config.yaml defines them. The system is described by what the first run
-recorded of its first node, never by the machine that executes this command.
+The rules are in submit.adoc and policy.adoc of https://github.com/mlcommons/science. All runs have
+the same seed, unlike in MLPerf Training, because one config.yaml defines them. The system is
+described by what the first run recorded of its first node, not by the machine of this command.
 """
 
 import argparse
@@ -45,45 +44,29 @@ from harness.errors import UserError
 from harness.files import file_sha256, new_folder, write_json, write_text
 from harness.inference.scores import TARGET_ACCURACY
 from harness.records.saved_runs import MEASURES, Measure, differences, measures, read_run
-from tools.lib import log_check
-from tools.lib.log_check import log_file, read_events
+from tools.lib.log_check import CHECKS, log_file, read_events
 from tools.lib.markdown import markdown, markdown_table
 
 TEMPLATES = Path(__file__).parent / "lib" / "submission_files"
 RUNS_REQUIRED = 10  # of CloudMask, policy.adoc, 'Benchmark Results'
-TRAINING_SCENES, INFERENCE_SCENES = 970, 100  # of the benchmark's data, one-day and ssts
-# The reference workload, besides what policy.adoc leaves free in the closed division: epochs,
-# learning_rate, batch_size and MIN_SST.
+SCENES = {"train_dir": 970, "inference_dir": 100}  # of the benchmark's data, one-day and ssts
+# The closed division leaves epochs, learning_rate, batch_size and MIN_SST free, policy.adoc.
 FIXED_IN_CLOSED = (
     "image_h", "image_w", "n_channels", "patch_size", "crop_size", "seed", "train_split",
     "clip_offset", "cloud_weight", "inference_mode", "network", "loss", "augment",
 )  # fmt: skip
 UNKNOWN, NONE = "unknown: fill in", "none"
-# What mlperf_logging's system_desc_checker requires (MLPerf HPC), in its order.
-SYSTEM_FIELDS = (
-    "submitter", "division", "status", "system_name", "number_of_nodes",
-    "host_processors_per_node", "host_processor_model_name", "host_processor_core_count",
-    "host_processor_vcpu_count", "host_processor_frequency", "host_processor_caches",
-    "host_processor_interconnect", "host_memory_capacity", "host_storage_type",
-    "host_storage_capacity", "host_networking", "host_networking_topology",
-    "host_memory_configuration", "accelerators_per_node", "accelerator_model_name",
-    "accelerator_host_interconnect", "accelerator_frequency", "accelerator_on-chip_memories",
-    "accelerator_memory_configuration", "accelerator_memory_capacity", "accelerator_interconnect",
-    "accelerator_interconnect_topology", "cooling", "hw_notes", "framework",
-    "other_software_stack", "operating_system", "sw_notes",
+# All fields that mlperf_logging's system_desc_checker requires (MLPerf HPC), UNKNOWN.
+SYSTEM = json.loads((TEMPLATES / "system.json").read_text(encoding="utf-8"))
+SYSTEM_JSON_FIELDS = list(SYSTEM)[4:]  # the first four come from the runs and --system
+SECONDS = Measure("time to train", "{:.1f}".format, "From run_start to the last eval_stop [s].")
+MEASUREMENTS = {"time_to_train": SECONDS} | MEASURES
+# What reading files of a run that were edited may raise.
+DAMAGED = (
+    OSError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, ValueError,
 )  # fmt: skip
-SYSTEM_JSON_FIELDS = SYSTEM_FIELDS[4:]  # the first four come from the runs and --system
-TIME_TO_TRAIN = Measure(
-    "time to train", "{:.1f}".format, "From run_start to the last eval_stop [s]."
-)
-MEASUREMENTS = {"time_to_train": TIME_TO_TRAIN} | MEASURES
-# What reading a value of an edited results.json or log may raise.
-DAMAGED = (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, ValueError)
 
 log = logging.getLogger("submission")
-
-
-# --- checking -------------------------------------------------------------------------------
 
 
 def find_faults(runs):
@@ -105,13 +88,12 @@ def run_faults(run):
     if (run.status, mode := run.results.get("mode")) != ("success", "benchmark"):
         return [f"it is '{run.status}' in --mode {mode}, expected 'success' in --mode benchmark"]
     found = []
-    for find in (code_faults, config_faults, *log_check.CHECKS):
+    for find in (code_faults, config_faults, *CHECKS):
         try:
             found += find(run)
         except DAMAGED as error:
-            found.append(f"its files are not those of a complete run ({error!r})")
-        except OSError as error:
-            found.append(f"cannot read its MLPerf log ({error})")
+            reason = f"{type(error).__name__}: {error}"
+            found.append(f"its files are not those of a complete run ({reason})")
     return list(dict.fromkeys(found))
 
 
@@ -160,39 +142,31 @@ def closed_faults(run, config):
 
 def scene_faults(run):
     """Differences in number from the benchmark's scenes."""
-    training, inference = run.results["training"], run.results["inference"]
-    return [
-        f"{expected} scenes in {key}, found {n}"
-        for key, expected, n in (
-            ("train_dir", TRAINING_SCENES, training["scenes_train"] + training["scenes_test"]),
-            ("inference_dir", INFERENCE_SCENES, inference["scenes"]),
-        )
-        if n != expected
-    ]
+    n_train = run.results["training"]["scenes_train"] + run.results["training"]["scenes_test"]
+    numbers = {"train_dir": n_train, "inference_dir": run.results["inference"]["scenes"]}
+    return [f"{SCENES[k]} scenes in {k}, found {n}" for k, n in numbers.items() if n != SCENES[k]]
 
 
-def reviewer_notes(runs):
+def reviewer_notes(runs, system):
     """What MLCommons Science requires besides, or a reviewer will ask about."""
     config, required = runs[0].results["config"], scene_faults(runs[0])
     if len(runs) < RUNS_REQUIRED:
         required.append(f"{RUNS_REQUIRED} runs of CloudMask, found {len(runs)}")
     values = {key: config[key] for key in ("name", "email")} | config["submission"]
-    for key in ("name", "email", "version"):
-        if not values[key]:
-            required.append(f"the key {key} in the configuration of the runs, found none")
+    missing = [key for key in ("name", "email", "version") if not values[key]]
+    required += [f"the key {key} in the configuration of the runs, found none" for key in missing]
     notes = [f"MLCommons Science requires {text}" for text in required]
     if config["platform"] == "unknown":
         notes.append("The platform in the logs is 'unknown'")
     if n_bad := sum(len(run.results.get("bad_scenes") or []) for run in runs):
         notes.append(f"Unreadable scenes were skipped, {n_bad} times in all runs")
+    if unknown := ", ".join(name for name, value in system.items() if value == UNKNOWN):
+        notes.append(f"The runs did not record these fields; use --system-json: {unknown}")
     return [*notes, "cache_clear is false in the logs; the policy asks for an empty file cache"]
 
 
-# --- the files ------------------------------------------------------------------------------
-
-
 def describe_system(run, system, given):
-    """Describe the system in SYSTEM_FIELDS.
+    """Describe the system in the fields of MLPerf.
 
     Args:
         run: Run that ended in success.
@@ -227,25 +201,23 @@ def describe_system(run, system, given):
         "sw_notes": f"CloudMask, commit {results['git_commit']}",
     }
     if devices["accelerators_per_node"] == 0:
-        known |= {key: NONE for key in SYSTEM_FIELDS if key.startswith("accelerator_")}
+        known |= {key: NONE for key in SYSTEM if key.startswith("accelerator_")}
     elif gpus:
         known["accelerator_model_name"] = _join(gpu["name"] for gpu in gpus)
         known["accelerator_memory_capacity"] = _join(format_bytes(gpu["memory"]) for gpu in gpus)
     if devices["nodes"] == 1:
         known |= {"host_networking": NONE, "host_networking_topology": NONE}
-    known |= given
-    return {key: _field(known.get(key)) for key in SYSTEM_FIELDS}
+    known = {key: value for key, value in (known | given).items() if value not in (None, "")}
+    return SYSTEM | {key: _as_texts(value) for key, value in known.items()}
 
 
 def _join(texts):
     return ", ".join(sorted(set(texts)))
 
 
-def _field(value):
-    """A field as MLPerf's programs read it: a text, or a dictionary of texts."""
-    if isinstance(value, dict):
-        return {key: str(item) for key, item in value.items()}
-    return str(value) if value or value == 0 else UNKNOWN
+def _as_texts(value):
+    """A text or a dictionary of texts, which MLPerf's programs read."""
+    return {k: str(v) for k, v in value.items()} if isinstance(value, dict) else str(value)
 
 
 def read_system_json(path):
@@ -310,7 +282,7 @@ def readme_text(runs, system, references, notes, scripts):
 
     Args:
         runs: Runs.
-        system: Description of the system.
+        system: Its name.
         references: {measurement: reference value}.
         notes: Texts of `reviewer_notes`.
         scripts: Names of the files of --script.
@@ -325,19 +297,18 @@ def readme_text(runs, system, references, notes, scripts):
         + [file_sha256(log_file(run))]
         for n, (run, values) in enumerate(zip(runs, measured, strict=True), 1)
     ]
-    unknown = [f"{name} of the system is unknown" for name in system if system[name] == UNKNOWN]
     template = (TEMPLATES / "README.template.md").read_text(encoding="utf-8")
     return template.format(
         measurements=markdown_table(heads, rows),
         runs=markdown_table(["run", "start", *columns, "SHA-256 of the log"], run_rows),
         scripts="".join(f"| {markdown(name)} | script of the system |\n" for name in scripts),
-        notes="\n".join(f"- {markdown(text)}" for text in (*notes, *unknown)),
+        notes="\n".join(f"- {markdown(text)}" for text in notes),
         n_runs=len(runs),
         n_reached=sum(values["accuracy"] >= TARGET_ACCURACY for values in measured),
         target=TARGET_ACCURACY,
         n_references=len(deltas),
         difference=f"{statistics.mean(deltas):+.4f}",
-        system=system["system_name"],
+        system=system,
         results=_escape(runs[0].results),
     )
 
@@ -347,9 +318,6 @@ def _escape(value):
     if isinstance(value, dict):
         return {key: _escape(item) for key, item in value.items()}
     return NONE if value in (None, "") else markdown(str(value))
-
-
-# --- the program ----------------------------------------------------------------------------
 
 
 def plain_name(text):
@@ -405,11 +373,12 @@ def submit(arguments):
     scripts = {path.name: path for path in arguments.script}
     references = {"accuracy": TARGET_ACCURACY} | dict(arguments.reference)
     try:
-        system, notes = describe_system(runs[0], arguments.system, given), reviewer_notes(runs)
+        system = describe_system(runs[0], arguments.system, given)
+        notes = reviewer_notes(runs, system)
         files = {
             "config.yaml": config_text(runs[0]),
             f"{arguments.system}.json": system,
-            "README.md": readme_text(runs, system, references, notes, scripts),
+            "README.md": readme_text(runs, arguments.system, references, notes, scripts),
         }
     except DAMAGED as error:
         raise UserError(f"results.json is not that of a complete run ({error!r}).") from error
@@ -430,8 +399,6 @@ def submit(arguments):
             shutil.copyfile(source, temporary / name)
     for note in notes:
         log.warning("%s.", note)
-    if unknown := ", ".join(name for name, value in system.items() if value == UNKNOWN):
-        log.warning("The runs did not record %s. Set them with --system-json.", unknown)
     log.info("The submission of %d run(s) is in %s.", len(runs), folder)
 
 
