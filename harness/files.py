@@ -2,14 +2,17 @@
 
 import contextlib
 import csv
+import errno
 import fcntl
 import hashlib
 import io
 import json
 import math
 import os
+import shutil
 import stat
 import threading
+import uuid
 from pathlib import Path
 
 from harness.console import printable
@@ -60,6 +63,24 @@ def remove_unfinished(folder):
     for path in Path(folder).rglob(".*.part*"):
         if path.is_file():
             path.unlink()
+
+
+@contextlib.contextmanager
+def new_folder(path):
+    """Give a temporary folder next to `path`; on success, rename it to `path`.
+
+    Raises:
+        FileExistsError: If `path` exists.
+    """
+    temporary = path.with_name(f".new-{uuid.uuid4().hex}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.exists():  # renaming would replace an empty folder
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path, text):

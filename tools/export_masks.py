@@ -56,7 +56,7 @@ from harness.errors import UserError
 from harness.files import replacing
 from harness.records.report.pictures import CLEAR, CLOUD, read_mask_and_label
 from harness.records.run import now
-from harness.records.saved_runs import add_mask_options
+from tools.lib.options import add_mask_options
 
 MEANINGS = ("clear", "cloud")  # of 0 and 1
 COLOURS = (CLEAR, CLOUD, (140, 140, 140))  # and no data; told apart by brightness

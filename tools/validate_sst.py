@@ -73,7 +73,7 @@ from harness.data.scene_files import (
 )
 from harness.errors import UserError
 from harness.files import replacing, write_csv
-from harness.records.saved_runs import add_mask_options
+from tools.lib.options import add_mask_options
 
 COLUMNS = (
     "time", "latitude", "longitude", "buoy_sst", "satellite_sst", "quality_level",

@@ -4,9 +4,7 @@ import contextlib
 import errno
 import os
 import platform
-import shutil
 import subprocess
-import uuid
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +12,7 @@ from pathlib import Path
 from harness import REPOSITORY
 from harness.config import FILE_KEYS, dump_config
 from harness.errors import UserError
-from harness.files import write_json, write_text
+from harness.files import new_folder, write_json, write_text
 from harness.parallel.launchers import job_id
 
 FORMAT = 2  # of a run's folder; 1 (version 0.1.0) had other checkpoints and no `network`
@@ -40,17 +38,11 @@ def make_folder(config, mode):
             )
     name = config.run_name or default_name()
     folder = Path(config.output_dir).resolve() / name
-    temporary = folder.with_name(f".new-{uuid.uuid4().hex}")
-    temporary.mkdir(parents=True)
+    results = {"format": FORMAT, "status": "starting", "mode": mode, "job": job_id(), "parts": []}
     try:
-        if folder.exists():  # renaming would replace an empty folder
-            raise FileExistsError(errno.EEXIST, "exists")
-        write_text(temporary / "config.yaml", dump_config(config, name))
-        write_json(
-            temporary / "results.json",
-            {"format": FORMAT, "status": "starting", "mode": mode, "job": job_id(), "parts": []},
-        )
-        temporary.rename(folder)
+        with new_folder(folder) as temporary:
+            write_text(temporary / "config.yaml", dump_config(config, name))
+            write_json(temporary / "results.json", results)
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             raise
@@ -58,8 +50,6 @@ def make_folder(config, mode):
             f"{folder} exists: a run does not write into the folder of another run. Choose another "
             "run_name, remove the folder, or continue its run with --resume."
         ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

@@ -1,218 +1,84 @@
-"""Whether an MLPerf log is the one that its run left, and tells what the run's other files tell."""
+"""Check that an MLPerf log is the one that its run wrote, and that the run's files agree.
 
-import difflib
-import hashlib
-import json
+harness/mlperf_rules.yaml defines the events and their order; values and times are compared here.
+Each check returns faults as texts; files that are not those of a complete run raise some error.
+"""
+
 import logging
 import math
 import statistics
-from itertools import pairwise
-from pathlib import Path
+
+from mlperf_logging.compliance_checker import mlp_compliance, mlp_parser
 
 from harness import REPOSITORY
-from harness.console import printable
-from harness.files import jsonable
+from harness.files import file_sha256, jsonable
+from harness.records import mlperf_log
 from harness.records.results import result_event, scene_results
 
 RULES = REPOSITORY / "harness/mlperf_rules.yaml"
-TOKEN = ":::MLLOG "
-FIELDS = ["namespace", "time_ms", "event_type", "key", "value", "metadata"]
-# How far an interval of the log may be from the time that the run measured [s]; and the share.
-SLACK_SECONDS, SLACK = 1.0, 0.01
+# How much an interval of the log may differ from the time that the run measured.
+TOLERANCE_SECONDS, TOLERANCE_RATIO = 1.0, 0.01
 
 
 def log_file(run):
     """Path of a run's MLPerf log."""
-    return run.folder / Path(run.results["config"]["mlperf_logfile"])
+    return run.folder / run.results["config"]["mlperf_logfile"]
 
 
-def objections(run):
-    """All that is wrong with the evidence of a run that ended in success.
-
-    Args:
-        run: harness.records.saved_runs.Run.
-
-    Returns:
-        Texts; none if its log, results.json, history.csv and scenes.csv are whole and agree.
-    """
-    found = []
-    try:
-        content = log_file(run).read_bytes()
-        events, found = parse(content)
-        found += digest_objections(run, content) + table_objections(run)
-        if events:
-            found += rule_objections(log_file(run))
-            resumed = [event for event in events if event["key"] == "resumed"]
-            others = [event for event in events if event["key"] != "resumed"]
-            found += sequence_objections(others, list(expected_events(run)))
-            found += resumed_objections(run, resumed)
-            found += time_objections(run, events)
-    except OSError as error:
-        return [f"its MLPerf log cannot be read: {error}"]
-    except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
-        found.append(f"its files are not those of a whole run ({type(error).__name__}: {error})")
-    return found
+def read_events(run):
+    """Read a run's log: mlp_parser.LogLines with timestamps in ms, and the invalid lines."""
+    return mlp_parser.parse_file(str(log_file(run)), ruleset="3.0.0")
 
 
-def parse(content):
-    """Read the events of a log.
-
-    Args:
-        content: Bytes of the log.
-
-    Returns:
-        Events as dictionaries, each with the number of its `line`, none where one cannot be used;
-        and objections.
-    """
-    events, found = [], []
-    if not content.endswith(b"\n"):
-        found.append("its log does not end with a whole line")
-    for number, line in enumerate(content.decode("utf-8", "replace").split("\n")[:-1], 1):
-        try:
-            event = json.loads(line.removeprefix(TOKEN))
-            if f"{TOKEN}{json.dumps(event)}" != line or list(event) != FIELDS:
-                raise ValueError("written otherwise than mlperf_logging does")
-            is_whole = (
-                (event["namespace"], type(event["time_ms"])) == ("", int)
-                and isinstance(event["key"], str)
-                and isinstance(event["metadata"]["file"], str)
-                and type(event["metadata"]["lineno"]) is int
-            )
-            if not is_whole:
-                raise ValueError("a field of another kind than mlperf_logging writes")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            found.append(f"line {number} of its log is no event: {type(error).__name__}: {error}")
-        else:
-            events.append(event | {"line": number})
-    return ([] if found else events), found
+def event_name(event):
+    """The key of an event and its epoch, if any: 'eval_stop of epoch 3'."""
+    epoch = event.value["metadata"].get("epoch_num")
+    return event.key if epoch is None else f"{event.key} of epoch {epoch}"
 
 
-def digest_objections(run, content):
-    """Compare a log with the SHA-256 that the run took of it."""
-    wanted = run.results.get("mlperf_sha256")
-    if wanted is None:
-        return ["results.json has no mlperf_sha256, whether its log is whole is not known"]
-    if wanted != (found := hashlib.sha256(content).hexdigest()):
-        return [f"its log was changed: SHA-256 is {found}, by results.json {wanted}"]
-    return []
+def digest_faults(run):
+    """Compare the log with the SHA-256 that the run stored in results.json."""
+    expected, found = run.results.get("mlperf_sha256"), file_sha256(log_file(run))
+    return [] if found == expected else [f"SHA-256 of its log is {found}, expected {expected}"]
 
 
-def rule_objections(path):
-    """What the compliance checker of mlperf_logging objects to, the first line of each."""
-    from mlperf_logging.compliance_checker import mlp_compliance, mlp_parser
-
+def rule_faults(run):
+    """Apply the compliance checker of mlperf_logging; of each objection the first line."""
     checker = mlp_compliance.make_checker("hpc", "3.0.0", quiet=True, werror=False)
-    logging.disable(logging.CRITICAL)  # it tells what it finds on the root logger
+    events, errors = read_events(run)
+    logging.disable(logging.CRITICAL)  # the checker also reports on the root logger
     try:
-        lines, errors = mlp_parser.parse_file(str(path), ruleset="3.0.0")
-        checker.check_loglines(lines, str(RULES))
+        checker.check_loglines(events, str(RULES))
     finally:
         logging.disable(logging.NOTSET)
-    found = [*checker.overwritable.values(), *checker.not_overwritable, *(e for _, e in errors)]
-    return [f"mlperf_logging objects to its log: {text.strip().splitlines()[0]}" for text in found]
+    texts = [*checker.overwritable.values(), *checker.not_overwritable, *(e for _, e in errors)]
+    return [f"mlperf_logging rejects its log: {text.strip().splitlines()[0]}" for text in texts]
 
 
-# --- what a log has to hold -----------------------------------------------------------------
-
-
-def expected_events(run):
-    """Yield what a log must hold by the run's other files: (key, value, metadata), in order."""
-    results = run.results
-    config, devices, training = results["config"], results["devices"], results["training"]
-    yield from {
-        "submission_benchmark": config["benchmark"],
-        "submission_org": config["organisation"],
-        "submission_division": config["division"],
-        "submission_status": config["status"],
-        "submission_platform": config["platform"],
-        "submission_poc_name": config["name"],
-        "submission_poc_email": config["email"],
-        "submission_version": config["submission"]["version"],
-        "submission_github_commit_version": results["git_commit"],
-        "cache_clear": False,
-        "init_start": None,
-        "seed": config["seed"],
-        "global_batch_size": config["batch_size"],
-        "train_samples": training["patches_train"],
-        "eval_samples": training["patches_test"],
-        "opt_name": "adam",
-        "opt_base_learning_rate": config["learning_rate"],
-        "number_of_ranks": devices["ranks"],
-        "number_of_nodes": devices["nodes"],
-        "accelerators_per_node": devices["accelerators_per_node"],
-        "init_stop": None,
-        "run_start": None,
-    }.items()
-    for row in run.history:
-        for key in ("epoch_start", "epoch_stop", "eval_start", "eval_accuracy", "eval_stop"):
-            value = row["val_accuracy"] if key == "eval_accuracy" else None
-            yield key, value, {"epoch_num": row["epoch"]}
-    yield from {"inference_start": None, "inference_stop": None}.items()
-    yield "result", result_event(results)
-    yield "run_stop", None, {"status": "success"}
-
-
-def event_type(key):
-    """The type that mlperf_logging gives an event of this key."""
-    if key.endswith("_start"):
-        return "INTERVAL_START"
-    return "INTERVAL_END" if key.endswith("_stop") else "POINT_IN_TIME"
-
-
-def label(key, metadata):
-    """How an event is called here: 'eval_stop of epoch 3'."""
-    return f"{key} of epoch {metadata['epoch_num']}" if "epoch_num" in metadata else key
-
-
-def sequence_objections(events, expected):
-    """Compare events with those expected: missing ones, others, and what they say."""
-    wanted = [(key, value, *(metadata or [{}])) for key, value, *metadata in expected]
-    names = [label(key, metadata) for key, _, metadata in wanted]
-    found_names = [label(event["key"], event["metadata"]) for event in events]
-    found = []
-    matcher = difflib.SequenceMatcher(a=names, b=found_names, autojunk=False)
-    for change, i, i_end, j, j_end in matcher.get_opcodes():
-        if change != "equal":
-            found += [f"its log lacks the event {name}" for name in names[i:i_end]]
-            found += [
-                f"line {event['line']} of its log is an event out of place, "
-                f"{label(event['key'], event['metadata'])}"
-                for event in events[j:j_end]
-            ]
-            continue
-        for (key, value, metadata), event in zip(wanted[i:i_end], events[j:j_end], strict=True):
-            said = {k: v for k, v in event["metadata"].items() if k not in ("file", "lineno")}
-            for what, one, other in (
-                ("value", value, event["value"]),
-                ("event_type", event_type(key), event["event_type"]),
-                ("metadata", metadata, said),
-            ):
-                if json.dumps(one) != json.dumps(other):  # 1, 1.0 and true are not the same
-                    found.append(
-                        f"line {event['line']} of its log, {key}, should have the {what} "
-                        f"{json.dumps(one)} by the run's other files, found {json.dumps(other)}"
-                    )
-    return found
-
-
-def resumed_objections(run, events):
-    """Check that a run that was resumed says so, to the last time."""
-    values, n = [event["value"] for event in events], run.results["resumed"]
-    is_whole = all(type(value) is int for value in values) and values == sorted(set(values))
-    if not is_whole or (values[-1] if values else 0) != n:
-        return [f"its log should say that it was resumed up to {n} times, found {values}"]
-    return []
-
-
-def time_objections(run, events):
-    """Check that time goes on, and intervals take as long as the run measured."""
-    found = [
-        f"line {later['line']} of its log is earlier than the line before"
-        for earlier, later in pairwise(events)
-        if later["time_ms"] < earlier["time_ms"]
+def value_faults(run):
+    """Compare the values in the log with results.json and history.csv."""
+    places = mlperf_log.SUBMISSION | mlperf_log.HYPERPARAMETERS
+    expected = {key: mlperf_log.value_at(run.results, place) for key, place in places.items()}
+    expected[mlperf_log.RESULT] = result_event(run.results)
+    logged = {event_name(event): event.value["value"] for event in read_events(run)[0]}
+    # The log may have more epochs than history.csv, and it may hide that the run was resumed.
+    expected |= {name: None for name in logged if name.startswith("eval_accuracy")}
+    expected |= {
+        f"eval_accuracy of epoch {row['epoch']}": row["val_accuracy"] for row in run.history
+    }
+    expected["last resumed"] = run.results["resumed"]
+    logged["last resumed"] = max((logged[n] for n in logged if n.startswith("resumed")), default=0)
+    return [
+        f"its log has {name} {logged.get(name)!r}, expected {value!r} by its other files"
+        for name, value in expected.items()
+        if logged.get(name) != value
     ]
-    broken = {event["metadata"].get("epoch_num") for event in events if event["key"] == "resumed"}
-    times = {label(event["key"], event["metadata"]): event["time_ms"] / 1000 for event in events}
+
+
+def time_faults(run):
+    """Compare the times in the log with those that the run measured."""
+    events = read_events(run)[0]
+    times = {event_name(event): event.timestamp / 1000 for event in events}
     spans = [
         (
             f"epoch_start of epoch {row['epoch']}",
@@ -220,68 +86,52 @@ def time_objections(run, events):
             row["seconds"],
         )
         for row in run.history
-        if row["epoch"] not in broken  # it took more than the log has of it
+        if f"resumed of epoch {row['epoch']}" not in times  # which the log shows too short
     ]
     if not run.results["resumed"]:
         spans.append(("inference_start", "inference_stop", run.results["inference"]["seconds"]))
+    faults = []
     for start, stop, seconds in spans:
-        if start in times and stop in times:
-            took = times[stop] - times[start]
-            if abs(took - seconds) > SLACK_SECONDS + SLACK * seconds:
-                found.append(
-                    f"its log has {took:.3f} s from {start} to {stop}, the run measured "
-                    f"{seconds:.3f} s"
-                )
-    return found
+        found = times.get(stop, math.nan) - times.get(start, math.nan)
+        if not abs(found - seconds) <= TOLERANCE_SECONDS + TOLERANCE_RATIO * seconds:
+            faults.append(
+                f"its log has {found:.3f} s from {start} to {stop}, expected {seconds:.3f} s"
+            )
+    if (timestamps := [event.timestamp for event in events]) != sorted(timestamps):
+        faults.append("the times in its log go backwards")
+    return faults
 
 
-# --- the tables -----------------------------------------------------------------------------
-
-
-def table_objections(run):
+def table_faults(run):
     """Compare results.json with history.csv and scenes.csv."""
-    training, inference, found = run.results["training"], run.results["inference"], []
-    best = min(run.history, key=lambda row: row["val_loss"], default={})
-    wanted = {
-        "training.epochs_run": (training["epochs_run"], len(run.history)),
-        "training.seconds": (training["seconds"], sum(row["seconds"] for row in run.history)),
-        "training.seconds_per_epoch": (
-            training["seconds_per_epoch"],
-            [row["seconds"] for row in run.history],
-        ),
-        **{
-            f"training.{name}": (training[name], best.get(column))
-            for name, column in (
-                ("best_epoch", "epoch"), ("loss", "loss"), ("accuracy", "accuracy"),
-                ("val_loss", "val_loss"), ("val_accuracy", "val_accuracy"),
-            )
-        },
-    }  # fmt: skip
-    if run.history and not run.results.get("bad_scenes"):  # epochs of equally many patches
-        rates = [row["patches_per_second"] for row in run.history]
-        mean = statistics.harmonic_mean(rates[1:] or rates)
-        wanted["training.patches_per_second"] = (training["patches_per_second"], mean)
-    if run.scenes:
-        counted = jsonable(scene_results(run.scenes))
-        counted["seconds_per_scene"] = inference["seconds"] / len(run.scenes)
-        wanted |= {f"inference.{name}": (inference[name], counted[name]) for name in counted}
-    for name, (said, counted) in wanted.items():
-        if not _same(said, counted):
-            table = "history.csv" if name.startswith("training") else "scenes.csv"
-            found.append(
-                printable(
-                    f"results.json has {name} {said!r:.100}, by {table} it is {counted!r:.100}"
-                )
-            )
-    return found
+    best = min(run.history, key=lambda row: row["val_loss"])
+    training = {
+        "epochs_run": len(run.history),
+        "best_epoch": best["epoch"],
+        **{name: best[name] for name in ("loss", "accuracy", "val_loss", "val_accuracy")},
+        "seconds": sum(row["seconds"] for row in run.history),
+        "seconds_per_epoch": [row["seconds"] for row in run.history],
+    }
+    if not run.results.get("bad_scenes"):  # all epochs have the same number of patches
+        speeds = [row["patches_per_second"] for row in run.history]
+        training["patches_per_second"] = statistics.harmonic_mean(speeds[1:] or speeds)
+    scores = jsonable(scene_results(run.scenes))
+    inference = {name: value for name, value in scores.items() if name not in ("day", "night")}
+    inference["seconds_per_scene"] = run.results["inference"]["seconds"] / len(run.scenes)
+    tables = {"history.csv": ("training", training), "scenes.csv": ("inference", inference)}
+    return [
+        f"results.json has {part}.{name} {run.results[part][name]!r}, expected {value!r} by {table}"
+        for table, (part, values) in tables.items()
+        for name, value in values.items()
+        if not _is_close(value, run.results[part][name])
+    ]
 
 
-def _same(one, other):
-    """Equal, numbers up to the rounding of sums."""
-    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        return all(map(_same, one, other))
-    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-        return all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, int | float) and isinstance(other, int | float):
-        return math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-12)
-    return one == other
+def _is_close(expected, found):
+    """Whether two values are equal, numbers up to the rounding of sums."""
+    if isinstance(expected, float) and isinstance(found, float):
+        return math.isclose(expected, found, rel_tol=1e-9, abs_tol=1e-12)
+    return expected == found
+
+
+CHECKS = (digest_faults, rule_faults, value_faults, time_faults, table_faults)

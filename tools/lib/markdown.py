@@ -1,0 +1,19 @@
+"""Markdown from texts that may contain anything, such as names of runs."""
+
+from harness.console import printable
+
+
+def markdown(text):
+    """Escape text so that Markdown shows it unchanged; names may contain markup and HTML."""
+    return "".join(f"\\{c}" if c in "\\`*_{}[]()<>#|!~&" else c for c in printable(text))
+
+
+def markdown_table(heads, rows):
+    """A Markdown table with escaped cells.
+
+    Args:
+        heads: Titles of the columns, Markdown.
+        rows: Lists of texts.
+    """
+    lines = [heads, ["---"] * len(heads), *([markdown(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
