@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import fcntl
 import hashlib
 import io
 import json
@@ -11,6 +12,7 @@ import threading
 from pathlib import Path
 
 from harness.console import printable
+from harness.errors import UserError
 
 
 @contextlib.contextmanager
@@ -117,5 +119,31 @@ def sync(path):
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def lock(path, in_use):
+    """Hold an exclusive lock on a folder or file, on file systems that support locks.
+
+    Args:
+        path: Path of a folder, or of a file, which is created if it is missing. NFS locks only
+            files that are open for writing, so it has no locks for folders.
+        in_use: Message of the error if another process holds the lock.
+
+    Raises:
+        UserError: If another process holds the lock.
+    """
+    is_folder = Path(path).is_dir()
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR | os.O_CREAT)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(in_use) from None
+        except OSError:
+            pass  # this file system has no locks
+        yield
     finally:
         os.close(descriptor)

@@ -1,14 +1,13 @@
 """Which run goes on, and with which configuration."""
 
 import contextlib
-import fcntl
 import json
 import os
 from pathlib import Path
 
 from harness.config import FOLDER_KEYS, check, load_config, resolved
 from harness.errors import UserError
-from harness.files import open_regular
+from harness.files import lock, open_regular
 from harness.records.run import scheduler_job
 
 MODES = ("benchmark", "train", "inference")
@@ -83,21 +82,6 @@ def find_requeued(config, mode):
     return None
 
 
-@contextlib.contextmanager
 def sole_user(folder):
-    """Hold a lock on a run's folder, where the file system has locks.
-
-    Raises:
-        UserError: If another process holds it.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder} is in use: another process is at this run.") from None
-        except OSError:
-            pass  # no locks here
-        yield
-    finally:
-        os.close(descriptor)
+    """Hold a lock on a run's folder; a UserError if another process holds it."""
+    return lock(folder, f"{folder} is in use: another process is at this run.")
