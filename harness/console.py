@@ -72,7 +72,7 @@ def progress(items, what, total):
     started = last = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
-        if now - last >= LINE_SECONDS:
+        if done and now - last >= LINE_SECONDS:  # the first item may take longer than that
             left = (now - started) / done * (total - done)
             log.info("%s: %d of %d, %.0f s left", what, done, total, left)
             last = now
