@@ -398,7 +398,7 @@ def download_all(bucket, files, dest, manifest, n_threads):
     bar = tqdm(desc="Downloading", total=n_bytes, disable=None, **options)  # None: on a terminal
     with logging_redirect_tqdm(), bar, ThreadPool(n_threads) as pool:  # its threads are daemons
         results = pool.imap_unordered(work, files)
-        if bar.disable:
+        if bar.disable:  # one line per minute
             results = progress(results, "Downloading", len(files))
         for file, fetched, error in results:
             try:
