@@ -146,7 +146,7 @@ class Bucket:
                 source = entry["Key"]
                 if not (source.startswith(prefix) and entry.keys() >= {"Size", "ETag"}):
                     raise Damaged(f"the listing of {prefix} contains {entry}")
-                if entry["Size"] or not source.endswith("/"):  # the placeholder of a folder
+                if not source.endswith("/"):  # the placeholder of a folder
                     key = f"{name}/{source.removeprefix(prefix)}"
                     etag = entry["ETag"].removeprefix("W/").strip('"')
                     files[key] = RemoteFile(key, source, entry["Size"], etag)
