@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import stat
 import threading
 from pathlib import Path
 
@@ -106,10 +107,18 @@ def file_sha256(path):
 
 
 def open_regular(path):
-    """Open a file for reading; a pipe would be waited for, and is an OSError."""
-    if not path.is_file():
-        raise OSError(f"{path} is no regular file")
+    """Open a regular file for reading; see `check_regular`."""
+    check_regular(path)
     return path.open("rb")
+
+
+def check_regular(path):
+    """Raise an OSError unless the path is a regular file or a link to one.
+
+    A pipe would block the program until somebody writes to it.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"{path} is not a regular file")
 
 
 def sync(path):
