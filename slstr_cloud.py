@@ -26,7 +26,9 @@ import data_loader
 from data_loader import PatchBatches, SceneError
 from harness.config import load_config
 from harness.console import format_bytes, format_duration, log_to_screen, progress, table
-from harness.data.prefetch import Readers, leave
+from harness.data.cache import cached
+from harness.data.hdf5 import shape_matches
+from harness.data.prefetch import ReaderPool, exit_process
 from harness.data.preflight import (
     DURING_START,
     BadScenes,
@@ -35,12 +37,12 @@ from harness.data.preflight import (
     describe_scenes,
     results_bytes,
 )
-from harness.data.scene_files import fits
 from harness.errors import UserError, is_user_error, one_line
 from harness.files import file_sha256, json_sha256, replacing, write_csv
 from harness.inference import scores
 from harness.inference.masks import MaskFolder
 from harness.inference.predictor import Predictor, predictor_that_fits
+from harness.inference.windows import StripGrid
 from harness.parallel.devices import open_devices, watch_ranks
 from harness.parallel.launchers import detect_launch
 from harness.parallel.rendezvous import Rendezvous
@@ -75,20 +77,19 @@ def train(config, devices, run, train_paths, test_paths):
             train_paths,
             shuffle=True,
             batch_size=config.batch_size,
-            leave_out=how_to_leave_out(config, run, "training", train_paths),
+            on_bad_scene=how_to_leave_out(config, run, "training", train_paths),
         ) as training,
         # The sums of validation are the same for any batch; a small one leaves memory to training.
         batches(
             test_paths,
             shuffle=False,
             batch_size=trainer.micro_batch * devices.n_replicas,
-            n_lanes=devices.n_ranks,
-            leave_out=how_to_leave_out(config, run, "validation", test_paths),
+            n_mixed_scenes=devices.n_ranks,
+            on_bad_scene=how_to_leave_out(config, run, "validation", test_paths),
         ) as validation,
     ):
         warm_up_seconds = trainer.warm_up(training.replica_batch, validation.replica_batch)
         state = run.restore(trainer)
-        training.first = state.epoch - 1, state.step
         if not run.goes_on:
             n_patches = training.n_patches, validation.n_patches
             mlperf_log.log_hyperparameters(config, devices, run.mllog, *n_patches)
@@ -108,7 +109,7 @@ def train(config, devices, run, train_paths, test_paths):
 
 def train_epochs(config, devices, run, trainer, training, validation, state):
     """Train to the end, yielding after each epoch; the state goes along, and is saved."""
-    training_feed = devices.distribute(training.dataset())
+    training_feed = devices.distribute(training.dataset(state.epoch - 1, state.step))
     validation_feed = devices.distribute(validation.dataset())
     if state.history:
         yield
@@ -230,7 +231,7 @@ def training_batches(config, devices, micro_batch):
     shape = (config.image_h, config.image_w, config.n_channels)
     read = functools.partial(data_loader.read_patches, shape=shape, patch_size=config.patch_size)
     if config.cache_dir:
-        read = data_loader.cached(read, config.cache_dir, f"{shape} {config.patch_size}")
+        read = cached(read, config.cache_dir, f"{shape} {config.patch_size}")
     return functools.partial(
         PatchBatches,
         read=read,
@@ -240,7 +241,7 @@ def training_batches(config, devices, micro_batch):
         n_channels=config.n_channels,
         replicas=devices.replicas,
         n_replicas=devices.n_replicas,
-        n_lanes=max(data_loader.SCENES_MIXED, devices.n_ranks)
+        n_mixed_scenes=max(data_loader.MIXED_SCENES, devices.n_ranks)
         if config.shuffle_scenes == "auto"
         else config.shuffle_scenes,
         seed=config.seed,
@@ -268,9 +269,9 @@ def passing_over_bad_scenes(config):
 
 
 def how_to_leave_out(config, run, during, paths):
-    """What to do about a scene that turns bad during the run; None where that ends it."""
+    """What to do about a scene that turns bad during the run."""
     if config.on_bad_scene == "stop":
-        return None
+        return data_loader.raise_error
     return run.bad_scenes.leave_out(during, len(paths))
 
 
@@ -336,19 +337,17 @@ def mask_scenes(config, devices, run, masks, leave_out, paths, predictor):
         try:
             scene = data_loader.read_scene(path, shape, predictor.grid.padding, run.needs_labels)
         except SceneError as error:
-            if leave_out is None:
-                raise
             leave_out(path, error)
             scene = None
         return path, scene, time.perf_counter() - begin
 
     last = time.perf_counter()
-    with Readers(1, config.read_timeout) as readers:
-        for path, scene, read_seconds in readers.ahead(read, masks.deal(paths), 1):
+    with ReaderPool(1, config.read_timeout) as readers:
+        for path, scene, read_seconds in readers.prefetch(read, masks.deal(paths), 1):
             if scene is None:
                 continue
             if scene.out_of_range:
-                log.warning(data_loader.STRANGE, path, scene.out_of_range)
+                log.warning(data_loader.OUT_OF_RANGE_MESSAGE, path, scene.out_of_range)
             clock = time.perf_counter()
             probability, network_seconds = predictor(scene.channels)
             if not np.isfinite(probability).all():
@@ -390,9 +389,7 @@ def open_predictor(config, devices, model, device):
         grid = data_loader.PatchGrid(height, width, config.patch_size, config.crop_size)
         batch = devices.micro_batch(config.micro_batch, config.batch_size, replicas=1)
         return Predictor(model, device, grid, batch, policy, config.xla)
-    grids = (
-        data_loader.StripGrid(height, width, n, RECEPTIVE_RADIUS, DOWNSCALING) for n in STRIPS_TRIED
-    )
+    grids = (StripGrid(height, width, n, RECEPTIVE_RADIUS, DOWNSCALING) for n in STRIPS_TRIED)
     return predictor_that_fits(model, device, grids, policy, config.xla)
 
 
@@ -419,13 +416,13 @@ def load_model(path, config):
     model = read_model(path)
     wanted = (config.patch_size, config.patch_size, config.n_channels)
     found = [tuple(each.shape[1:]) for each in model.inputs]
-    if len(found) != 1 or not fits(found[0], wanted):
+    if len(found) != 1 or not shape_matches(found[0], wanted):
         raise UserError(
             f"{path} takes {' and '.join(map(str, found))}, PATCH_SIZE and N_CHANNELS make patches "
             f"of {wanted}. Change these or the model."
         )
     found = [tuple(each.shape[1:]) for each in model.outputs]
-    if len(found) != 1 or not fits(found[0], (*wanted[:2], 1)):
+    if len(found) != 1 or not shape_matches(found[0], (*wanted[:2], 1)):
         raise UserError(
             f"{path} gives {' and '.join(map(str, found))} for patches of {wanted}; a model for "
             f"CloudMask gives the probability of cloud, {(*wanted[:2], 1)}."
@@ -758,4 +755,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

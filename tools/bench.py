@@ -56,6 +56,7 @@ import data_loader
 import slstr_cloud
 from harness.config import load_config
 from harness.files import write_text
+from harness.inference.windows import StripGrid
 from harness.networks.fused_upsampling import without_upsampling
 from harness.parallel.devices import open_devices
 from harness.records.run import git_commit
@@ -343,23 +344,12 @@ def train_on(trainer, batch):
     trainer.take_totals()
 
 
-def open_batches(bench, paths, batch_size, wrap_read=lambda read: read):
+def open_batches(bench, paths, batch_size, wrap_read=lambda read: read, **options):
     """The batches that the program trains on, to be closed: they read ahead."""
     micro_batch = bench.devices.micro_batch(bench.config.micro_batch, batch_size)
     batches = slstr_cloud.training_batches(bench.config, bench.devices, micro_batch)
     read = wrap_read(batches.keywords["read"])
-    return batches(paths, shuffle=True, batch_size=batch_size, read=read)
-
-
-@contextlib.contextmanager
-def reader_threads(n_threads):
-    """Let the program read scenes in so many threads."""
-    before = data_loader.READER_THREADS
-    data_loader.READER_THREADS = n_threads
-    try:
-        yield
-    finally:
-        data_loader.READER_THREADS = before
+    return batches(paths, shuffle=True, batch_size=batch_size, read=read, **options)
 
 
 def thread_counts():
@@ -494,10 +484,10 @@ def load(bench, storage, cache, n_threads):
     """
     paths = data_loader.find_scenes(loader_folder(bench, storage))
     batch_size = bench.config.batch_size
-    n_steps = -(-data_loader.SCENES_MIXED * bench.patches_per_scene // batch_size)
+    n_steps = -(-data_loader.MIXED_SCENES * bench.patches_per_scene // batch_size)
     rounds = 2 if storage == "contiguous" and cache == "warm" else 1
     wrap = cold_read if cache == "cold" else lambda read: read
-    with reader_threads(n_threads), open_batches(bench, paths, batch_size, wrap) as batches:
+    with open_batches(bench, paths, batch_size, wrap, n_threads=n_threads) as batches:
         feed = iter(batches.dataset())
         for _ in islice(feed, n_steps):
             pass
@@ -829,7 +819,7 @@ def add_inference_rows(bench, measured):
 def inference_gflop(bench):
     """Operations for one scene by mode, 10^9: whole, and as overlapping patches."""
     patches = data_loader.PatchGrid(bench.height, bench.width, bench.patch, bench.crop)
-    whole = data_loader.StripGrid(bench.height, bench.width, 1, RECEPTIVE_RADIUS, DOWNSCALING)
+    whole = StripGrid(bench.height, bench.width, 1, RECEPTIVE_RADIUS, DOWNSCALING)
     return {
         "patches": len(patches.corners) * forward_gflop(*patches.window),
         "scene": forward_gflop(*whole.window),

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from _command import exit_status
 from harness.console import format_duration, log_to_screen, printable, progress
-from harness.data.scene_files import mask_files
+from harness.data.mask_files import mask_files
 from harness.errors import UserError
 from harness.files import write_text
 from harness.records.report import charts, pictures

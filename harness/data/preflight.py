@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.console import format_bytes, progress
-from harness.data.prefetch import Readers
+from harness.data.prefetch import ReaderPool
 from harness.errors import UserError
 from harness.files import json_sha256, write_json
 
@@ -54,8 +54,8 @@ def check_scenes(paths, check, seconds=None):
             return path, None, str(error)
 
     good, bad = {}, {}
-    with Readers(THREADS, seconds) as readers:
-        outcomes = readers.ahead(outcome, paths, 4 * THREADS)
+    with ReaderPool(THREADS, seconds) as readers:
+        outcomes = readers.prefetch(outcome, paths, 4 * THREADS)
         for path, found, reason in progress(outcomes, "Checking", len(paths)):
             if reason is None:
                 good[path] = found

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import h5py
 
-from harness.data.hdf5_files import open_file
+from harness.data.hdf5 import open_hdf5
 from harness.files import replacing
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class MaskFolder:
         try:
             if not self._file(path).exists():
                 return None
-            with open_file(self._file(path)) as file:
+            with open_hdf5(self._file(path)) as file:
                 if any(file.attrs[key] != value for key, value in self._made_from(path).items()):
                     return None
                 _ = file["mask"][:]

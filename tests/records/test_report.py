@@ -18,7 +18,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_auc_score
 
 from harness import REPOSITORY
-from harness.data.scene_files import mask_files
+from harness.data.mask_files import mask_files
 from harness.records.report import charts, pictures
 from harness.records.report import one_run as report_run
 from harness.records.saved_runs import read_run

@@ -9,7 +9,8 @@ import numpy as np
 
 from harness.config import Config, load_config
 from harness.console import format_bytes, format_duration, progress
-from harness.data.scene_files import mask_files, reading
+from harness.data.hdf5 import open_hdf5
+from harness.data.mask_files import mask_files
 from harness.errors import UserError
 from harness.records.report import charts, pictures
 from harness.records.saved_runs import PLACES, measures, number
@@ -135,7 +136,7 @@ def rows_of_masks(masks):
     """Rows as in scenes.csv, of the masks of a run that ended before it wrote that file."""
     rows = []
     for path in masks.values():
-        with reading(path) as file:
+        with open_hdf5(path) as file:
             rows.append(json.loads(file.attrs["row"]))
     return dictionaries(rows)
 
