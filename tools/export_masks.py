@@ -39,19 +39,10 @@ import numpy as np
 
 from harness.config import load_config
 from harness.console import log_to_screen, printable, progress
-from harness.data.scene_files import (
-    MOST_DEGREES,
-    PRODUCT_NAME,
-    check_geodetic,
-    find_masks,
-    find_scenes,
-    mask_of,
-    measured_pixels,
-    numbers,
-    read_positions,
-    reading,
-    times_of,
-)
+from harness.data.hdf5 import open_hdf5, open_numbers
+from harness.data.mask_files import find_masks, measured_pixels, read_mask
+from harness.data.positions import MAX_DEGREES, check_geodetic, read_positions
+from harness.data.scene_files import PRODUCT_NAME, find_scenes, product_times
 from harness.errors import UserError
 from harness.files import replacing
 from harness.records.report.pictures import CLEAR, CLOUD, read_mask_and_label
@@ -158,14 +149,14 @@ def read_masked_scene(path, scenes, geodetic, about_run):
         UserError: If a file is not what it should be.
     """
     valid = None
-    with reading(path) as file:
-        mask = mask_of(file)
-        probability = numbers(file, "probability", mask.shape, optional=True)
+    with open_hdf5(path) as file:
+        mask = read_mask(file)
+        probability = open_numbers(file, "probability", mask.shape, optional=True)
         probability = None if probability is None else probability[:]
         made_by = {key: file.attrs[key] for key in ("scene", "threshold", "model", "model_sha256")}
     if scene_file := scenes.get(made_by["scene"]):
         read_mask_and_label(path, scene_file)  # sees whether it is the one that was masked
-        with reading(scene_file) as file:
+        with open_hdf5(scene_file) as file:
             valid = measured_pixels(file, mask.shape)
     positions = {
         name: degrees.astype(np.float32)
@@ -182,7 +173,7 @@ def read_masked_scene(path, scenes, geodetic, about_run):
         positions.get("latitude"),
         positions.get("longitude"),
         {key: printable(str(value)) for key, value in facts.items()},
-        times_of(path.stem),
+        product_times(path.stem),
     )
 
 
@@ -194,7 +185,7 @@ def write_netcdf(scene, folder):
     import h5netcdf  # netCDF4 would bring a second HDF5 library into the process
 
     facts = scene.facts | {"Conventions": "CF-1.10"}
-    coordinates = [name for name in MOST_DEGREES if getattr(scene, name) is not None]
+    coordinates = [name for name in MAX_DEGREES if getattr(scene, name) is not None]
     if scene.times:
         coordinates.append("time")
         for key, time in zip(("start", "end"), scene.times, strict=True):

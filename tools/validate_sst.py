@@ -56,21 +56,12 @@ import numpy as np
 from _command import exit_status
 from harness.config import load_config
 from harness.console import log_to_screen, progress, table
-from harness.data.hdf5_files import ForbiddenSource, open_dataset, open_file
+from harness.data.hdf5 import open_hdf5, open_numbers, unpack
+from harness.data.hdf5_links import open_dataset
 from harness.data.hdf5_rows import check_storage
-from harness.data.scene_files import (
-    check_geodetic,
-    day_or_night,
-    find_masks,
-    find_scenes,
-    mask_of,
-    measured_pixels,
-    numbers,
-    read_positions,
-    reading,
-    times_of,
-    unpacked,
-)
+from harness.data.mask_files import find_masks, measured_pixels, read_mask
+from harness.data.positions import check_geodetic, read_positions
+from harness.data.scene_files import day_or_night, find_scenes, product_times
 from harness.errors import UserError
 from harness.files import replacing, write_csv
 from tools.lib.options import add_mask_options
@@ -136,7 +127,7 @@ def read_table(path, names, celsius):
         raise UserError(f"No file {path}. Name a table of match-ups, CSV or HDF5.")
     try:
         if h5py.is_hdf5(path):
-            with open_file(path) as file:
+            with open_hdf5(path, advice="--help says what a table of match-ups holds.") as file:
                 matchups = _hdf5_columns(file, names)
         else:
             with path.open(newline="", encoding="utf-8-sig") as file:
@@ -144,10 +135,9 @@ def read_table(path, names, celsius):
         for column in celsius:
             matchups[column] += ZERO_CELSIUS
         _check_numbers(matchups, celsius)
-    except ForbiddenSource as error:
-        raise UserError(str(error)) from error
-    # A csv.Error is what the module csv cannot read; the others are as in `reading`.
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, csv.Error) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, csv.Error) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
             f"{path} cannot be used: {reason}. --help says what a table of match-ups holds."
@@ -183,7 +173,7 @@ def _hdf5_columns(file, names):
     if not datasets["time"].size:
         raise ValueError("it has no rows")
     return {
-        column: _times(dataset) if column == "time" else unpacked(numbers(file, names[column]))
+        column: _times(dataset) if column == "time" else unpack(open_numbers(file, names[column]))
         for column, dataset in datasets.items()
     }
 
@@ -212,7 +202,7 @@ def _times(dataset):
             f"units {units[:99]!r}"
         )
     epoch = _seconds(since[1] if ":" in since[1] else f"{since[1]}T00:00")
-    return unpacked(numbers(dataset.file, dataset.name)) + epoch
+    return unpack(open_numbers(dataset.file, dataset.name)) + epoch
 
 
 def _parsed(texts, column):
@@ -339,7 +329,7 @@ def find_pixels(matchups, chosen, masks, scenes, geodetic, tolerance):
 
 
 def _in_time(time, scene, tolerance):
-    if not (times := times_of(scene)):
+    if not (times := product_times(scene)):
         raise UserError(
             f"The mask {scene} should have the name of a product, with start and end of its "
             "measurement. Rename it, and its scene file, or choose others with --scene."
@@ -352,8 +342,8 @@ def _match_scene(path, scenes, geodetic, latitude, longitude):
     """Match-ups and the pixels of one scene, given by its mask file: PIXEL (m,)."""
     if not (scene := scenes.get(path.stem)):
         raise LeftOut("have no scene file (--data says where)")
-    with reading(path) as file:
-        mask = mask_of(file)
+    with open_hdf5(path) as file:
+        mask = read_mask(file)
     if not (positions := read_positions(scene, geodetic, path.stem, mask.shape)):
         raise LeftOut("have neither latitude and longitude nor --geodetic")
     if not np.isfinite(positions["latitude"] + positions["longitude"]).any():
@@ -361,9 +351,9 @@ def _match_scene(path, scenes, geodetic, latitude, longitude):
     found = nearest_pixels(latitude, longitude, **positions)
     pixel = found["row"], found["col"]
     if np.isfinite(found["distance"]).any():
-        with reading(scene) as file:
+        with open_hdf5(scene) as file:
             measured = measured_pixels(file, mask.shape)
-            bayes = numbers(file, "bayes", (*mask.shape, 1), optional=True)
+            bayes = open_numbers(file, "bayes", (*mask.shape, 1), optional=True)
             if measured is None:
                 raise ValueError("it should have a dataset 'bts'")
             if bayes is None:

@@ -1,15 +1,13 @@
-"""Rows of an HDF5 dataset, read by as many threads as one likes.
+"""Read blocks of rows of an HDF5 dataset, after checking how it is stored.
 
-HDF5 takes one lock per process for all it does, decompression included. Where a dataset is plain
-bytes in its file, or chunks that zlib can decompress, only the places are asked of HDF5; the
-bytes are read and decompressed here, where threads run side by side. `storage` says which way a
-dataset goes; h5py reads whatever else there is, so that every dataset can be read.
+HDF5 has one lock per process for all it does, so its threads read one after the other. Where the
+numbers are plain bytes in the file, as in the published scenes, HDF5 is asked only for their
+offset, and threads read the bytes here in parallel. h5py reads all other datasets.
 
-Sizes in a file are claims, and memory is not taken on trust: a chunk is as large as the dataset
-and its own shape allow, stored or decompressed, or the dataset is an error.
+The sizes in a file are claims. They are checked before memory is allocated, and gzip chunks are
+inflated here once before HDF5 does, which has no limit (see `_chunk_checker`).
 """
 
-import contextlib
 import itertools
 import math
 import os
@@ -18,78 +16,69 @@ import zlib
 import h5py
 import numpy as np
 
-with contextlib.suppress(ImportError):  # no wheel for this processor
-    from isal import isal_zlib as zlib  # a compressed scene in 0.64 of zlib's time
-
-# Bytes of a contiguous dataset that are read at once. They are read again by the arithmetic that
-# follows and should still be in the cache then. Of 64 KiB to 4 MiB, 1 and 2 MiB were the fastest:
-# 30 ms a scene of 1200 x 1500; 256 KiB took 43, for calls cost more than caches give.
+# Bytes of a contiguous dataset that are read at once. The arithmetic that follows should find them
+# in the processor's cache. Of 64 KiB to 4 MiB, 1 and 2 MiB were the fastest: 30 ms for a scene of
+# 1200 x 1500; 256 KiB took 43 ms, as the calls cost more than the cache gains.
 BLOCK_BYTES = 1 << 20
-FILTERS = {h5py.h5z.FILTER_DEFLATE: "gzip", h5py.h5z.FILTER_SHUFFLE: "shuffle"}
-PIPELINES = ([], ["gzip"], ["shuffle", "gzip"])  # of filters; h5py reads what has others
-MAX_CHUNKS = 1 << 16  # whose places are kept, 20 MB of them; h5py reads what has more
-MAX_CHUNKS_AT_ONCE = 1 << 13  # in a call of h5py: HDF5 takes 6 kB of memory for each
-MAX_CHUNK_SHARE = 4  # numbers of a chunk per number of its dataset; it may reach past its edges
+MAX_CHUNKS_AT_ONCE = 1 << 13  # in a call of h5py: HDF5 allocates 6 kB for each
+MAX_CHUNK_RATIO = 4  # numbers of a chunk per number of its dataset; it may reach past its edges
+FILTERS = {  # in the order in which h5py applies them
+    h5py.h5z.FILTER_SHUFFLE: "shuffle",
+    h5py.h5z.FILTER_DEFLATE: "gzip",
+    h5py.h5z.FILTER_FLETCHER32: "fletcher32",  # appends a checksum of 4 bytes
+}
 
 
 def storage(dataset):
-    """How a dataset is read: "contiguous", "chunked" or "h5py"."""
-    plan = dataset.id.get_create_plist()
-    if (
-        dataset.file.driver != "sec2"  # bytes of one file, which it has open
-        or dataset.file.userblock_size  # HDF5's versions disagree on whether offsets count it
-        or dataset.is_virtual
-        or plan.get_external_count()
-        or dataset.dtype.kind not in "fiu"
-        or dataset.id.get_type() != h5py.h5t.py_create(dataset.dtype)  # NumPy has no 12-bit number
-        or 0 in dataset.shape
-        or _filters(plan) not in PIPELINES
-    ):
-        return "h5py"
-    if plan.get_layout() == h5py.h5d.CHUNKED:
-        n_chunks = math.prod(_grid(dataset.shape, dataset.chunks))
-        return "chunked" if n_chunks <= MAX_CHUNKS else "h5py"
-    return "h5py" if dataset.id.get_offset() is None else "contiguous"  # compact, never written
-
-
-def _grid(shape, chunks):
-    """How many chunks there are along each dimension."""
-    return [-(-n // step) for n, step in zip(shape, chunks, strict=True)]
-
-
-def _filters(plan):
-    """Names of the filters that chunks pass when they are written; None for an unknown one."""
-    return [FILTERS.get(plan.get_filter(i)[0]) for i in range(plan.get_nfilters())]
+    """How a dataset is stored: "contiguous", "chunked", "chunked shuffle gzip", "virtual", ..."""
+    properties = dataset.id.get_create_plist()
+    if dataset.is_virtual:
+        return "virtual"
+    if properties.get_external_count():
+        return "external"
+    if properties.get_layout() == h5py.h5d.CHUNKED:
+        return " ".join(["chunked", *_filters(dataset)])
+    return "compact" if properties.get_layout() == h5py.h5d.COMPACT else "contiguous"
 
 
 def check_storage(dataset):
-    """See that the numbers of a dataset can be where its file says, without reading any.
+    """Check that the numbers of a dataset can be where its file says, without reading any.
 
     Raises:
-        OSError: If the file is too short, a chunk of absurd size, or a filter not to be had.
+        OSError: If the file is too short, a chunk of absurd size, or a filter not available.
     """
-    _check_chunks(dataset)
-    plan, file_bytes = dataset.id.get_create_plist(), os.stat(dataset.file.filename).st_size
-    for i in range(plan.get_nfilters()):
-        number, *_, name = plan.get_filter(i)
-        if not h5py.h5z.filter_avail(number):
+    file_bytes = os.stat(dataset.file.filename).st_size
+    if (offset := _byte_offset(dataset)) is not None and offset + dataset.nbytes > file_bytes:
+        raise OSError(f"'{dataset.name}' ends after the end of the file: it is truncated")
+    if not dataset.chunks:
+        return
+    if not 0 < math.prod(dataset.chunks) <= MAX_CHUNK_RATIO * math.prod(dataset.shape):
+        raise OSError(
+            f"'{dataset.name}' of {dataset.shape} has chunks of {dataset.chunks}, expected at most "
+            f"{MAX_CHUNK_RATIO} times its numbers"
+        )
+    filters, n_bytes = _check_filters(dataset), _chunk_bytes(dataset)
+    is_plain = {*filters} <= {"shuffle", "fletcher32"}  # which leave the number of bytes as it is
+    sizes = (n_bytes, n_bytes + 4 * ("fletcher32" in filters))
+    most = 2 * n_bytes + 4096  # a chunk that cannot be compressed may grow a little
+
+    def check(chunk):
+        if chunk.size > most or (is_plain and chunk.size not in sizes):
             raise OSError(
-                f"'{dataset.name}' is compressed with the filter {number} ({os.fsdecode(name)}), "
-                "which this HDF5 lacks"
+                f"'{dataset.name}' has a chunk of {chunk.size} bytes in the file, expected "
+                f"{n_bytes}{'' if is_plain else ' or less'}"
             )
-    ends = [0]
-    if storage(dataset) == "contiguous":
-        ends.append(dataset.id.get_offset() + dataset.nbytes)
-    _stored_chunks(dataset, lambda chunk: ends.append(chunk.byte_offset + chunk.size))
-    if max(ends) > file_bytes:
-        raise OSError(f"'{dataset.name}' ends after the file: it is truncated")
+        if chunk.byte_offset + chunk.size > file_bytes:
+            raise OSError(f"'{dataset.name}' ends after the end of the file: it is truncated")
+
+    dataset.id.chunk_iter(check)
 
 
 def read_blocks(dataset, rows, cols, multiple=1):
     """Read a rectangle of a dataset in blocks of rows.
 
     Args:
-        dataset: h5py.Dataset (H, W, C) of numbers, in an open file.
+        dataset: h5py.Dataset (H, W, C) of numbers in an open file, which passed `check_storage`.
         rows: Slice with a start and a stop, both multiples of `multiple`.
         cols: Slice with a start and a stop.
         multiple: The rows of a block are a multiple of this.
@@ -101,18 +90,121 @@ def read_blocks(dataset, rows, cols, multiple=1):
     Raises:
         OSError: If the file is truncated or damaged.
     """
-    _check_chunks(dataset)
-    readers = {"contiguous": _contiguous_blocks, "chunked": _chunked_blocks, "h5py": _h5py_blocks}
-    return readers[storage(dataset)](dataset, rows, cols, multiple)
+    offset = _byte_offset(dataset)
+    if offset is None:
+        return _h5py_blocks(dataset, rows, cols, multiple)
+    return _contiguous_blocks(dataset, offset, rows, cols, multiple)
 
 
-def _check_chunks(dataset):
-    most = MAX_CHUNK_SHARE * math.prod(dataset.shape)
-    if dataset.chunks and not 0 < math.prod(dataset.chunks) <= most:
+def _filters(dataset):
+    """The filters that a chunk passes when it is written, by name or number."""
+    properties = dataset.id.get_create_plist()
+    numbers = (properties.get_filter(i)[0] for i in range(properties.get_nfilters()))
+    return [FILTERS.get(number, f"filter-{number}") for number in numbers]
+
+
+def _check_filters(dataset):
+    properties, filters = dataset.id.get_create_plist(), _filters(dataset)
+    for i in range(len(filters)):
+        number, *_, name = properties.get_filter(i)
+        if not h5py.h5z.filter_avail(number):
+            raise OSError(
+                f"'{dataset.name}' is compressed with the filter {number} ({os.fsdecode(name)}), "
+                "which this HDF5 lacks"
+            )
+    # `_chunk_checker` understands no other order: data compressed twice, for example.
+    if "gzip" in filters and filters != [name for name in FILTERS.values() if name in filters]:
         raise OSError(
-            f"'{dataset.name}' of {dataset.shape} has chunks of {dataset.chunks}, wanted "
-            f"{MAX_CHUNK_SHARE} times its numbers at most"
+            f"'{dataset.name}' has the filters {', '.join(filters)}, expected with gzip at most "
+            f"{', '.join(FILTERS.values())} in this order"
         )
+    return filters
+
+
+def _chunk_bytes(dataset):
+    return math.prod(dataset.chunks) * dataset.id.get_type().get_size()
+
+
+def _byte_offset(dataset):
+    """Where a dataset that is plain bytes begins in its file; None if only HDF5 can read it."""
+    if (
+        storage(dataset) != "contiguous"
+        or dataset.file.driver != "sec2"  # one file, which HDF5 reads through a descriptor
+        or dataset.file.userblock_size  # HDF5's versions disagree on whether offsets count it
+        or dataset.dtype.kind not in "fiu"
+        or dataset.id.get_type() != h5py.h5t.py_create(dataset.dtype)  # NumPy has no 12-bit number
+        or 0 in dataset.shape
+    ):
+        return None
+    return dataset.id.get_offset()  # None if nothing was written
+
+
+def _contiguous_blocks(dataset, offset, rows, cols, multiple):
+    # Whole rows are read in one call, with the columns outside the rectangle. Skipping these, 15 %
+    # of the training crop, takes a call per row, and 1.2 times as long from a warm cache.
+    fd = dataset.file.id.get_vfd_handle()
+    step = _rows_in(BLOCK_BYTES, dataset, multiple)
+    buffer = np.empty((step, *dataset.shape[1:]), dataset.dtype)
+    row_bytes = buffer[0].nbytes
+    for first, stop in _steps(rows, step):
+        block = buffer[: stop - first]
+        n_read = os.preadv(fd, [block.reshape(-1).view(np.uint8)], offset + first * row_bytes)
+        if n_read != block.nbytes:
+            raise OSError(f"'{dataset.name}' ends after the end of the file: it is truncated")
+        yield first, block[:, cols]
+
+
+def _h5py_blocks(dataset, rows, cols, multiple):
+    # A compressed chunk is decompressed whole: blocks of whole chunks do that once for each.
+    step = math.lcm(dataset.chunks[0], multiple) if dataset.chunks else multiple
+    n_steps = -(-_rows_in(4 * BLOCK_BYTES, dataset, 1) // step)
+    if dataset.chunks:
+        n_chunks = math.prod(
+            -(-n // m) for n, m in zip((step, *dataset.shape[1:]), dataset.chunks, strict=True)
+        )
+        n_steps = max(min(n_steps, MAX_CHUNKS_AT_ONCE // n_chunks), 1)
+    check_chunk = _chunk_checker(dataset) if "gzip" in _filters(dataset) else None
+    for first, stop in _steps(rows, step * n_steps):
+        if check_chunk:
+            reach = (first, stop), (cols.start, cols.stop), (0, dataset.shape[2])
+            corners = (
+                range(begin - begin % n, end, n)
+                for (begin, end), n in zip(reach, dataset.chunks, strict=True)
+            )
+            for corner in itertools.product(*corners):
+                check_chunk(corner)
+        yield first, dataset[first:stop, cols]
+
+
+def _chunk_checker(dataset):
+    """A function that raises an OSError unless the chunk at a corner inflates to its own size.
+
+    HDF5 1.14 does not check that: it inflates without a limit, up to 1 GB from 1 MB, and reads
+    beyond the end of a chunk that inflates to less.
+    """
+    if dataset.file.userblock_size:  # HDF5's versions disagree on whether offsets count it
+        raise OSError(f"'{dataset.name}' has gzip chunks, and the file has a user block")
+    fd, n_bytes = dataset.file.id.get_vfd_handle(), _chunk_bytes(dataset)
+    gzip_index = _filters(dataset).index("gzip")
+
+    def check(corner):
+        chunk = dataset.id.get_chunk_info_by_coord(corner)
+        if chunk.byte_offset is None:
+            return  # never written: it holds the fill value
+        # Not read_direct_chunk: with h5py 3.14 it crashes the process when two threads read.
+        data = os.pread(fd, chunk.size, chunk.byte_offset)
+        is_gzip = not chunk.filter_mask >> gzip_index & 1
+        try:
+            size = len(zlib.decompressobj().decompress(data, n_bytes + 1) if is_gzip else data)
+        except zlib.error:
+            return  # HDF5 reports the damage; only it knows chunks at an edge that pass no filter
+        if size not in (n_bytes, n_bytes + 4 * (not is_gzip)):  # with a checksum
+            found = f"more than {n_bytes}" if size > n_bytes else size
+            raise OSError(
+                f"'{dataset.name}' has a chunk that inflates to {found} bytes, expected {n_bytes}"
+            )
+
+    return check
 
 
 def _steps(rows, step):
@@ -125,138 +217,3 @@ def _rows_in(n_bytes, dataset, multiple):
     """As many rows as hold about `n_bytes`, a multiple of `multiple`."""
     row_bytes = math.prod(dataset.shape[1:]) * dataset.dtype.itemsize
     return max(n_bytes // row_bytes // multiple, 1) * multiple
-
-
-def _h5py_blocks(dataset, rows, cols, multiple):
-    # A compressed chunk is decompressed whole: blocks of whole chunks do that once for each.
-    step = math.lcm(dataset.chunks[0], multiple) if dataset.chunks else multiple
-    n_steps = -(-_rows_in(4 * BLOCK_BYTES, dataset, 1) // step)
-    if dataset.chunks:
-        n_chunks = math.prod(_grid((step, *dataset.shape[1:]), dataset.chunks))
-        n_steps = max(min(n_steps, MAX_CHUNKS_AT_ONCE // n_chunks), 1)
-    step *= n_steps
-    _stored_chunks(dataset, lambda chunk: None)
-    for first, stop in _steps(rows, step):
-        yield first, dataset[first:stop, cols]
-
-
-def _contiguous_blocks(dataset, rows, cols, multiple):
-    # Whole rows come in one call, columns outside the rectangle with them. Skipping these, 15 % of
-    # the training crop, takes a call a row, and 1.2 times as long from a warm cache.
-    fd, offset = dataset.file.id.get_vfd_handle(), dataset.id.get_offset()
-    if offset + dataset.nbytes > os.fstat(fd).st_size:
-        raise OSError(f"'{dataset.name}' ends after the file: it is truncated")
-    step = _rows_in(BLOCK_BYTES, dataset, multiple)
-    buffer = np.empty((step, *dataset.shape[1:]), dataset.dtype)
-    row_bytes = buffer[0].nbytes
-    for first, stop in _steps(rows, step):
-        block = buffer[: stop - first]
-        n_read = os.preadv(fd, [block.reshape(-1).view(np.uint8)], offset + first * row_bytes)
-        if n_read != block.nbytes:
-            raise OSError(f"'{dataset.name}' ends early: the file is truncated")
-        yield first, block[:, cols]
-
-
-def _chunked_blocks(dataset, rows, cols, multiple):
-    height, width, depth = dataset.chunks
-    decode = _chunk_decoder(dataset)
-    step = math.lcm(height, multiple)
-    left = cols.start - cols.start % width
-    n_rows = min(step, rows.stop - rows.start)
-    buffer = np.empty((n_rows, cols.stop - cols.start, dataset.shape[2]), dataset.dtype)
-    for first, stop in _steps(rows, step):
-        block = buffer[: stop - first]
-        corners = itertools.product(
-            range(first - first % height, stop, height),
-            range(left, cols.stop, width),
-            range(0, dataset.shape[2], depth),
-        )
-        for row, col, channel in corners:
-            begin, end = max(row, first), min(row + height, stop)
-            west, east = max(col, cols.start), min(col + width, cols.stop)
-            chunk = decode((row, col, channel))[:, :, : dataset.shape[2] - channel]
-            block[
-                begin - first : end - first,
-                west - cols.start : east - cols.start,
-                channel : channel + depth,
-            ] = chunk[begin - row : end - row, west - col : east - col]
-        yield first, block
-
-
-def _chunk_decoder(dataset):
-    """A function from the corner of a chunk to its numbers inside the dataset."""
-    fd, shape = dataset.file.id.get_vfd_handle(), dataset.chunks
-    filters = _filters(dataset.id.get_create_plist())
-    n_bytes = math.prod(shape) * dataset.dtype.itemsize
-    places = {}
-    _stored_chunks(dataset, lambda chunk: places.update({chunk.chunk_offset: chunk}))
-    file_bytes = os.fstat(fd).st_size
-
-    def decode(corner):
-        if corner not in places:  # nobody wrote to it
-            return np.full(shape, dataset.fillvalue, dataset.dtype)
-        chunk = places[corner]
-        if chunk.byte_offset + chunk.size > file_bytes:
-            raise OSError(f"'{dataset.name}' ends after the file: it is truncated")
-        data = os.pread(fd, chunk.size, chunk.byte_offset)
-        if len(data) != chunk.size:
-            raise OSError(f"'{dataset.name}' ends early: the file is truncated")
-        reach = tuple(slice(c, c + n) for c, n in zip(corner, shape, strict=True))
-        at_edge = any(r.stop > n for r, n in zip(reach, dataset.shape, strict=True))
-        if filters and at_edge and chunk.size == n_bytes:
-            # It may have passed no filter, which HDF5 alone knows. HDF5 decompresses without end.
-            with contextlib.suppress(zlib.error):
-                _inflate(dataset, data, n_bytes)
-            return dataset[reach]
-        for i, name in reversed(list(enumerate(filters))):
-            if chunk.filter_mask >> i & 1:  # not applied to this chunk
-                continue
-            try:
-                inflates = name == "gzip"
-                data = _inflate(dataset, data, n_bytes) if inflates else _unshuffle(dataset, data)
-            except zlib.error as error:
-                raise OSError(f"'{dataset.name}' has a damaged chunk: {error}") from error
-        if len(data) != n_bytes:
-            raise OSError(f"'{dataset.name}' has a chunk of {len(data)} bytes, wanted {n_bytes}")
-        return np.frombuffer(data, dataset.dtype).reshape(shape)
-
-    return decode
-
-
-def _stored_chunks(dataset, visit):
-    """Call visit(chunk) with the place of every stored chunk; one of absurd size is an error."""
-    if not dataset.chunks:
-        return
-    n_bytes = math.prod(dataset.chunks) * dataset.id.get_type().get_size()
-    most = 2 * n_bytes + 4096  # what a filter cannot compress may grow a little
-
-    def check(chunk):
-        if chunk.size > most:
-            raise OSError(
-                f"'{dataset.name}' has a chunk of {chunk.size} bytes in the file, of which "
-                f"{n_bytes} should come"
-            )
-        visit(chunk)
-
-    dataset.id.chunk_iter(check)
-
-
-def _inflate(dataset, data, n_bytes):
-    """Decompress to n_bytes at most: a little more is enough to know that there is more."""
-    decompressor = zlib.decompressobj()
-    inflated = decompressor.decompress(data, n_bytes + 1)
-    if len(inflated) > n_bytes:
-        raise OSError(f"'{dataset.name}' has a chunk that inflates to over {n_bytes} bytes")
-    if not decompressor.eof:
-        raise zlib.error("its compressed bytes end early")
-    return inflated
-
-
-def _unshuffle(dataset, data):
-    """Put the bytes of each number together again; shuffle stored all first bytes first."""
-    size = dataset.dtype.itemsize
-    planes = np.frombuffer(data, np.uint8).reshape(size, -1)
-    numbers = np.empty(planes.shape[::-1], np.uint8)
-    for i in range(size):  # 0.6 of the time of copying planes.T
-        numbers[:, i] = planes[i]
-    return numbers.reshape(-1).data

@@ -1,4 +1,4 @@
-"""Threads that read files ahead of their use, and do not wait for ever."""
+"""Threads that read files before they are needed, with a time limit for each file."""
 
 import itertools
 import logging
@@ -11,29 +11,30 @@ from concurrent.futures import ThreadPoolExecutor
 THREAD_NAME = "reader"
 
 
-class Readers:
-    """A pool of reading threads; as a context it ends them.
+class ReaderPool:
+    """A pool of reading threads, as a context; leaving it ends the threads.
 
     Args:
-        n_threads: Files that are read side by side.
-        seconds: One that takes longer hangs: its file system has gone, say. None waits for ever.
+        n_threads: Files that are read at the same time.
+        timeout: Seconds after which a file is taken as hanging, because its file system does not
+            answer; None waits without end.
     """
 
-    def __init__(self, n_threads, seconds=None):
+    def __init__(self, n_threads, timeout=None):
         self._pool = ThreadPoolExecutor(n_threads, THREAD_NAME)
-        self._seconds, self._hangs = seconds, False
+        self._timeout, self._hangs = timeout, False
 
-    def ahead(self, read, items, n_ahead, name=str):
-        """Yield read(item) in the order of items, computed up to `n_ahead` items early.
+    def prefetch(self, read, items, n_ahead, name=str):
+        """Yield read(item) in the order of items, read up to `n_ahead` items early.
 
         Args:
             read: Function of an item.
             items: Iterable.
-            n_ahead: Items that are being read, or were read and wait.
+            n_ahead: Items that are being read, or have been read and not yet yielded.
             name: Function from an item to the file's name, for the error.
 
         Raises:
-            TimeoutError: If a file hangs. What `read` raises goes through.
+            TimeoutError: If a file hangs. Errors of `read` are passed on.
         """
         jobs = ((item, self._pool.submit(read, item)) for item in items)
         pending = deque(itertools.islice(jobs, n_ahead))
@@ -41,14 +42,14 @@ class Readers:
             while pending:
                 item, future = pending.popleft()
                 try:
-                    result = future.result(self._seconds)
+                    result = future.result(self._timeout)
                 except TimeoutError:
                     self._hangs = not future.done()
                     if not self._hangs:
                         raise  # by read itself
                     raise TimeoutError(
-                        f"{name(item)} could not be read within read_timeout, {self._seconds:g} s. "
-                        "See whether its file system answers; then go on with --resume."
+                        f"{name(item)} could not be read within read_timeout, {self._timeout:g} s. "
+                        "Check its file system, then resume with --resume."
                     ) from None
                 pending.extend(itertools.islice(jobs, 1))
                 yield result
@@ -57,7 +58,7 @@ class Readers:
                 future.cancel()
 
     def close(self):
-        """Read no more, and wait for what is being read unless it hangs."""
+        """Cancel what has not begun, and wait for what is being read unless it hangs."""
         self._pool.shutdown(wait=not self._hangs, cancel_futures=True)
 
     def __enter__(self):
@@ -67,8 +68,8 @@ class Readers:
         self.close()
 
 
-def leave(status):
-    """End the process with an exit status, even where a reader hangs: Python would wait for it."""
+def exit_process(status):
+    """Exit with a status, even while a reading thread hangs: sys.exit would wait for it."""
     if any(thread.name.startswith(THREAD_NAME) for thread in threading.enumerate()):
         logging.shutdown()
         sys.stdout.flush()

@@ -30,7 +30,7 @@ class Predictor:
     Args:
         model: keras.Model.
         device: Name of the device, '/GPU:0'.
-        grid: `data_loader.PatchGrid` or `data_loader.StripGrid`.
+        grid: `data_loader.PatchGrid` or `harness.inference.windows.StripGrid`.
         batch: Windows that pass through the network at once.
         policy: Keras dtype policy.
         xla: Whether the network is compiled.

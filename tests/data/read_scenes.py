@@ -1,7 +1,7 @@
-"""Read scene files that may be anything; tests/test_fuzz.py starts this in a process of its own.
+"""Read damaged scene files; tests/data/test_fuzz.py runs this in a process of its own.
 
-python tests/read_scenes.py LIST HEIGHT WIDTH CHANNELS: a line of output before each file that LIST
-names and one after it. Whatever takes too long, or ends the process, is named by the last line.
+python tests/data/read_scenes.py LIST HEIGHT WIDTH CHANNELS prints a line before and after each file
+that LIST names. The last line names a file that takes too long or ends the process.
 """
 
 import faulthandler
@@ -12,15 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import harness.quiet_tensorflow  # noqa: F401
-
-# isort: split
 import numpy as np
 
 from data_loader import SceneError, read_scene
 
 SECONDS = 20  # for one file
-MEMORY = 256 << 20  # bytes for all that a scene of a few kilobytes takes
+MEMORY = 256 << 20  # bytes that reading a scene of a few kilobytes may take
 
 
 def main(listed, *shape):
@@ -43,7 +40,7 @@ def outcome(path, shape):
     except Exception as error:
         return {"outcome": "error", "text": f"{type(error).__name__}: {error}"}
     if scene.channels.dtype != np.float32 or not np.isfinite(scene.channels).all():
-        return {"outcome": "error", "text": "channels that are no numbers"}
+        return {"outcome": "error", "text": "channels are not finite"}
     return {"outcome": "scene", "text": ""}
 
 

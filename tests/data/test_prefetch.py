@@ -1,70 +1,65 @@
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 import yaml
 
 from harness import REPOSITORY
-from harness.data.prefetch import Readers
+from harness.data.prefetch import ReaderPool
 
 
-def test_readers_keep_the_order_and_read_side_by_side():
-    running = peak = 0
-    lock = threading.Lock()
+def test_items_keep_their_order_and_are_read_at_the_same_time():
+    together = threading.Barrier(3)  # breaks unless three items are being read
 
     def read(item):
-        nonlocal running, peak
-        with lock:
-            running += 1
-            peak = max(peak, running)
-        time.sleep(0.02)
-        with lock:
-            running -= 1
+        together.wait(60)
         return item
 
-    with Readers(4) as readers:
-        assert list(readers.ahead(read, range(20), 3)) == list(range(20))
-    assert peak == 3
+    with ReaderPool(4) as pool:
+        assert list(pool.prefetch(read, range(21), 3)) == list(range(21))
 
 
-def test_readers_name_the_file_that_hangs_and_do_not_wait_for_it():
-    answers = threading.Event()
-    begin = time.monotonic()
+def test_no_more_items_are_read_ahead_than_asked():
+    begun = []
+    with ReaderPool(4) as pool:
+        results = pool.prefetch(begun.append, range(20), 3)
+        for n in range(1, 10):
+            next(results)
+            assert len(begun) <= n + 3
+
+
+def test_file_that_hangs_is_named_and_not_waited_for():
+    answer = threading.Event()
     with (
         pytest.raises(TimeoutError, match=r"^two could not be read within read_timeout, 0.2 s"),
-        Readers(2, 0.2) as readers,
+        ReaderPool(2, 0.2) as pool,
     ):
-        for item in readers.ahead(
-            lambda item: item == "two" and answers.wait(60), ["one", "two"], 2
-        ):
-            assert item is False
-    assert time.monotonic() - begin < 30
-    answers.set()
+        list(pool.prefetch(lambda item: answer.wait(), ["two"], 2))
+    answer.set()
 
 
 def test_timeout_that_a_read_raises_is_passed_on():
     def read(item):
-        raise TimeoutError("the server said nothing")
+        raise TimeoutError("the server does not answer")
 
-    with Readers(1, 60) as readers, pytest.raises(TimeoutError, match="the server said nothing"):
-        list(readers.ahead(read, [1], 1))
+    with ReaderPool(1, 60) as pool, pytest.raises(TimeoutError, match="the server does not answer"):
+        list(pool.prefetch(read, [1], 1))
 
 
 HANGS = """
 import sys, time
 import slstr_cloud, data_loader
-from harness.data.prefetch import leave
+from harness.data.prefetch import exit_process
 def hang(path, patches, **how):
     time.sleep(1000)
 data_loader.read_patches = hang
-leave(slstr_cloud.main(sys.argv[1:]))
+exit_process(slstr_cloud.main(sys.argv[1:]))
 """
 
 
 @pytest.mark.slow
-def test_program_ends_though_a_reader_hangs(tmp_path, settings):
+def test_program_exits_while_a_reader_hangs(tmp_path, settings):
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump({**settings, "output_dir": str(tmp_path), "read_timeout": 1}))
     run = subprocess.run(

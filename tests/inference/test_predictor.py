@@ -3,10 +3,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from data_loader import PatchGrid, StripGrid
+from data_loader import PatchGrid
 from harness.errors import UserError
 from harness.inference import predictor as prediction
 from harness.inference.predictor import Predictor, cast_model, predictor_that_fits
+from harness.inference.windows import StripGrid
 from model import DOWNSCALING, RECEPTIVE_RADIUS, unet
 
 

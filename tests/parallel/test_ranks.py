@@ -111,8 +111,8 @@ def test_reason_of_a_failing_rank_reaches_the_chief(dataset, settings, tmp_path)
     with Ranks(2, settings, tmp_path, train_dir=train_dir) as ranks:
         statuses = ranks.wait(LIMIT_SECONDS)
     assert 0 not in statuses
-    assert "cannot be read as a scene" in ranks.error(0)
-    assert "cannot be read as a scene" in results(ranks.folder)["error"]
+    assert "cannot be used" in ranks.error(0)
+    assert "cannot be used" in results(ranks.folder)["error"]
 
 
 def test_bad_scenes_are_left_out_by_all_ranks(dataset, settings, tmp_path):

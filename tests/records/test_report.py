@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from harness import REPOSITORY
-from harness.data.scene_files import mask_files
+from harness.data.mask_files import mask_files
 from harness.inference.scores import SCORES, TARGET_ACCURACY
 from harness.records import run as run_module
 from harness.records.report import charts, pictures

@@ -17,7 +17,7 @@ from scipy.interpolate import RegularGridInterpolator
 
 from data_loader import BT_OFFSET, BT_SCALE, REFLECTANCE_OFFSET, read_scene
 from harness import REPOSITORY
-from harness.data.scene_files import read_positions
+from harness.data.positions import read_positions
 from harness.errors import Failure
 from tools import convert_sen3
 
@@ -495,7 +495,7 @@ def spoil(what, product, tmp_path):
     if what == "no such variable":
         with h5py.File(product / "indices_an.nc", "a") as file:
             del file["detector_an"]
-        return product, "it has no 'detector_an'"
+        return product, "it has no dataset 'detector_an'"
     if what == "no flag `day`":
         with h5py.File(product / "flags_in.nc", "a") as file:
             attributes = file["confidence_in"].attrs
@@ -511,7 +511,7 @@ def spoil(what, product, tmp_path):
             values = file["S9_BT_in"][:-1]
             del file["S9_BT_in"]
             file["S9_BT_in"] = values
-        return product, "'S9_BT_in' should hold numbers, 60 x 75, found int16 (59, 75)"
+        return product, "'S9_BT_in' has shape (59, 75), expected (60, 75)"
     if what == "detector of no irradiance":
         with h5py.File(product / "indices_an.nc", "a") as file:
             file["detector_an"][50, 50] = 4

@@ -10,7 +10,7 @@ from conftest import rows
 from PIL import Image
 
 from harness import REPOSITORY
-from harness.data.scene_files import times_of
+from harness.data.scene_files import product_times
 from tools import validate_sst
 from tools.make_scenes import product_name
 
@@ -70,7 +70,7 @@ def run(tmp_path):
 
 def matchup(difference=0.0, pixel=(0, 0), scene=DAY, positions=None, **others):
     """A good match-up in the middle of a scene, 0.001 degrees from the pixel."""
-    start, end = times_of(scene)
+    start, end = product_times(scene)
     latitude, longitude = positions or grid()
     return {
         "time": (start + (end - start) / 2).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -263,7 +263,7 @@ def test_packed_numbers_of_hdf5_are_unpacked(known, tmp_path):
     )
 
 
-START, END = times_of(DAY)
+START, END = product_times(DAY)
 SECOND = timedelta(seconds=1)
 
 
@@ -357,7 +357,7 @@ def test_nearest_pixel_is_the_nearest_on_the_sphere(centre, monkeypatch):
 
 
 def test_match_up_in_two_scenes_counts_once_at_the_nearer_pixel(run, tmp_path):
-    start, end = times_of(DAY)
+    start, end = product_times(DAY)
     second = DAY.replace(f"{end:%Y%m%dT%H%M%S}", f"{end + SECOND:%Y%m%dT%H%M%S}")
     latitude, longitude = grid()
     run.add(DAY, "day", (latitude - 0.003, longitude), ours=[(0, 0)])

@@ -9,7 +9,7 @@ import hashlib
 from pathlib import Path
 
 from harness.console import printable, progress
-from harness.data.scene_files import find_masks
+from harness.data.mask_files import find_masks
 from harness.errors import UserError
 from harness.files import write_text
 from harness.inference.scores import SCORES, TARGET_ACCURACY

@@ -8,7 +8,7 @@ import numpy as np
 
 from harness.config import Config, load_config
 from harness.console import format_bytes, format_duration, progress
-from harness.data.scene_files import mask_files
+from harness.data.mask_files import mask_files
 from harness.errors import UserError
 from harness.inference.scores import SCORES, TARGET_ACCURACY
 from harness.records.report import pictures

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.data.scene_files import mask_of, measured_pixels, numbers, reading, walk_scenes
+from harness.data.hdf5 import open_hdf5, open_numbers
+from harness.data.mask_files import measured_pixels, read_mask
+from harness.data.scene_files import walk_scenes
 from harness.errors import UserError
 from harness.files import replacing
 from harness.records.saved_runs import number
@@ -71,7 +73,7 @@ def scenes_by_name(folder):
 
 def read_row(mask_path):
     """Read the row of scenes.csv in a mask file."""
-    with reading(mask_path) as file:
+    with open_hdf5(mask_path) as file:
         return json.loads(file.attrs["row"])
 
 
@@ -86,13 +88,13 @@ def read_mask_and_label(mask_path, scene_path):
     Raises:
         UserError: If it is another scene, or a file is damaged.
     """
-    with reading(mask_path) as file:
-        mask = mask_of(file) != 0
+    with open_hdf5(mask_path) as file:
+        mask = read_mask(file) != 0
         row = json.loads(file.attrs.get("row", "{}"))
         accuracy = number(row.get("accuracy")) if type(row) is dict else None
         size = int(file.attrs.get("scene_bytes", -1))
-    with reading(scene_path) as file:
-        label = numbers(file, "bayes", (*mask.shape, None), optional=True)
+    with open_hdf5(scene_path) as file:
+        label = open_numbers(file, "bayes", (*mask.shape, None), optional=True)
         label = None if label is None else np.nan_to_num(label[..., 0]) != 0
     if label is not None and accuracy is not None:
         is_same = abs(np.mean(mask == label) - accuracy) < 1e-6
@@ -112,9 +114,9 @@ def read_masked_scene(mask_path, scene_path):
         UserError: If it is not the scene that was masked, or a file is damaged.
     """
     mask, label = read_mask_and_label(mask_path, scene_path)
-    with reading(scene_path) as file:
-        temperatures = _nan_where_missing(numbers(file, "bts", (*mask.shape, 3))[:])
-        refs = numbers(file, "refs", (None, None, None))
+    with open_hdf5(scene_path) as file:
+        temperatures = _nan_where_missing(open_numbers(file, "bts", (*mask.shape, 3))[:])
+        refs = open_numbers(file, "refs", (None, None, None))
         fold = refs.shape[0] // mask.shape[0]  # 2 on the 500 m grid: every other pixel is enough
         if fold not in (1, 2) or refs.shape[:2] != (fold * mask.shape[0], fold * mask.shape[1]):
             raise ValueError(
@@ -135,13 +137,13 @@ def read_label_and_probability(mask_path, scene_path):
     Raises:
         UserError: If it is not the scene that was masked, or a file is damaged.
     """
-    with reading(mask_path) as file:
-        probability = numbers(file, "probability", (None, None), optional=True)
+    with open_hdf5(mask_path) as file:
+        probability = open_numbers(file, "probability", (None, None), optional=True)
         probability = None if probability is None else probability[:]
     if probability is None:
         return None
     _, label = read_mask_and_label(mask_path, scene_path)
-    with reading(scene_path) as file:
+    with open_hdf5(scene_path) as file:
         measured = measured_pixels(file, probability.shape)
     if label is None or measured is None:
         return None

@@ -202,7 +202,7 @@ def loader_rate(bench, storage, n_threads):
     """
     paths = data_loader.find_scenes(bench.links(f"loader-{storage}", 16, storage))
     batch_size = bench.config.batch_size
-    n_steps = -(-data_loader.SCENES_MIXED * bench.patches_per_scene // batch_size)
+    n_steps = -(-data_loader.MIXED_SCENES * bench.patches_per_scene // batch_size)
     n_timed = n_steps if storage == "gzip" else 2 * n_steps
     with program.build_batches(bench.config, bench.devices, paths, n_threads) as batches:
         feed = iter(batches.dataset())

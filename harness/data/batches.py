@@ -1,0 +1,140 @@
+"""Fill batches with patches while threads read ahead, scene after scene."""
+
+import contextlib
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+SCENES_AHEAD = 3  # scenes that are read before they are needed
+
+
+@dataclass
+class Batch:
+    """The arrays of one step of one replica; see `data_loader.PatchBatches`."""
+
+    channels: np.ndarray
+    cloud: np.ndarray
+    weight: np.ndarray
+    n_missing: int  # patches that are still to be read
+
+    @classmethod
+    def empty(cls, size, patch_size, n_channels, n_patches):
+        """A batch of `size` slots, of which the first `n_patches` will be filled."""
+        channels = aligned((size, patch_size, patch_size, n_channels), np.float32)
+        cloud = aligned((size, patch_size, patch_size, 1), np.uint8)
+        channels[n_patches:], cloud[n_patches:] = 0, 0
+        return cls(channels, cloud, (np.arange(size) < n_patches).astype(np.float32), n_patches)
+
+
+@dataclass(frozen=True)
+class SceneJob:
+    """The patches of one scene that an epoch needs, and their slots in batches.
+
+    Attributes:
+        epoch: From 0.
+        scene: Index of the scene.
+        patches: Arrays (channels, cloud) by index of the patch, to be filled.
+        weights: Arrays (1,) by index of the patch.
+        batches: Key (epoch, number) of the batch of each patch.
+    """
+
+    epoch: int
+    scene: int
+    patches: dict
+    weights: dict
+    batches: list
+
+
+def fill_batches(epochs, empty_batch, read, pool, name):
+    """Yield the batches of all epochs in order, complete.
+
+    A batch is allocated for its first patch and yielded after its last one, so that memory does
+    not grow with the number of scenes.
+
+    Args:
+        epochs: Iterable of (epoch, shares): for each batch the int (n, 2) scenes and patches.
+        empty_batch: Function of a number of patches that returns a Batch.
+        read: Function of a SceneJob that fills its patches; called in the threads.
+        pool: ReaderPool.
+        name: Function from a SceneJob to the file's name, for errors.
+    """
+    epochs, epochs_ahead = itertools.tee(epochs)
+    begun = {}  # batches by (epoch, number)
+
+    def read_job(job):
+        read(job)
+        return job.batches
+
+    jobs = (job for epoch in epochs_ahead for job in _scene_jobs(*epoch, begun, empty_batch))
+    with contextlib.closing(pool.prefetch(read_job, jobs, SCENES_AHEAD, name)) as done:
+        for epoch, shares in epochs:
+            for number, share in enumerate(shares):
+                key = epoch, number
+                if not len(share):
+                    begun[key] = empty_batch(0)
+                while key not in begun or begun[key].n_missing:
+                    for filled in next(done):
+                        begun[filled].n_missing -= 1
+                batch = begun.pop(key)
+                yield batch
+                del batch  # or its memory would be kept until the next one is complete
+
+
+def _scene_jobs(epoch, shares, begun, empty_batch):
+    """Yield a SceneJob for each scene, in the order in which batches need them first."""
+    slots = {}
+    for number, share in enumerate(shares):
+        for slot, (scene, patch) in enumerate(share.tolist()):
+            slots.setdefault(scene, []).append((number, slot, patch))
+    for scene, places in slots.items():
+        job = SceneJob(epoch, scene, {}, {}, [])
+        for number, slot, patch in places:
+            if (epoch, number) not in begun:
+                begun[epoch, number] = empty_batch(len(shares[number]))
+            batch = begun[epoch, number]
+            job.patches[patch] = batch.channels[slot], batch.cloud[slot]
+            job.weights[patch] = batch.weight[slot : slot + 1]
+            job.batches.append((epoch, number))
+        yield job
+
+
+def as_dataset(batches, shapes, dtypes):
+    """A prefetching tf.data.Dataset, without end, of batches that are made in Python.
+
+    It is a mapped counter, not `from_generator`, which sets the C library's M_TRIM_THRESHOLD for
+    the whole process: every large array is then new memory from the system, 120 instead of 50 page
+    faults per patch.
+
+    Args:
+        batches: Function that returns an iterator over tuples of arrays, without end.
+        shapes: Shape of each array of a tuple.
+        dtypes: Their dtypes, as texts.
+    """
+    import tensorflow as tf
+
+    elements = iter(())
+
+    def element(number):
+        nonlocal elements
+        if number == 0:  # the dataset is iterated from the start
+            elements = batches()
+        return next(elements)
+
+    def tensors(number):
+        return tuple(map(tf.ensure_shape, tf.numpy_function(element, [number], dtypes), shapes))
+
+    options = tf.data.Options()
+    # Its own threads: `deterministic` leaves a single one in TensorFlow's common pool.
+    options.threading.private_threadpool_size = 2
+    # There is nothing to tune, and dropping an iterator waits for that thread, up to a minute.
+    options.autotune.enabled = False
+    return tf.data.Dataset.counter().map(tensors).with_options(options).prefetch(1)
+
+
+def aligned(shape, dtype):
+    """An empty array at a multiple of 64 bytes: TensorFlow copies all others."""
+    n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    space = np.empty(n_bytes + 63, np.uint8)
+    return space[-space.ctypes.data % 64 :][:n_bytes].view(dtype).reshape(shape)

@@ -1,0 +1,70 @@
+"""Keep decoded patches on a local disk."""
+
+import hashlib
+import logging
+import os
+import threading
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+
+def cached(read, cache_dir, key):
+    """Give a function that reads patches a cache on a local disk.
+
+    Each patch has a file with its channels, then its cloud. Files are written under a temporary
+    name and renamed, so that they are complete or absent; a damaged one is written again. Scenes
+    are recognised by path, size and modification time.
+
+    Args:
+        read: Function of a path and of arrays for patches, such as `data_loader.read_patches`.
+        cache_dir: Local directory, made if absent.
+        key: Text with all else that the patches depend on: the size of scenes and patches.
+
+    Returns:
+        Function of the same arguments and result as `read`.
+    """
+    cache_dir = Path(cache_dir)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+
+    def read_cached(path, patches):
+        try:
+            stat = path.stat()
+        except OSError:
+            return read(path, patches)  # which raises a better error
+        identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {key}"
+        name = f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+        files = {i: cache_dir / f"{name}-{i}.raw" for i in patches}
+        absent = {i: patch for i, patch in patches.items() if not _load(files[i], patch)}
+        out_of_range = read(path, absent) if absent else 0
+        for i, patch in absent.items():
+            _store(files[i], patch)
+        return out_of_range
+
+    return read_cached
+
+
+def _load(path, patch):
+    """Fill the arrays of a patch from its cache file; return whether that worked."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            if sum(file.readinto(part) for part in patch) != sum(part.nbytes for part in patch):
+                raise EOFError("it ends early")
+        return True
+    except FileNotFoundError:
+        return False
+    except (EOFError, OSError) as error:
+        log.warning("Removed the damaged cache file %s: %s", path, error)
+        path.unlink(missing_ok=True)
+        return False
+
+
+def _store(path, patch):
+    temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.writelines(patch)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        log.warning("Could not write the cache file %s: %s", path, error)

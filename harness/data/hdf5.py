@@ -1,0 +1,126 @@
+"""Open HDF5 files and their datasets of numbers, with one kind of clear error for all faults."""
+
+import contextlib
+import itertools
+
+import h5py
+import numpy as np
+
+from harness.data.hdf5_links import open_dataset
+from harness.data.hdf5_rows import check_storage
+from harness.errors import UserError
+from harness.files import check_regular
+
+MAX_NUMBERS = 200_000_000  # of one dataset; a scene's reflectances on the 500 m grid are 43 million
+LOCKED_ADVICE = (
+    "Another program writes to it. If none does, its file system has no locks: set the environment "
+    "variable HDF5_USE_FILE_LOCKING to FALSE."
+)
+
+
+@contextlib.contextmanager
+def open_hdf5(path, name=None, advice="Make or copy it again.", error_class=UserError):
+    """Open an HDF5 file for reading; whatever is wrong with it becomes an error for the user.
+
+    Args:
+        path: HDF5 or NetCDF-4 file.
+        name: Name of the file in errors; its path by default.
+        advice: What the user should do about an error.
+        error_class: UserError or a subclass of it.
+
+    Yields:
+        h5py.File.
+
+    Raises:
+        UserError: If the file, or what is read from it inside the context, is damaged or not what
+            it should be. The message is one line.
+    """
+    try:
+        check_regular(path)
+        with h5py.File(path, "r") as file:
+            yield file
+    except UserError:
+        raise
+    # h5py raises all of these for damaged files; a type that NumPy lacks is a TypeError.
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        advice = LOCKED_ADVICE if "unable to lock file" in reason else advice
+        raise error_class(f"{name or path} cannot be used: {reason}. {advice}") from error
+
+
+def open_numbers(file, name, shape=None, optional=False):
+    """Open a dataset of numbers after checking its headers; see `open_dataset` for its safety.
+
+    Args:
+        file: h5py.File of `open_hdf5`.
+        name: Path of the dataset in the file.
+        shape: Its shape, in which None stands for any length; None for any shape.
+        optional: Whether to return None, and not to raise, if there is no such dataset.
+
+    Returns:
+        h5py.Dataset.
+
+    Raises:
+        ValueError: If it is absent, of another shape or type, or too large.
+        OSError: If it cannot be stored in the file as the file says.
+    """
+    dataset = open_dataset(file, name)
+    if dataset is None:
+        if optional:
+            return None
+        found = list(itertools.islice(file, 8))  # there may be millions
+        raise ValueError(f"it has no dataset '{name}', found {found or 'none'}")
+    if dataset.dtype.kind not in "fiu" or dataset.dtype.itemsize > 8:
+        found = str(dataset.dtype)[:99]
+        raise ValueError(f"dataset '{name}' should hold numbers of at most 8 bytes, found {found}")
+    if shape is not None and not shape_matches(shape, dataset.shape):
+        expected = str(shape).replace("None", "any")
+        raise ValueError(f"dataset '{name}' has shape {dataset.shape}, expected {expected}")
+    if not dataset.size or dataset.size > MAX_NUMBERS:
+        raise ValueError(
+            f"dataset '{name}' should hold 1 to {MAX_NUMBERS} numbers, found shape {dataset.shape}"
+        )
+    check_storage(dataset)
+    return dataset
+
+
+def shape_matches(shape, found):
+    """Whether a shape equals another one in which None stands for any length."""
+    return (
+        found is not None
+        and len(shape) == len(found)
+        and all(n in (None, m) for n, m in zip(shape, found, strict=True))
+    )
+
+
+def unpack(dataset):
+    """Read a dataset packed by the NetCDF conventions.
+
+    Returns:
+        float64, scaled by `scale_factor` and `add_offset`, NaN where missing.
+
+    Raises:
+        ValueError: If `scale_factor` or `add_offset` is not finite.
+    """
+    packed = dataset[:]
+    scale, offset = _attribute(dataset, "scale_factor", 1), _attribute(dataset, "add_offset", 0)
+    if not np.isfinite([scale, offset]).all():
+        raise ValueError(
+            f"'{dataset.name}' should have a finite scale_factor and add_offset, found {scale} "
+            f"and {offset}"
+        )
+    values = packed.astype(np.float64)
+    values *= scale
+    values += offset
+    values[is_fill(dataset, packed)] = np.nan
+    return values
+
+
+def is_fill(dataset, packed):
+    """Where the stored numbers of a dataset equal its `_FillValue` or `missing_value`."""
+    fill, missing = (_attribute(dataset, n, np.nan) for n in ("_FillValue", "missing_value"))
+    return (packed == fill) | (packed == missing)
+
+
+def _attribute(dataset, name, default):
+    return np.ravel(dataset.attrs.get(name, default))[0]

@@ -1,0 +1,63 @@
+"""Find and read the mask files of a run."""
+
+from pathlib import Path
+
+import numpy as np
+
+from harness.data.hdf5 import open_numbers
+from harness.errors import UserError
+
+
+def mask_files(folder):
+    """Mask files of a run by scene name; empty if there are none."""
+    paths = sorted((Path(folder) / "masks").glob("*.h5"))
+    return {path.stem: path for path in paths if not path.name.startswith(".")}
+
+
+def find_masks(folder, names):
+    """List the mask files of a run.
+
+    Args:
+        folder: The run's folder.
+        names: Names of the scenes to list, without suffix; empty for all.
+
+    Raises:
+        UserError: If there are no masks, or one of the names has none.
+    """
+    if not (paths := mask_files(folder)):
+        raise UserError(
+            f"No masks in {folder / 'masks'}: RUN_DIR should be the folder of a run of --mode "
+            "benchmark or inference."
+        )
+    if missing := [name for name in names if name not in paths]:
+        raise UserError(f"{folder} has no mask of the scene {missing[0]!r}, found {list(paths)}.")
+    return [paths[name] for name in names or paths]
+
+
+def read_mask(file):
+    """Read the mask of an open mask file: uint8 (H, W), 1 is cloud.
+
+    Raises:
+        ValueError: If the file has no such dataset.
+    """
+    mask = open_numbers(file, "mask", (None, None))
+    if mask.dtype != np.uint8:
+        raise ValueError(f"'mask' should hold bytes, found {mask.dtype}")
+    return mask[:]
+
+
+def measured_pixels(file, shape):
+    """Where an open scene file has all three brightness temperatures.
+
+    Args:
+        file: h5py.File.
+        shape: (H, W).
+
+    Returns:
+        bool (H, W), or None if the file has no `bts`.
+    """
+    temperatures = open_numbers(file, "bts", (*shape, 3), optional=True)
+    if temperatures is None:
+        return None
+    temperatures = temperatures[:]
+    return (np.isfinite(temperatures) & (temperatures != 0)).all(axis=-1)

@@ -1,0 +1,73 @@
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from harness.data.scene_files import SceneError, day_or_night, find_scenes, product_times
+
+
+def make(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_scenes_are_found_in_one_order_below_day_and_night(tmp_path):
+    make(tmp_path, "night/S3A_b.hdf", "day/S3A_c.hdf", "day/deep/S3B_a.hdf", "day/other.hdf")
+    found = [str(path.relative_to(tmp_path)) for path in find_scenes(tmp_path)]
+    assert found == ["day/S3A_c.hdf", "day/deep/S3B_a.hdf", "night/S3A_b.hdf"]
+
+
+@pytest.mark.parametrize("name", ["absent", "empty", "empty/file"])
+def test_missing_data_names_the_directory(tmp_path, name):
+    make(tmp_path, "empty/file")
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path / name}. Set train_dir")):
+        find_scenes(tmp_path / name)
+
+
+def test_linked_folders_are_searched_and_circles_end(tmp_path):
+    make(tmp_path, "elsewhere/S3A_a.hdf", "data/x")
+    (tmp_path / "data/night").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/circle").symlink_to(tmp_path / "data")
+    assert find_scenes(tmp_path / "data") == [tmp_path / "data/night/S3A_a.hdf"]
+
+
+def test_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    make(tmp_path, "day/S3A_a.hdf", "night/S3A_b.hdf")
+    scandir = os.scandir
+
+    def refuse(folder):  # as root may list any folder
+        if os.fspath(folder).endswith("night"):
+            raise PermissionError(13, "Permission denied", os.fspath(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="night"):
+        find_scenes(tmp_path)
+
+
+def test_duplicate_names_are_an_error(tmp_path):
+    make(tmp_path, "night/S3A_a.hdf", "day/S3A_a.hdf", "day/S3A_b.hdf")
+    with pytest.raises(SceneError, match="1 duplicate scene names under .*, for example S3A_a.hdf"):
+        find_scenes(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("/a/day/S3A.hdf", "day"), ("/day/night/x/S3A.hdf", "night"), ("/a/S3A-day.hdf", "unknown")],
+)
+def test_day_and_night_come_from_the_folder(path, name):
+    assert day_or_night(Path(path)) == name
+
+
+@pytest.mark.parametrize(
+    ("start", "found"),
+    [("20191001T113321", ("2019-10-01T11:33:21+00:00", "2019-10-01T11:36:21+00:00")),
+     ("20191301T113321", None)],
+)  # fmt: skip
+def test_times_come_from_the_product_name(start, found):
+    name = f"S3A_SL_1_RBT____{start}_20191001T113621_20191002T040000_0179_LN2"
+    times = product_times(name)
+    assert (times and tuple(time.isoformat() for time in times)) == found
+    assert product_times("S3A_x") is None
