@@ -1,11 +1,20 @@
-"""The CloudMask network: a U-Net of 39 layers and 1,948,609 trainable parameters."""
+"""The networks of CloudMask: the table NETWORKS, from which the key `network` chooses one.
+
+A network is a function of (input_shape, dtype) that returns a functional keras.Model:
+
+    input_shape: (rows, cols, channels) of one patch, for example (256, 256, 9); rows and cols are
+        None where they vary.
+    dtype: Keras dtype policy of all layers but the last: 'float32', 'mixed_bfloat16' or
+        'mixed_float16'. The last one computes in float32: in half precision the sigmoid rounds to
+        0 or 1 and the loss stops falling.
+    Returns: keras.Model from float32 (batch, rows, cols, channels), normalised, to the probability
+        of cloud, float32 (batch, rows, cols, 1).
+"""
 
 import keras
 from keras import layers
 
 FILTERS = (32, 64, 128, 256)  # per stage going down; mlcommons/science v1.1
-DOWNSCALING = 2 ** (len(FILTERS) - 1)  # rows and columns of an input divide by 8
-RECEPTIVE_RADIUS = 56  # pixels that the network sees around one: 51, up to a multiple of 8
 
 
 def conv_block(x, filters, dtype):
@@ -19,30 +28,11 @@ def conv_block(x, filters, dtype):
 
 
 def unet(input_shape, dtype="float32"):
-    """Build the U-Net that maps normalised channels to the probability of cloud.
+    """Build the U-Net of mlcommons/science v1.1: 39 layers, 1,948,609 trainable parameters.
 
-    The layers and their order are those of mlcommons/science v1.1.
     39 layers = Input + 14 x (Conv2D + ReLU) + 3 MaxPool + 3 UpSampling + 3 Concatenate + 1.
-
-    Args:
-        input_shape: (rows, cols, channels) of one patch, for example (256, 256, 9). Rows and
-            cols divide by 8, or are None where they vary.
-        dtype: Keras dtype policy of all layers but the last: 'float32', 'mixed_bfloat16' or
-            'mixed_float16'. The last one computes in float32: in half precision the sigmoid
-            rounds to 0 or 1 and the loss stops falling.
-
-    Returns:
-        keras.Model from (batch, rows, cols, channels) to float32 (batch, rows, cols, 1).
-
-    Raises:
-        ValueError: If rows or cols do not divide by 8.
+    Rows and columns must divide by 8, since they are halved three times.
     """
-    rows, cols, _ = input_shape
-    if any(length is not None and length % DOWNSCALING for length in (rows, cols)):
-        raise ValueError(
-            f"The U-Net halves its input {len(FILTERS) - 1} times: rows and columns must divide "
-            f"by {DOWNSCALING}, found {rows} x {cols}. Choose another PATCH_SIZE."
-        )
     inputs = x = keras.Input(input_shape, dtype="float32")
 
     skips = []
@@ -60,3 +50,6 @@ def unet(input_shape, dtype="float32"):
 
     outputs = layers.Conv2D(1, 1, activation="sigmoid", dtype="float32")(x)
     return keras.Model(inputs, outputs, name="cloudmask_unet")
+
+
+NETWORKS = {"unet": unet}

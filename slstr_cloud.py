@@ -198,7 +198,7 @@ def infer(config, devices, run, paths):
         with contextlib.suppress(data_loader.SceneError):  # a bad scene is met again below
             facts["differs"] = compare_masks(predictors[0], reference, paths[0], config.scene_shape)
     if run.mode == "inference":
-        run.start(describe(config.network, model), 0, len(paths))
+        run.start(describe(run.model_file, model), 0, len(paths))
 
     def check_others():
         check_signals()

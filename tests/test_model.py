@@ -1,15 +1,60 @@
 from collections import Counter
 
+import keras
 import numpy as np
 import pytest
 
-from model import unet
+from harness.networks.geometry import geometry
+from harness.training.trainer import check_trainable
+from model import NETWORKS, unet
+
+P = 64  # a patch that all networks of the table take
+everything = pytest.mark.parametrize("name", NETWORKS)
 
 
-def test_network_has_39_layers_and_1948609_parameters():
+def images(*shape):
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+@everything
+def test_network_gives_a_float32_probability_for_each_pixel(name):
+    x = images(2, P, 2 * P, 5)
+    for shape in ((P, 2 * P, 5), (None, None, 5)):
+        y = NETWORKS[name](shape)(x)
+        assert y.shape == (2, P, 2 * P, 1) and y.dtype == np.float32
+        assert (y.numpy() > 0).all() and (y.numpy() < 1).all()
+
+
+@everything
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision_ends_in_float32(name, policy):
+    model = NETWORKS[name]((P, P, 9), policy)
+    assert {layer.compute_dtype for layer in model.layers[1:-1]} == {policy.removeprefix("mixed_")}
+    assert model.layers[-1].compute_dtype == "float32"
+    assert model(images(1, P, P, 9)).dtype == np.float32
+    assert all(variable.dtype == "float32" for variable in model.trainable_variables)
+
+
+@everything
+def test_network_can_be_trained_and_applied_to_whole_scenes(name):
+    model = NETWORKS[name]((P, P, 9))
+    check_trainable(model)
+    assert P % geometry(model).multiple == 0
+
+
+@everything
+def test_network_can_be_saved_without_its_code(name, tmp_path):
+    model = NETWORKS[name]((P, P, 3))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras", safe_mode=True)
+    np.testing.assert_array_equal(loaded(images(1, P, P, 3)), model(images(1, P, P, 3)))
+
+
+def test_unet_has_39_layers_and_1948609_parameters():
     model = unet((256, 256, 9))
     # Input + 14 x (Conv2D + ReLU) + 3 pool + 3 up + 3 concat + 1 sigmoid conv = 39
     assert len(model.layers) == 39
+    assert model.count_params() == sum(w.size for w in map(np.array, model.get_weights()))
     assert model.count_params() == 1_948_609
     kinds = Counter(type(layer).__name__ for layer in model.layers)
     assert kinds == {
@@ -18,26 +63,9 @@ def test_network_has_39_layers_and_1948609_parameters():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", [(8, 8, 1), (32, 48, 9)])
-def test_output_is_a_probability_for_each_pixel(shape):
-    x = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
-    y = unet(shape)(x).numpy()
-    assert y.shape == (2, *shape[:2], 1) and (0 < y).all() and (y < 1).all()
-
-
-def test_unknown_size_takes_every_scene():
-    model = unet((None, None, 2))
-    assert model(np.zeros((1, 40, 24, 2), np.float32)).shape == (1, 40, 24, 1)
-
-
-def test_size_that_does_not_divide_by_8_is_refused():
-    with pytest.raises(ValueError, match="36 x 32"):
-        unet((36, 32, 9))
-
-
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-def test_mixed_precision_ends_in_float32(policy):
-    model = unet((16, 16, 9), policy)
-    assert [layer.compute_dtype for layer in model.layers[1:-1]] == [policy[6:]] * 37
-    assert model.layers[-1].compute_dtype == "float32"
-    assert model(np.zeros((1, 16, 16, 9), np.float32)).dtype == np.float32
+def test_unet_starts_from_he_normal_kernels_without_bias():
+    for layer in unet((256, 256, 9)).layers:
+        if isinstance(layer, keras.layers.Conv2D) and layer.kernel_size == (3, 3):
+            kernel, bias = layer.get_weights()
+            assert kernel.std() == pytest.approx((2 / kernel[..., 0].size) ** 0.5, rel=0.05)
+            assert not bias.any()

@@ -22,6 +22,7 @@ from harness.errors import UserError
 from harness.records.resume import find_requeued, load_resumed, sole_user
 from harness.records.run import make_folder
 from harness.training.checkpoints import Checkpoints, TrainingState
+from harness.training.losses import LOSSES
 from harness.training.trainer import POLICIES, Trainer
 from model import unet
 
@@ -278,6 +279,7 @@ def test_loss_scale_of_float16_goes_on(tmp_path):
         return Trainer(
             tf.distribute.MirroredStrategy(["/CPU:0"]),
             lambda: unet((16, 16, 9), POLICIES["float16"]),
+            LOSSES["cross_entropy"],
             learning_rate=0.001, batch_size=2, micro_batch=2, loss_scaling=True,
         )  # fmt: skip
 

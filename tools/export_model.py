@@ -45,8 +45,7 @@ from harness.config import load_config
 from harness.console import log_to_screen
 from harness.errors import Failure, UserError
 from harness.files import file_sha256, write_json
-from harness.inference.predictor import cast_model
-from slstr_cloud import read_model
+from harness.networks.model_files import cast_model, read_model
 
 OPSET = 18  # of ONNX; the newest that tf2onnx writes, read by onnxruntime since 1.14
 TOLERANCE = {"onnx": 1e-4, "savedmodel": 1e-5}  # of a probability

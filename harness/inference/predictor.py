@@ -3,20 +3,20 @@
 import contextlib
 import logging
 import math
-import os
 import time
 from pathlib import Path
 
-import keras
 import numpy as np
+import psutil
 import tensorflow as tf
 
 from harness.errors import UserError
+from harness.inference.windows import StripGrid
 from harness.networks.fused_upsampling import without_upsampling
+from harness.networks.geometry import geometry
+from harness.networks.model_files import cast_model
 
-# In one pass of the U-Net at most four images of 32 channels live at once at full resolution, in
-# four bytes each: measured as 530 bytes a pixel of 1200 x 1504.
-PASS_BYTES = 4 * 32 * 4
+STRIPS_TRIED = (1, 2, 4, 8)  # of a scene, until they fit the memory; 8 predict most rows twice
 
 log = logging.getLogger(__name__)
 
@@ -70,13 +70,13 @@ class Predictor:
 
     @tf.function
     def _predict(self, scene):
-        # The windows are cut on the device: 63 patches hold twice the pixels of their scene.
+        # The windows are cut on the device, since 63 patches hold twice the pixels of their scene.
         corners = tf.constant(self._corners, tf.int32)
         n_batches = len(self._corners) // self._batch
         shape = (self._batch, *self.grid.window)
         parts = tf.TensorArray(tf.float32, n_batches, element_shape=shape)
         for i in tf.range(n_batches):
-            tf.autograph.experimental.set_loop_options(parallel_iterations=1)  # one's memory
+            tf.autograph.experimental.set_loop_options(parallel_iterations=1)  # memory of one
             windows = [
                 tf.slice(
                     scene,
@@ -89,76 +89,47 @@ class Predictor:
         return parts.concat()
 
 
-def predictor_that_fits(model, device, grids, policy="float32", xla=False):
-    """Make a Predictor with the first grid whose windows fit the device's memory.
+def predictor_that_fits(model, device, height, width, policy="float32", xla=False):
+    """Make a Predictor of whole scenes, or of as few strips as fit the device's memory.
+
+    Args:
+        model: Functional keras.Model.
+        device: Name of the device, '/GPU:0'.
+        height: Rows of a scene.
+        width: Columns of a scene.
+        policy: Keras dtype policy.
+        xla: Whether the network is compiled.
 
     Raises:
-        UserError: If none fits, or the model does not take them.
+        UserError: If no strip fits, or the model works only on images of one size.
     """
-    for grid in grids:
+    size = geometry(model)
+    for n_strips in STRIPS_TRIED:
+        grid = StripGrid(height, width, n_strips, size.margin, size.multiple)
+        needed = size.bytes_per_pixel * math.prod(grid.window)
         try:
-            if device.startswith("/CPU") and PASS_BYTES * math.prod(grid.window) > free_memory():
+            if device.startswith("/CPU") and needed > free_memory():
                 raise MemoryError
             return Predictor(model, device, grid, 1, policy, xla)
         except (MemoryError, tf.errors.ResourceExhaustedError):
             log.info("%s: too little memory for %d x %d pixels at once.", device, *grid.window)
     raise UserError(
-        f"{device} has too little memory for a scene, even in {len(grid.corners)} parts. "
+        f"{device} has too little memory for a scene, even in {n_strips} parts. "
         "Use inference_mode: patches."
     )
 
 
-def cast_model(model, policy, window=None):
-    """Copy a model of one input to another Keras dtype policy and size of image.
-
-    Args:
-        model: keras.Model.
-        policy: Keras dtype policy of all layers but the last, which computes in float32.
-        window: (rows, cols) of the copy's input; the model's own by default.
-
-    Raises:
-        UserError: If the model does not take images of that size.
-    """
-
-    def convert(layer):
-        values = layer.get_config()
-        if layer is not model.layers[-1]:
-            values["dtype"] = policy
-        return type(layer).from_config(values)
-
-    shape = (*(window or model.input_shape[1:3]), model.input_shape[3])
-    inputs = keras.Input(shape, dtype="float32")
-    try:
-        copy = keras.models.clone_model(model, input_tensors=inputs, clone_function=convert)
-        copy.set_weights(model.get_weights())
-    except ValueError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"The model cannot take images of {shape}: {reason}. Use inference_mode: patches, or a "
-            "model of convolutions alone."
-        ) from error
-    return copy
-
-
 def free_memory():
     """Bytes that this process can still take, by the system and by its control groups."""
-    free = [_meminfo()]
+    free = [psutil.virtual_memory().available]
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
         group = next(line[3:] for line in lines if line.startswith("0::"))
         folder = Path("/sys/fs/cgroup", group.lstrip("/"))
         for level in (folder, *folder.parents):
-            with contextlib.suppress(OSError, ValueError):  # no limit, or not ours to see
+            with contextlib.suppress(OSError, ValueError):  # no limit, or not readable
                 limit = int((level / "memory.max").read_text(encoding="utf-8"))
-                # What it holds besides cached files, which make room.
+                # Cached files are not counted: the system drops them where memory is needed.
                 held = (level / "memory.stat").read_text(encoding="utf-8").split()
                 free.append(limit - int(held[held.index("anon") + 1]))
     return min(free)
-
-
-def _meminfo():
-    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="utf-8") as info:
-        for line in info:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

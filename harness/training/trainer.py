@@ -23,14 +23,22 @@ class Trainer:
     """A model, its optimizer, and the steps that train and evaluate it.
 
     Every step gets, per replica, the elements of `data_loader.PatchBatches`: channels
-    (S, P, P, 9), cloud (S, P, P, 1) and weight (S,), which is 0 for padding at the end.
+    (S, P, P, 9), cloud (S, P, P, 1) and weight (S,), which is 0 for padding at the end and for
+    patches of scenes that cannot be read.
 
     Loss and accuracy are means over the pixels that `clip_offset` leaves of all patches of weight
     1, whatever the numbers of replicas and patches: sums are kept on the devices, in float64.
 
+    Patches of weight 0 have no influence on training, and neither have the numbers of replicas and
+    of patches in a micro-batch. A layer with a state of its own breaks this: BatchNormalization
+    learns the statistics of a micro-batch including its padding, and the random numbers of Dropout
+    depend on the number of micro-batches and are not part of checkpoints. Networks with such
+    layers are rejected; LayerNormalization and frozen BatchNormalization work.
+
     Args:
         strategy: tf.distribute.Strategy.
         build_model: Function that returns the keras.Model.
+        loss: Function of label and probability, see harness/training/losses.py.
         learning_rate: Of Adam.
         batch_size: Global batch size.
         micro_batch: Patches that pass through the network at once; gradients of a replica's share
@@ -39,27 +47,32 @@ class Trainer:
         cloud_weight: Weight of cloud pixels in the loss.
         loss_scaling: Whether gradients are scaled against underflow, for float16.
         xla: Whether the network is compiled.
+
+    Raises:
+        UserError: If the network cannot be trained this way.
     """
 
     def __init__(
-        self, strategy, build_model, learning_rate, batch_size, micro_batch,
+        self, strategy, build_model, loss, learning_rate, batch_size, micro_batch,
         clip_offset=0, cloud_weight=1.0, loss_scaling=False, xla=False,
     ):  # fmt: skip
         self.strategy, self.batch_size, self.micro_batch = strategy, batch_size, micro_batch
-        self.clip_offset, self.cloud_weight = clip_offset, cloud_weight
+        self._loss, self._clip_offset, self._cloud_weight = loss, clip_offset, cloud_weight
+        self._loss_scaling = loss_scaling
         with strategy.scope():
             self.model = build_model()
+            check_trainable(self.model)
             self._network = without_upsampling(self.model)
             self.optimizer = keras.optimizers.Adam(learning_rate)
             if loss_scaling:
                 self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
             self.optimizer.build(self.model.trainable_variables)
-            # sums of loss, right pixels, pixels
-            self._totals = _counter(tf.zeros(3, tf.float64), tf.VariableAggregation.SUM)
-            # steps taken, and the first of these whose loss was not finite, or 0
+            # Sums of loss, correct pixels and pixels.
+            self._train_sums = _per_replica(tf.zeros(3, tf.float64), tf.VariableAggregation.SUM)
+            self._eval_sums = _per_replica(tf.zeros(3, tf.float64), tf.VariableAggregation.SUM)
+            # Training steps, and the first of them whose loss was not finite, or 0.
             first_replica = tf.VariableAggregation.ONLY_FIRST_REPLICA
-            self._steps = _counter(tf.zeros(2, tf.int64), first_replica)
-        self._loss_scaling = loss_scaling
+            self._steps = _per_replica(tf.zeros(2, tf.int64), first_replica)
         self._gradients_of = tf.function(self._gradients, jit_compile=xla or None)
         self._sums_of = tf.function(self._sums, jit_compile=xla or None)
 
@@ -70,8 +83,121 @@ class Trainer:
 
     @tf.function(reduce_retracing=True)
     def eval_step(self, batch):
-        """Add a distributed batch to the totals, without training."""
+        """Add a distributed batch to the sums of evaluation, without training."""
         self.strategy.run(self._eval_replica, args=batch)
+
+    # --- one replica ------------------------------------------------------------------------
+
+    def _train_replica(self, channels, cloud, weight):
+        gradients, sums = self._sum_over_micro_batches(channels, cloud, weight)
+        self._train_sums.assign_add(sums)
+        context = tf.distribute.get_replica_context()
+        share = tf.stack([tf.reduce_sum(weight), tf.cast(sums[0], tf.float32)])
+        n_patches, loss = tf.unstack(context.all_reduce("sum", share))
+        self._count_step(loss)
+        # Gradients are means over `batch_size` patches; a smaller batch counts by its true size.
+        # Without any patch of weight 1 they become 0.
+        correction = tf.math.divide_no_nan(float(self.batch_size), n_patches)
+        gradients = [g * correction for g in gradients]
+        if self._loss_scaling:
+            gradients = _share_overflow(gradients, context)
+        self.optimizer.apply(gradients, self.model.trainable_variables)  # adds up all replicas
+
+    def _eval_replica(self, channels, cloud, weight):
+        for i in self._micro_batches(weight):
+            tf.autograph.experimental.set_loop_options(parallel_iterations=1)  # memory of one
+            self._eval_sums.assign_add(self._sums_of(*self._cut(i, channels, cloud, weight)))
+
+    def _sum_over_micro_batches(self, channels, cloud, weight):
+        """Gradients of the objective, and float64 (3,) sums over pixels, of a replica's share."""
+        gradients = [tf.zeros_like(v.value) for v in self.model.trainable_variables]
+        sums = tf.zeros(3, tf.float64)
+        for i in self._micro_batches(weight):
+            tf.autograph.experimental.set_loop_options(parallel_iterations=1)  # memory of one
+            part, part_sums = self._gradients_of(*self._cut(i, channels, cloud, weight))
+            gradients = [total + g for total, g in zip(gradients, part, strict=True)]
+            sums += part_sums
+        return gradients, sums
+
+    def _micro_batches(self, weight):
+        """Numbers of the micro-batches up to the last patch of weight 1."""
+        n_used = tf.reduce_max(tf.where(weight > 0, tf.range(1, weight.shape[0] + 1), 0))
+        return tf.range(-(-n_used // self.micro_batch))
+
+    def _cut(self, i, *arrays):
+        first, m = i * self.micro_batch, self.micro_batch
+        return [tf.ensure_shape(a[first : first + m], (m, *a.shape[1:])) for a in arrays]
+
+    def _count_step(self, loss):
+        taken, bad = tf.unstack(self._steps + [1, 0])
+        is_first_bad = (bad == 0) & ~tf.math.is_finite(loss)
+        self._steps.assign([taken, tf.where(is_first_bad, taken, bad)])
+
+    # --- one micro-batch --------------------------------------------------------------------
+
+    def _gradients(self, channels, cloud, weight):
+        variables = self.model.trainable_variables
+        with tf.GradientTape() as tape:
+            sums, objective = self._forward(channels, cloud, weight, training=True)
+            if self._loss_scaling:
+                objective = self.optimizer.scale_loss(objective)
+        return tape.gradient(objective, [v.value for v in variables]), sums
+
+    def _sums(self, channels, cloud, weight):
+        return self._forward(channels, cloud, weight, training=False)[0]
+
+    def _forward(self, channels, cloud, weight, training):
+        """Return float64 (3,) sums over pixels, and the float32 loss per patch of a full batch."""
+        clip = slice(self._clip_offset, channels.shape[1] - self._clip_offset)
+        probability = self._network(channels, training=training)[:, clip, clip]
+        label = tf.cast(cloud[:, clip, clip], tf.float32)
+        loss = self._loss(label, probability)  # (m, p, p)
+        loss *= 1 + (self._cloud_weight - 1) * label[..., 0]
+        patch_loss = weight * tf.reduce_mean(loss, axis=(1, 2))  # (m,)
+        correct = tf.reduce_sum(
+            tf.cast((probability > 0.5) == (label > 0.5), tf.float32), axis=(1, 2, 3)
+        )  # (m,), exact: below 2^24 pixels
+        pixels = float(label.shape[1] * label.shape[2])
+        sums = tf.stack([patch_loss * pixels, weight * correct, weight * pixels])  # (3, m)
+        objective = tf.reduce_sum(patch_loss) / self.batch_size
+        return tf.reduce_sum(tf.cast(sums, tf.float64), axis=1), objective
+
+    # --- between steps ----------------------------------------------------------------------
+
+    @property
+    def train_totals(self):
+        """Sums over the training steps since `pop_train_metrics`: loss, correct pixels, pixels."""
+        return self._train_sums.numpy().tolist()
+
+    @train_totals.setter
+    def train_totals(self, values):
+        self._train_sums.assign(tf.constant(values, tf.float64))
+
+    def pop_train_metrics(self):
+        """Return loss, accuracy and number of patches since the last call; restart all counters."""
+        self._steps.assign(tf.zeros(2, tf.int64))
+        return self._pop(self._train_sums)
+
+    def pop_eval_metrics(self):
+        """Return loss, accuracy and number of patches of `eval_step` since the last call."""
+        return self._pop(self._eval_sums)
+
+    def _pop(self, sums):
+        loss, correct, pixels = sums.numpy()
+        sums.assign(tf.zeros(3, tf.float64))
+        clipped = self.model.input_shape[1] - 2 * self._clip_offset
+        return {
+            "loss": float(loss / pixels),
+            "accuracy": float(correct / pixels),
+            "patches": round(pixels / clipped**2),
+        }
+
+    def first_bad_step(self):
+        """Return the first training step with a loss that is not finite, or 0.
+
+        Steps are counted from 1 since `pop_train_metrics`.
+        """
+        return int(self._steps.numpy()[1])
 
     def warm_up(self, train_patches, eval_patches):
         """Trace and compile both steps, so that no epoch waits for it; nothing else is changed.
@@ -88,14 +214,15 @@ class Trainer:
         state = [variable.numpy() for variable in variables]
         self.train_step(self._empty_batch(train_patches))
         self.eval_step(self._empty_batch(eval_patches))
-        self.take_totals()
+        self.pop_train_metrics()
+        self.pop_eval_metrics()
         with self.strategy.scope():
             for variable, value in zip(variables, state, strict=True):
                 variable.assign(value)
         return time.perf_counter() - begin
 
     def _empty_batch(self, n_patches):
-        """A distributed batch of zeros, of which the first patch counts."""
+        """A distributed batch of zeros, of which the first patch has weight 1."""
         p, _, n_channels = self.model.input_shape[1:]
         weight = np.eye(1, n_patches, dtype=np.float32)[0]
         arrays = (
@@ -105,105 +232,40 @@ class Trainer:
         )
         return on_replicas(self.strategy, itertools.repeat(arrays))
 
-    @property
-    def totals(self):
-        """Sums over the steps since `take_totals`: loss, right pixels, pixels."""
-        return self._totals.numpy().tolist()
 
-    @totals.setter
-    def totals(self, values):
-        self._totals.assign(tf.constant(values, tf.float64))
+def check_trainable(model):
+    """Check that training changes a model by gradients alone, see Trainer.
 
-    def take_totals(self):
-        """Return loss, accuracy and patches of the steps since the last call, and start anew."""
-        loss, right, pixels = self._totals.numpy()
-        self.totals = [0, 0, 0]
-        self._steps.assign(tf.zeros(2, tf.int64))
-        clipped = self.model.input_shape[1] - 2 * self.clip_offset
-        return {
-            "loss": float(loss / pixels),
-            "accuracy": float(right / pixels),
-            "patches": round(pixels / clipped**2),
-        }
-
-    def first_bad_step(self):
-        """Which training step since `take_totals` had a loss that is not finite; 0 if none had."""
-        return int(self._steps.numpy()[1])
-
-    def _train_replica(self, channels, cloud, weight):
-        gradients = [tf.zeros_like(v.value) for v in self.model.trainable_variables]
-        totals = tf.zeros(3, tf.float64)
-        for i in self._micro_batches(weight):
-            tf.autograph.experimental.set_loop_options(parallel_iterations=1)  # one's memory
-            part, sums = self._gradients_of(*self._cut(i, channels, cloud, weight))
-            gradients = [total + g for total, g in zip(gradients, part, strict=True)]
-            totals += sums
-        self._totals.assign_add(totals)
-        # Each part is a mean over `batch_size` patches; a smaller batch counts by its true size.
-        context = tf.distribute.get_replica_context()
-        mine = tf.stack([tf.reduce_sum(weight), tf.cast(totals[0], tf.float32)])
-        n_patches, loss = tf.unstack(context.all_reduce("sum", mine))
-        taken, bad = tf.unstack(self._steps + [1, 0])
-        is_first_bad = (bad == 0) & ~tf.math.is_finite(loss)
-        self._steps.assign([taken, tf.where(is_first_bad, taken, bad)])
-        # Where no patch counts, scenes were left out: nothing is learned from them.
-        correction = tf.math.divide_no_nan(float(self.batch_size), n_patches)
-        gradients = [g * correction for g in gradients]
-        if self._loss_scaling:
-            gradients = self._agree_on_overflow(gradients, context)
-        self.optimizer.apply(gradients, self.model.trainable_variables)
-
-    def _eval_replica(self, channels, cloud, weight):
-        for i in self._micro_batches(weight):
-            tf.autograph.experimental.set_loop_options(parallel_iterations=1)
-            self._totals.assign_add(self._sums_of(*self._cut(i, channels, cloud, weight)))
-
-    def _micro_batches(self, weight):
-        """Numbers of the micro-batches that hold a patch; padding stands at the end."""
-        n_used = tf.reduce_max(tf.where(weight > 0, tf.range(1, weight.shape[0] + 1), 0))
-        return tf.range(-(-n_used // self.micro_batch))
-
-    def _cut(self, i, *arrays):
-        first, m = i * self.micro_batch, self.micro_batch
-        return [tf.ensure_shape(a[first : first + m], (m, *a.shape[1:])) for a in arrays]
-
-    def _gradients(self, channels, cloud, weight):
-        variables = self.model.trainable_variables
-        with tf.GradientTape() as tape:
-            sums, objective = self._forward(channels, cloud, weight, training=True)
-            if self._loss_scaling:
-                objective = self.optimizer.scale_loss(objective)
-        return tape.gradient(objective, [v.value for v in variables]), sums
-
-    def _sums(self, channels, cloud, weight):
-        return self._forward(channels, cloud, weight, training=False)[0]
-
-    def _forward(self, channels, cloud, weight, training):
-        """Return float64 (3,) sums over pixels, and the float32 loss per patch of a full batch."""
-        clip = slice(self.clip_offset, channels.shape[1] - self.clip_offset)
-        probability = self._network(channels, training=training)[:, clip, clip]
-        label = tf.cast(cloud[:, clip, clip], tf.float32)
-        loss = keras.losses.binary_crossentropy(label, probability)  # (m, p, p)
-        loss *= 1 + (self.cloud_weight - 1) * label[..., 0]
-        patch_loss = weight * tf.reduce_mean(loss, axis=(1, 2))  # (m,)
-        right = tf.reduce_sum(
-            tf.cast((probability > 0.5) == (label > 0.5), tf.float32), axis=(1, 2, 3)
-        )  # (m,), exact: below 2^24 pixels
-        pixels = float(label.shape[1] * label.shape[2])
-        sums = tf.stack([patch_loss * pixels, weight * right, weight * pixels])  # (3, m)
-        objective = tf.reduce_sum(patch_loss) / self.batch_size
-        return tf.reduce_sum(tf.cast(sums, tf.float64), axis=1), objective
-
-    def _agree_on_overflow(self, gradients, context):
-        """Make an overflow on one replica one on all: Keras looks at its own replica alone."""
-        finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in gradients])
-        n_overflows = context.all_reduce("sum", tf.cast(~finite, tf.float32))
-        poison = tf.where(n_overflows > 0, float("nan"), 0.0)
-        return [g + poison for g in gradients]
+    Raises:
+        UserError: If a layer keeps a state of its own or adds to the loss, or no weight is
+            trainable.
+    """
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.Normalization):
+            continue  # its mean and variance are constants
+        # What stays besides the weights of a frozen layer is the state of random numbers.
+        weights = () if layer.trainable else layer.weights
+        known = {id(v) for v in (*layer.trainable_variables, *weights)}
+        if any(id(v) not in known for v in layer.variables):
+            raise UserError(
+                f"The layer {layer.name} ({type(layer).__name__}) of the network {model.name} "
+                "has a state that padding, micro_batch and the number of devices would change. "
+                "Remove it, or replace BatchNormalization by LayerNormalization."
+            )
+        if layer.losses:
+            raise UserError(
+                f"The layer {layer.name} ({type(layer).__name__}) of the network {model.name} "
+                "adds a loss of its own (a regularizer), which training does not use. Remove it."
+            )
+    if not model.trainable_variables:
+        raise UserError(
+            f"The network {model.name} has no trainable weights. Set trainable = True before "
+            "saving it, or choose another network."
+        )
 
 
-def _counter(value, aggregation):
-    """A variable that every replica counts up by itself."""
+def _per_replica(value, aggregation):
+    """A variable that every replica changes on its own, and that is aggregated when read."""
     return tf.Variable(
         value,
         trainable=False,
@@ -212,9 +274,21 @@ def _counter(value, aggregation):
     )
 
 
+def _share_overflow(gradients, context):
+    """Make an overflow on one replica one on all: Keras checks only its own replica."""
+    finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(g)) for g in gradients])
+    n_overflows = context.all_reduce("sum", tf.cast(~finite, tf.float32))
+    poison = tf.where(n_overflows > 0, float("nan"), 0.0)
+    return [g + poison for g in gradients]
+
+
 @contextlib.contextmanager
-def translated_errors(batches, trainer):
-    """Raise what ended the reading of batches, or say what fits the memory, for TensorFlow's words.
+def replace_tensorflow_errors(batches, trainer):
+    """Replace TensorFlow's errors during a step by the reader's own error, or by advice on memory.
+
+    Args:
+        batches: PatchBatches that the step reads; `error` is what ended the reading, or None.
+        trainer: Trainer.
 
     Raises:
         UserError: If the device has too little memory.
@@ -228,8 +302,8 @@ def translated_errors(batches, trainer):
         advice += ["precision: bfloat16"] * (precision == "float32")
         raise UserError(
             f"The device has too little memory for {trainer.micro_batch} patches at once in "
-            f"{precision}. Set {' or '.join(advice) or 'a smaller PATCH_SIZE'}; results stay those "
-            f"of batch_size {trainer.batch_size}."
+            f"{precision}. Set {' or '.join(advice) or 'a smaller PATCH_SIZE'}; the results do not "
+            f"depend on micro_batch."
         ) from None
     except tf.errors.OpError:
         if batches.error is not None:

@@ -320,7 +320,7 @@ def spoil(what, run, scenes, tmp_path):
         return data, f"{scenes[0]} is not the file that was masked"
     if what == "positions of another shape":
         place(scenes[0], *(degrees[:-1] for degrees in swath()))
-        return data, "expected {}".format(SHAPE)
+        return data, f"expected {SHAPE}"
     if what == "positions that are no degrees":
         place(scenes[0], *(1000 + degrees for degrees in swath()))
         return data, "-90 to 90"

@@ -1,14 +1,19 @@
 import itertools
+import re
+from types import SimpleNamespace
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras import layers
 
 from data_loader import PatchBatches
+from harness.errors import UserError
 from harness.parallel.devices import open_devices
-from harness.training.trainer import Trainer
-from model import unet
+from harness.training.losses import LOSSES, cross_entropy
+from harness.training.trainer import Trainer, replace_tensorflow_errors
+from model import NETWORKS, unet
 
 P = 16  # a patch; 4 a scene
 
@@ -22,7 +27,7 @@ def scene(number, patches):
 def trainer_and_feed(n_replicas, batch_size=11, micro_batch=2, policy="float32", **options):
     devices = open_devices(cpu_devices=n_replicas, seed=5)
     trainer = Trainer(
-        devices.strategy, lambda: unet((P, P, 9), policy), 1e-3,
+        devices.strategy, lambda: unet((P, P, 9), policy), cross_entropy, 1e-3,
         batch_size, devices.micro_batch(micro_batch, batch_size), 2, **options,
     )  # fmt: skip
     batches = PatchBatches(
@@ -38,12 +43,12 @@ def train(n_replicas, n_epochs=2, **options):
     for _ in range(n_epochs):
         for _ in range(batches.n_steps):
             trainer.train_step(next(feed))
-        totals.append(trainer.take_totals())
+        totals.append(trainer.pop_train_metrics())
     return totals, trainer.model.get_weights()
 
 
 def plain_training(n_epochs=2, batch_size=11):
-    """The same training in Keras' own words, one device and one whole batch a step."""
+    """The same training with Keras alone, on one device, one whole batch per step."""
     keras.utils.set_random_seed(5)
     model = unet((P, P, 9))
     optimizer = keras.optimizers.Adam(1e-3)
@@ -83,11 +88,11 @@ def test_training_equals_a_plain_loop_for_any_replicas_and_micro_batch(n_replica
 
 
 @pytest.mark.parametrize("n_replicas", [1, 3])
-def test_validation_equals_numpy_at_a_count_no_batch_divides(n_replicas):
+def test_validation_equals_numpy_for_28_patches_in_batches_of_11(n_replicas):
     trainer, batches, feed = trainer_and_feed(n_replicas)
     for _ in range(batches.n_steps):
         trainer.eval_step(next(feed))
-    ours = trainer.take_totals()
+    ours = trainer.pop_eval_metrics()
     elements = itertools.islice(PatchBatches(range(7), scene, P, 4, 9, 1, seed=1), 28)
     x, y, _ = (np.concatenate(parts) for parts in zip(*elements, strict=True))
     p = trainer.model.predict(x, verbose=0)[:, 2:-2, 2:-2]
@@ -96,14 +101,179 @@ def test_validation_equals_numpy_at_a_count_no_batch_divides(n_replicas):
     assert ours["loss"] == pytest.approx(-np.log(np.where(y, p, 1 - p)).mean(), abs=1e-5)
 
 
-def test_totals_start_anew():
+def test_training_and_evaluation_are_summed_separately_and_restart():
     trainer, batches, feed = trainer_and_feed(2)
-    for _ in range(batches.n_steps):
-        trainer.eval_step(next(feed))
-    first = trainer.take_totals()
-    for _ in range(batches.n_steps):
-        trainer.eval_step(next(feed))
-    assert trainer.take_totals() == pytest.approx(first)
+    first, second = next(feed), next(feed)
+    trainer.train_step(first)
+    totals = trainer.train_totals
+    trainer.eval_step(second)
+    assert trainer.train_totals == totals
+    evaluated = trainer.pop_eval_metrics()
+    trained = trainer.pop_train_metrics()
+    n_pixels = 11 * (P - 4) ** 2  # one batch; 2 pixels are cut from each side
+    assert totals[2] == n_pixels and trained["patches"] == evaluated["patches"] == 11
+    assert trained["loss"] == totals[0] / n_pixels
+    assert trained["accuracy"] == totals[1] / n_pixels
+    assert trainer.train_totals == [0, 0, 0]
+    trainer.eval_step(second)
+    assert trainer.pop_eval_metrics() == evaluated
+
+
+@pytest.mark.parametrize("n_replicas", [1, 2])
+def test_sums_of_an_interrupted_epoch_can_be_restored(n_replicas):
+    trainer, batches, feed = trainer_and_feed(n_replicas)
+    trainer.train_step(next(feed))
+    totals = trainer.train_totals
+    trainer.pop_train_metrics()
+    trainer.train_totals = totals
+    assert trainer.train_totals == totals
+    trainer.train_step(next(feed))
+    assert trainer.pop_train_metrics()["patches"] == 22
+
+
+@pytest.mark.parametrize("n_replicas", [1, 2])
+def test_first_step_with_a_loss_that_is_not_finite_is_found(n_replicas):
+    trainer, batches, _ = trainer_and_feed(n_replicas)
+    elements = list(itertools.islice(iter(batches), 3 * n_replicas))
+    steps = [elements[i : i + n_replicas] for i in range(0, len(elements), n_replicas)]
+    trainer.train_step(distributed(trainer, steps[0]))
+    assert trainer.first_bad_step() == 0
+    steps[1][-1][0][0] = np.nan  # on the last replica only
+    trainer.train_step(distributed(trainer, steps[1]))
+    trainer.train_step(distributed(trainer, steps[2]))  # its loss is not finite either
+    assert trainer.first_bad_step() == 2
+    trainer.pop_train_metrics()
+    assert trainer.first_bad_step() == 0
+
+
+def small_trainer(build, loss=cross_entropy, batch_size=4, micro_batch=4, learning_rate=1e-3):
+    devices = open_devices(seed=5)
+    return Trainer(devices.strategy, build, loss, learning_rate, batch_size, micro_batch)
+
+
+def batch_of(weight, padding=0.0, size=P):
+    """A batch whose patches of weight 0 contain a value."""
+    rng = np.random.default_rng(0)
+    weight = np.array(weight, np.float32)
+    channels = rng.normal(size=(len(weight), size, size, 9)).astype(np.float32)
+    cloud = (channels[..., :1] > 0).astype(np.uint8)
+    channels[weight == 0], cloud[weight == 0] = padding, padding > 0
+    return tuple(map(tf.constant, (channels, cloud, weight)))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("weight", [(1, 0, 0, 0), (0, 1, 1, 0)])
+def test_patches_of_weight_0_have_no_influence(name, weight):
+    states = []
+    for padding in (0.0, 5.0):
+        trainer = small_trainer(lambda: NETWORKS[name]((64, 64, 9)), micro_batch=2)
+        trainer.train_step(batch_of(weight, padding, size=64))
+        variables = [*trainer.model.variables, *trainer.optimizer.variables]
+        states.append([*(v.numpy() for v in variables), trainer.train_totals])
+    for a, b in zip(*states, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_batch_without_patches_changes_no_weight():
+    trainer = small_trainer(lambda: unet((P, P, 9)))
+    before = trainer.model.get_weights()
+    trainer.train_step(batch_of((0, 0, 0, 0)))
+    for a, b in zip(before, trainer.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert trainer.train_totals == [0, 0, 0] and trainer.first_bad_step() == 0
+
+
+def with_layer(layer):
+    inputs = keras.Input((P, P, 9))
+    x = layer(layers.Conv2D(4, 3, padding="same")(inputs))
+    return keras.Model(inputs, layers.Conv2D(1, 1, activation="sigmoid")(x))
+
+
+@pytest.mark.parametrize(
+    ("make_layer", "reason"),
+    [
+        (lambda: layers.BatchNormalization(name="bn"), r"bn \(BatchNormalization\).*LayerNorm"),
+        (lambda: layers.Dropout(0.5, name="drop"), r"drop \(Dropout\).*Remove it"),
+        (lambda: layers.Dropout(0.5, name="drop", trainable=False), r"drop \(Dropout\)"),
+        (lambda: layers.GaussianNoise(0.5, name="noise"), r"noise \(GaussianNoise\)"),
+        (
+            lambda: layers.Conv2D(4, 3, padding="same", kernel_regularizer="l2", name="decay"),
+            r"decay \(Conv2D\).*regularizer",
+        ),
+    ],
+)
+def test_layer_that_changes_by_itself_is_rejected(make_layer, reason):
+    with pytest.raises(UserError, match=reason):
+        small_trainer(lambda: with_layer(make_layer()))
+
+
+@pytest.mark.parametrize(
+    "make_layer",
+    [
+        layers.LayerNormalization,
+        lambda: layers.GroupNormalization(2),
+        lambda: layers.BatchNormalization(trainable=False),
+        lambda: layers.Normalization(mean=1.0, variance=4.0),
+    ],
+)
+def test_layer_without_changing_state_trains_for_any_micro_batch(make_layer):
+    weights = []
+    for micro_batch in (4, 1):
+        trainer = small_trainer(lambda: with_layer(make_layer()), micro_batch=micro_batch)
+        before = [v.numpy() for v in trainer.model.non_trainable_variables]
+        trainer.train_step(batch_of((1, 1, 1, 0), padding=9.0))
+        for old, variable in zip(before, trainer.model.non_trainable_variables, strict=True):
+            np.testing.assert_array_equal(old, variable.numpy())
+        weights.append(trainer.model.get_weights())
+    for a, b in zip(*weights, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_network_without_trainable_weights_is_rejected():
+    def frozen():
+        model = unet((P, P, 9))
+        model.trainable = False
+        return model
+
+    with pytest.raises(UserError, match="no trainable weights"):
+        small_trainer(frozen)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_each_loss_is_learned(loss):
+    trainer = small_trainer(lambda: unet((P, P, 9)), loss)
+    metrics = []
+    for _ in range(30):
+        trainer.train_step(batch_of((1, 1, 1, 1)))
+        metrics.append(trainer.pop_train_metrics())
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert metrics[-1]["accuracy"] > 0.8  # cloud is where the first channel is positive
+
+
+def test_error_of_the_reader_replaces_that_of_tensorflow():
+    trainer = SimpleNamespace()
+    failed = tf.errors.UnknownError(None, None, "SceneError: a long trace")
+    with pytest.raises(OSError, match="disk gone"):
+        with replace_tensorflow_errors(SimpleNamespace(error=OSError("disk gone")), trainer):
+            raise failed
+    with pytest.raises(tf.errors.UnknownError):
+        with replace_tensorflow_errors(SimpleNamespace(error=None), trainer):
+            raise failed
+
+
+@pytest.mark.parametrize(
+    ("policy", "micro_batch", "advice"),
+    [
+        ("float32", 4, "4 patches at once in float32. Set micro_batch: 2 or precision: bfloat16;"),
+        ("mixed_float16", 2, "in float16. Set micro_batch: 1;"),
+        ("mixed_bfloat16", 1, "1 patches at once in bfloat16. Set a smaller PATCH_SIZE;"),
+    ],
+)
+def test_lack_of_memory_gives_advice(policy, micro_batch, advice):
+    trainer = small_trainer(lambda: unet((P, P, 9), policy), micro_batch=micro_batch)
+    with pytest.raises(UserError, match=re.escape(advice)):
+        with replace_tensorflow_errors(None, trainer):
+            raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
 
 
 def test_cloud_weight_weighs_cloud_pixels():
@@ -112,10 +282,11 @@ def test_cloud_weight_weighs_cloud_pixels():
     for weight in (1.0, 3.0):
         devices = open_devices(seed=5)
         trainer = Trainer(
-            devices.strategy, lambda: unet((P, P, 9)), 1e-3, 4, 4, cloud_weight=weight
-        )
+            devices.strategy, lambda: unet((P, P, 9)), cross_entropy, 1e-3, 4, 4,
+            cloud_weight=weight,
+        )  # fmt: skip
         trainer.eval_step(tuple(tf.constant(e) for e in elements))
-        losses[weight] = trainer.take_totals()["loss"]
+        losses[weight] = trainer.pop_eval_metrics()["loss"]
     p = trainer.model.predict(elements[0], verbose=0)
     y = elements[1]
     plain = -np.log(np.where(y, p, 1 - p))

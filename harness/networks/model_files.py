@@ -1,0 +1,162 @@
+"""Networks from the table or from files: build, read, check, copy and describe them."""
+
+from pathlib import Path
+
+import keras
+
+from harness.errors import UserError
+from harness.networks.geometry import geometry
+from model import NETWORKS
+
+
+def build_network(network, input_shape, policy="float32"):
+    """Build the network that is trained.
+
+    Args:
+        network: Name in NETWORKS, or the path of a .keras file: training starts from its weights.
+        input_shape: (P, P, C) of a patch.
+        policy: Keras dtype policy of all layers but the last, which computes in float32.
+
+    Returns:
+        keras.Model from (batch, P, P, C) to probabilities (batch, P, P, 1).
+
+    Raises:
+        UserError: If there is no such network, or it does not take such patches.
+        FileNotFoundError: If there is no such file.
+    """
+    if network not in NETWORKS:
+        path = Path(network)
+        if path.suffix != ".keras":
+            raise UserError(
+                f"Unknown network '{network}'. Set network to {' or '.join(NETWORKS)}, or to the "
+                "path of a model file, which must end in .keras."
+            )
+        model = check_model(read_model(path, "network"), path, input_shape)
+        return cast_model(model, policy, input_shape[:2])
+    try:
+        return check_model(NETWORKS[network](input_shape, policy), network, input_shape)
+    except ValueError:  # which layer fails on a wrong size, and how, differs between networks
+        n_rows, n_cols, n_channels = input_shape
+        try:
+            multiple = geometry(NETWORKS[network]((None, None, n_channels))).multiple
+        except ValueError:
+            multiple = 1
+        if n_rows % multiple == n_cols % multiple == 0:
+            raise
+        raise UserError(
+            f"The network {network} takes patches whose rows and columns divide by {multiple}, "
+            f"found {n_rows} x {n_cols}. Choose another PATCH_SIZE."
+        ) from None
+
+
+def read_model(path, key="model_file"):
+    """Load a functional Keras model; a file that contains code is rejected.
+
+    Args:
+        path: Of a .keras or .h5 file.
+        key: Configuration key of the path, for the error message.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        UserError: If it is not a Keras model, or contains code.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"No model file {path}. Set {key} to the .keras file of a trained model."
+        )
+    try:
+        model = keras.models.load_model(path, compile=False, safe_mode=True)
+        if len(model.inputs) == len(model.outputs) == 1:  # also Sequential, or a list of one input
+            model = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
+        return model
+    except Exception as error:
+        # Keras' message continues with how to run the code of a trusted model, which has no use
+        # here.
+        reason = str(error).strip().partition("\n")[0].partition(" If you trust")[0]
+        raise UserError(f"{path} cannot be read as a Keras model: {reason}") from error
+
+
+def check_model(model, source, patch_shape):
+    """Return a model if it maps patches to probabilities of cloud.
+
+    Args:
+        model: keras.Model.
+        source: Its path or name, for the error message.
+        patch_shape: (P, P, C).
+
+    Raises:
+        UserError: If it does not.
+    """
+    found = [tuple(each.shape[1:]) for each in model.inputs]
+    if len(found) != 1 or not _matches(found[0], patch_shape):
+        raise UserError(
+            f"{source} takes {' and '.join(map(str, found))}, but PATCH_SIZE and N_CHANNELS make "
+            f"patches of {patch_shape}. Change these keys or the model."
+        )
+    found, wanted = [tuple(each.shape[1:]) for each in model.outputs], (*patch_shape[:2], 1)
+    if len(found) != 1 or not _matches(found[0], wanted):
+        raise UserError(
+            f"{source} gives {' and '.join(map(str, found))} for patches of {patch_shape}; a model "
+            f"for CloudMask gives the probability of cloud, {wanted}."
+        )
+    return model
+
+
+def _matches(shape, wanted):
+    """Whether a shape, in which None is any length, can be the wanted one."""
+    return len(shape) == len(wanted) and all(
+        n in (None, m) for n, m in zip(shape, wanted, strict=True)
+    )
+
+
+def load_model(path, patch_shape):
+    """Read a model file and check that it maps patches to probabilities of cloud."""
+    return check_model(read_model(path), path, patch_shape)
+
+
+def cast_model(model, policy, window=None):
+    """Copy a model of one input to another Keras dtype policy and size of image.
+
+    Args:
+        model: Functional keras.Model.
+        policy: Keras dtype policy of all layers but the last, which computes in float32.
+        window: (rows, cols) of the copy's input; the model's own by default.
+
+    Raises:
+        UserError: If the model does not take images of that size.
+    """
+
+    def convert(layer):
+        if not isinstance(layer, keras.Layer):
+            return layer  # an operator between tensors takes their dtype
+        values = layer.get_config()
+        if layer is not model.layers[-1]:
+            values["dtype"] = policy
+        return type(layer).from_config(values)
+
+    shape = (*(window or model.input_shape[1:3]), model.input_shape[3])
+    inputs = keras.Input(shape, dtype="float32")
+    try:
+        copy = keras.models.clone_model(model, input_tensors=inputs, clone_function=convert)
+        copy.set_weights(model.get_weights())
+    except ValueError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"The model cannot take images of {shape}: {reason}. Use inference_mode: patches, or a "
+            "model that consists of convolutions."
+        ) from error
+    return copy
+
+
+def describe(network, model):
+    """What results.json says of a network.
+
+    Args:
+        network: Name in NETWORKS, or the path of a model file.
+        model: keras.Model.
+    """
+    return {
+        "name": str(network) if network in NETWORKS else Path(network).stem,
+        "layers": len(model.layers),
+        "parameters": model.count_params(),
+    }
