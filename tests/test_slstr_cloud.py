@@ -68,6 +68,7 @@ def test_scene_accuracy_equals_numpy_on_mask_and_scene_files(finished, settings)
         with h5py.File(finished / "masks" / f"{row['scene']}.h5") as file:
             mask, probability = file["mask"][:], file["probability"][:]
             assert file.attrs["threshold"] == 0.5
+            assert file.attrs["scene_bytes"] == scene_file(settings, row["scene"]).stat().st_size
         with h5py.File(scene_file(settings, row["scene"])) as file:
             label, bts = file["bayes"][..., 0] != 0, np.nan_to_num(file["bts"][:])
         assert mask.dtype == np.uint8 and mask.shape == label.shape == (HEIGHT, WIDTH)
