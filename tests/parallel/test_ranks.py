@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,11 +28,9 @@ LIMIT_SECONDS = 120  # within which a failure ends all ranks
 class Ranks:
     """The processes of one run, and what they printed."""
 
-    def __init__(self, n, settings, folder, resume=None, **changes):
+    def __init__(self, n, settings, folder, *arguments, **changes):
         settings = {**settings, "output_dir": folder, "run_name": "run", **changes}
-        arguments = ["--set", *(f"{key}={value}" for key, value in settings.items())]
-        if resume:
-            arguments += ["--resume", str(resume)]
+        arguments = [*arguments, "--set", *(f"{key}={value}" for key, value in settings.items())]
         options = parse_arguments(["-n", str(n), "--", "true"])
         environments = rank_environments(options, os.environ, folder / "rankfile")
         self.folder = folder / "run"
@@ -68,6 +67,18 @@ class Ranks:
     def error(self, rank):
         return Path(self.files[rank].name).read_text()
 
+    def assert_aborted(self, words):
+        """The chief says so with these words, on the screen, in its log and in the records."""
+        pattern = re.compile(words, re.IGNORECASE)
+        assert pattern.search(self.error(0)), self.error(0)
+        assert pattern.search((self.folder / "rank-0.log").read_text())
+        assert results(self.folder)["status"] == "aborted"
+        (objection,) = objections_to(self.folder / "mlperf_cloudmask.log")
+        assert "run_stop" in objection
+
+
+LOST = r"rank 2 was lost|lost contact with rank 2"
+
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_ranks_change_neither_losses_nor_scores(finished, settings, tmp_path, n):
@@ -97,11 +108,52 @@ def test_killed_rank_ends_all_and_is_named(settings, tmp_path):
         ranks.processes[2].send_signal(signal.SIGKILL)
         statuses = ranks.wait(LIMIT_SECONDS)
     assert 0 not in statuses and statuses[2] == -signal.SIGKILL
-    assert "Rank 2 was lost" in ranks.error(0)
-    assert "Rank 2 was lost" in (ranks.folder / "rank-0.log").read_text()
-    assert results(ranks.folder)["status"] == "aborted"
-    (objection,) = objections_to(ranks.folder / "mlperf_cloudmask.log")
-    assert "run_stop" in objection
+    ranks.assert_aborted(LOST)
+
+
+N_MANY = 400  # scenes: some seconds of inference
+
+
+@pytest.fixture
+def many_scenes(dataset, tmp_path):
+    """A folder of links to the inference scenes, under names of their own."""
+    (folder := tmp_path / "many").mkdir()
+    scenes = sorted((dataset / "ssts").rglob("S3A*.hdf"))
+    for i in range(N_MANY):
+        (folder / f"S3A_{i:03d}.hdf").symlink_to(scenes[i % len(scenes)])
+    return folder
+
+
+def masks(ranks):
+    return list((ranks.folder / "masks").glob("[!.]*.h5"))
+
+
+def test_rank_killed_during_inference_ends_all_and_is_named(
+    finished, settings, tmp_path, many_scenes
+):
+    model = "--mode", "inference", "--model", str(finished / "model.keras")
+    with Ranks(3, settings, tmp_path, *model, inference_dir=many_scenes) as ranks:
+        ranks.wait_for(lambda: masks(ranks))
+        ranks.processes[2].send_signal(signal.SIGKILL)
+        assert len(masks(ranks)) < N_MANY  # or it was killed too late
+        statuses = ranks.wait(LIMIT_SECONDS)
+    assert 0 not in statuses and statuses[2] == -signal.SIGKILL
+    ranks.assert_aborted(LOST)
+    assert not (ranks.folder / "scenes.csv").exists()
+
+
+def test_bad_scene_of_one_rank_ends_inference_of_all(finished, settings, tmp_path, many_scenes):
+    bad = many_scenes / "S3A_003.hdf"
+    content = bad.read_bytes()
+    bad.unlink()
+    bad.write_bytes(content)
+    spoil(bad)
+    model = "--mode", "inference", "--model", str(finished / "model.keras")
+    with Ranks(2, settings, tmp_path, *model, inference_dir=many_scenes) as ranks:
+        statuses = ranks.wait(LIMIT_SECONDS)
+    assert 0 not in statuses
+    ranks.assert_aborted(re.escape(str(bad)))
+    assert len(masks(ranks)) < N_MANY - 1  # the other rank does not finish the scenes first
 
 
 def test_reason_of_a_failing_rank_reaches_the_chief(dataset, settings, tmp_path):
@@ -115,7 +167,7 @@ def test_reason_of_a_failing_rank_reaches_the_chief(dataset, settings, tmp_path)
     assert "cannot be read as a scene" in results(ranks.folder)["error"]
 
 
-def test_bad_scenes_are_left_out_by_all_ranks(dataset, settings, tmp_path):
+def test_all_ranks_skip_the_same_bad_scenes(dataset, settings, tmp_path):
     train_dir = copy_of_training_scenes(dataset, tmp_path)
     first, second, *_ = sorted(train_dir.rglob("S3A*.hdf"))
     first.write_bytes(b"")
@@ -130,14 +182,14 @@ def test_bad_scenes_are_left_out_by_all_ranks(dataset, settings, tmp_path):
     assert said["training"]["scenes_train"] + said["training"]["scenes_test"] == 6
 
 
-def test_two_ranks_go_on_where_they_stopped(settings, tmp_path):
+def test_two_ranks_resume(settings, tmp_path):
     with Ranks(2, {**settings, "epochs": 3}, tmp_path) as ranks:
         assert ranks.wait(LIMIT_SECONDS) == [0, 0]
     whole = rows(ranks.folder / "history.csv")
     shutil.rmtree(ranks.folder)
     with Ranks(2, {**settings, "epochs": 1}, tmp_path) as ranks:
         assert ranks.wait(LIMIT_SECONDS) == [0, 0]
-    with Ranks(2, {}, tmp_path, resume=ranks.folder, epochs=3) as ranks:
+    with Ranks(2, {}, tmp_path, "--resume", str(ranks.folder), epochs=3) as ranks:
         assert ranks.wait(LIMIT_SECONDS) == [0, 0]
     resumed = rows(ranks.folder / "history.csv")
     assert [row["epoch"] for row in resumed] == ["1", "2", "3"]
@@ -146,14 +198,14 @@ def test_two_ranks_go_on_where_they_stopped(settings, tmp_path):
     assert results(ranks.folder)["resumed"] == 1
 
 
-def test_refused_start_ends_all_ranks_at_once(settings, tmp_path):
+def test_rejected_start_ends_all_ranks_at_once(settings, tmp_path):
     (tmp_path / "run").mkdir()
     with Ranks(2, settings, tmp_path) as ranks:
         assert ranks.wait(LIMIT_SECONDS) == [2, 2]
-    assert "exists" in ranks.error(0) and "Rank 0 says" in ranks.error(1)
+    assert "exists" in ranks.error(0) and "Rank 0" in ranks.error(1)
 
 
-def test_many_ranks_refuse_virtual_devices(settings, tmp_path):
+def test_virtual_devices_of_many_ranks_are_rejected(settings, tmp_path):
     with Ranks(2, settings, tmp_path, cpu_devices=2) as ranks:
         assert ranks.wait(LIMIT_SECONDS) == [2, 2]
     assert "cpu_devices: 2" in ranks.error(0)
