@@ -274,7 +274,8 @@ def watch_ranks(meeting):
             raise
         failure = meeting.find_failure()
         if failure is None:
-            lost = re.search(r"remote target \S*task:(\d+)", str(error))
+            # A broken connection, or a rank that TensorFlow has not heard from
+            lost = re.search(r"(?:remote target|heartbeats\):)\s*\S*task:(\d+)", str(error))
             failure = LOST.format(lost[1] if lost else "(which is unknown)")
             meeting.show(error=failure)
         raise RankError(failure) from error
