@@ -1,8 +1,12 @@
 """Scenes for the tests, and runs of the program on them."""
 
+import contextlib
 import csv
+import io
 import json
 import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # what a test says must not depend on the machine
@@ -58,6 +62,8 @@ def settings(dataset):
         "learning_rate": 0.00001,
         "organisation": "tests",
         "platform": "pytest",
+        "name": "Ada Lovelace",
+        "email": "ada@example.org",
         "report": False,  # test_report.py makes them
     }
 
@@ -77,9 +83,36 @@ def results(folder):
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory, settings):
+def finished_run(tmp_path_factory, settings):
+    """A whole run, training and inference: its folder, renames and what was on the screen."""
+    with pytest.MonkeyPatch.context() as patch, recorded_renames(patch) as renames:
+        screen = io.StringIO()
+        with contextlib.redirect_stderr(screen):
+            folder = tmp_path_factory.mktemp("finished")
+            run = start(folder, {**settings, "keep_probability": True})
+    assert run.status == 0, screen.getvalue()
+    return SimpleNamespace(folder=run.folder, renames=renames, screen=screen.getvalue())
+
+
+@pytest.fixture(scope="session")
+def finished(finished_run):
     """The folder of a whole run, training and inference."""
-    run = start(tmp_path_factory.mktemp("finished"), {**settings, "keep_probability": True})
+    return finished_run.folder
+
+
+EPOCHS = 3  # of 6 steps and 6 steps of validation
+
+
+@pytest.fixture(scope="session")
+def quick(settings):
+    """Settings with which every epoch changes something."""
+    return {**settings, "learning_rate": 0.001, "epochs": EPOCHS, "keep_probability": True}
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, quick):
+    """The folder of a run with these that was never stopped."""
+    run = start(tmp_path_factory.mktemp("whole"), quick)
     assert run.status == 0
     return run.folder
 
@@ -98,18 +131,23 @@ def rewrite(path, change=lambda name, values: values, **how):
             file.create_dataset(name, data=change(name, array), **how)
 
 
-def spoil(path):
-    """Damage a compressed chunk: the headers stay good."""
-    rewrite(path, compression="gzip")
+def damage_chunk(path, name):
+    """Damage the first compressed chunk of a dataset: the headers stay good."""
     with h5py.File(path) as file:
-        chunk = file["bts"].id.get_chunk_info(0)
+        chunk = file[name].id.get_chunk_info(0)
     with path.open("r+b") as file:
         file.seek(chunk.byte_offset + 2)
         file.write(b"\xff" * 8)
 
 
+def spoil(path):
+    """Make a scene that only reading finds to be bad: its brightness temperatures are damaged."""
+    rewrite(path, compression="gzip")
+    damage_chunk(path, "bts")
+
+
 def at_call(monkeypatch, owner, name, number, action):
-    """Let an action precede the call of that number, from 1, of a function."""
+    """Perform an action before the call of that number, from 1, of a function."""
     function, calls = getattr(owner, name), [0]
 
     def wrapped(*arguments, **options):
@@ -119,3 +157,81 @@ def at_call(monkeypatch, owner, name, number, action):
         return function(*arguments, **options)
 
     monkeypatch.setattr(owner, name, wrapped)
+
+
+# --- watching what the program does to files
+
+
+_watchers = []
+
+
+def _watch(event, arguments):
+    for watcher in _watchers if event in ("os.rename", "os.mkdir") else ():
+        watcher(event, *map(Path, arguments[: 2 if event == "os.rename" else 1]))
+
+
+sys.addaudithook(_watch)  # Python tells it of every rename before it happens; it cannot be removed
+
+
+@contextlib.contextmanager
+def watching(watcher):
+    """Call watcher('os.rename', source, target) before renames, and ('os.mkdir', folder)."""
+    _watchers.append(watcher)
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
+
+
+def at_file(pattern, action, number=1, when=lambda source: True):
+    """Perform an action before a file or folder gets its final name: everything is written then.
+
+    Args:
+        pattern: Of the final path, as of `Path.match`.
+        action: Function without arguments; what it raises, the renaming raises.
+        number: Which of those renames, from 1.
+        when: Function of the temporary path: whether the rename counts.
+    """
+    count = 0
+
+    def watcher(event, source, target=None):
+        nonlocal count
+        if event == "os.rename" and target.match(pattern) and when(source):
+            count += 1
+            if count == number:
+                action()
+
+    return watching(watcher)
+
+
+def epochs_in(source):
+    """How many epochs the results.json at a path has."""
+    return (json.loads(source.read_text()).get("training") or {}).get("epochs_run")
+
+
+@contextlib.contextmanager
+def recorded_renames(patch):
+    """Record every rename: its target, and the files that were not on the disk by then.
+
+    Yields:
+        List of (target, [files of the source that were written after their last fsync]).
+    """
+    renames, synced = [], {}
+
+    def state(found):
+        return found.st_ino, (found.st_size, found.st_mtime_ns)
+
+    def fsync(descriptor, call=os.fsync):
+        call(descriptor)
+        synced.update([state(os.stat(descriptor))])
+
+    def watcher(event, source, target=None):
+        if event == "os.rename":
+            files = [source] if source.is_file() else [f for f in source.rglob("*") if f.is_file()]
+            states = {file: state(file.stat()) for file in files}
+            late = [file.name for file, (inode, now) in states.items() if synced.get(inode) != now]
+            renames.append((target, late))
+
+    patch.setattr(os, "fsync", fsync)
+    with watching(watcher):
+        yield renames

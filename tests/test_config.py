@@ -1,5 +1,3 @@
-import time
-
 import pytest
 import yaml
 
@@ -68,7 +66,7 @@ def test_shipped_file_holds_every_key_at_its_default():
     assert missing == {"submission"}  # v1.1's block, said by other keys
 
 
-def test_all_faults_are_told_at_once_with_key_and_value(tmp_path):
+def test_all_faults_are_reported_at_once_with_key_and_value(tmp_path):
     with pytest.raises(UserError) as error:
         load(
             tmp_path, "epochs: 0\nprecision: float8\nbatchsize: 3\nlearning_rate: fast\nseed: true"
@@ -80,6 +78,12 @@ def test_all_faults_are_told_at_once_with_key_and_value(tmp_path):
     ):  # fmt: skip
         assert words in text
     assert "\n" not in text
+
+
+# Nine lists, each of nine times the one before: 9**9 words from 300 bytes.
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)
+)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +109,7 @@ def test_all_faults_are_told_at_once_with_key_and_value(tmp_path):
         ("a: [", "not a valid configuration"),
         ("seed: &a 1", "the anchor or alias 'a' is not taken"),
         ("seed: *a", "the anchor or alias 'a' is not taken"),
+        (BOMB, "the anchor or alias 'a0' is not taken"),
         ("a: " + "[" * 5000, "nested too deeply"),
         ("seed: 2019-13-45", "not a valid configuration"),
         ("seed: " + "1" * 5000, "not a valid configuration"),
@@ -112,39 +117,39 @@ def test_all_faults_are_told_at_once_with_key_and_value(tmp_path):
         ("name: [" + "1, " * 5000 + "]", "1, 1…"),
         ("\n".join(f"k{i}: 1" for i in range(300)), "and 270 more"),
         ("a: !!python/object/apply:os.system ['true']", "not a valid configuration"),
+        ("log_file: results.json", "is a file that every run writes"),
+        ("mlperf_logfile: ./config.yaml", "is a file that every run writes"),
+        ("log_file: checkpoints/log", "is a file that every run writes"),
+        ("log_file: rank-0.log", "is a file that every run writes"),
+        ("log_file: a\nmlperf_logfile: ./a", "must be three files"),
+        ("log_file: /dev/full", "log_file /dev/full is no regular file"),
+        ("model_file: /dev", "model_file /dev is no regular file"),
+        ("log_file: ../a.log", "must name a file in the run's folder"),
+        ("run_name: ' '", "1 to 200 characters"),
+        (r'run_name: "a\nb"', "1 to 200 characters"),
+        ("epochs: !!bool x", "not a valid configuration"),
     ],
 )
-def test_what_cannot_be_is_refused(tmp_path, text, words):
+def test_invalid_configuration_is_rejected_in_one_line(tmp_path, text, words):
     with pytest.raises(UserError) as error:
         load(tmp_path, text)
-    assert words in str(error.value)
-
-
-# Nine lists, each of nine times the one before: 9**9 words from 300 bytes.
-BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
-    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)
-)
-
-
-def test_file_of_aliases_is_refused_at_the_first(tmp_path):
-    with pytest.raises(UserError, match="the anchor or alias 'a0' is not taken") as error:
-        load(tmp_path, BOMB)
-    assert "config.yaml" in str(error.value) and "\n" not in str(error.value)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert "config.yaml" in str(error.value)
 
 
 @pytest.mark.parametrize("value", ["&a 1", "*a", "[&a [1], *a]"])
-def test_set_takes_no_aliases(tmp_path, value):
+def test_set_accepts_no_aliases(tmp_path, value):
     with pytest.raises(UserError, match="--set seed: .* the anchor or alias 'a' is not taken"):
         load(tmp_path, "epochs: 3", f"seed={value}")
 
 
 @pytest.mark.parametrize("value", ["[" * 5000, "2019-13-45", "1" * 5000])
-def test_set_refuses_what_yaml_cannot_say(tmp_path, value):
+def test_set_rejects_invalid_yaml(tmp_path, value):
     with pytest.raises(UserError, match="--set seed: "):
         load(tmp_path, "epochs: 3", f"seed={value}")
 
 
-def test_file_over_a_mebibyte_is_not_parsed(tmp_path, monkeypatch):
+def test_file_over_a_mebibyte_is_not_parsed(tmp_path):
     text = "# comment\n" + "#" * (1 << 20)
     with pytest.raises(UserError, match="config.yaml is over 1048576 bytes"):
         load(tmp_path, text)
@@ -153,17 +158,10 @@ def test_file_over_a_mebibyte_is_not_parsed(tmp_path, monkeypatch):
         load_config("/dev/zero")
 
 
-def test_some_faults_of_very_many_are_told(tmp_path):
+def test_at_most_30_faults_are_reported(tmp_path):
     with pytest.raises(UserError) as error:
         load(tmp_path, "\n".join(f"k{i}: 1" for i in range(300)))
     assert str(error.value).count("unknown key") == 30
-
-
-def test_many_keys_take_no_square_of_their_number(tmp_path):
-    begin = time.monotonic()
-    with pytest.raises(UserError, match="key k9999"):
-        load(tmp_path, "\n".join(f"k{i}: 1" for i in range(30_000)) + "\nk9999: 1")
-    assert time.monotonic() - begin < 8
 
 
 def test_missing_file_is_named(tmp_path):
@@ -191,30 +189,6 @@ def test_resolved_configuration_is_the_same_configuration(tmp_path):
     assert again == config.model_copy(update={"run_name": None})
 
 
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ("log_file: results.json", "is a file that every run writes"),
-        ("mlperf_logfile: ./config.yaml", "is a file that every run writes"),
-        ("log_file: checkpoints/log", "is a file that every run writes"),
-        ("log_file: rank-0.log", "is a file that every run writes"),
-        ("log_file: a\nmlperf_logfile: ./a", "must be three files"),
-        ("log_file: /dev/full", "log_file /dev/full is no regular file"),
-        ("model_file: /dev", "model_file /dev is no regular file"),
-        ("log_file: ../a.log", "must name a file in the run's folder"),
-        ("run_name: ' '", "1 to 200 characters"),
-        (r'run_name: "a\nb"', "1 to 200 characters"),
-        ("[]", "found a list"),
-        ("epochs: !!bool x", "not a valid configuration"),
-    ],
-)
-def test_names_and_values_that_would_cost_a_run_its_files_are_refused(tmp_path, values, words):
-    (tmp_path / "c.yaml").write_text(values)
-    with pytest.raises(UserError) as error:
-        load_config(tmp_path / "c.yaml")
-    assert words in str(error.value)
-
-
-def test_model_to_read_may_lie_outside(tmp_path):
+def test_model_file_may_be_outside_the_run_folder(tmp_path):
     (tmp_path / "c.yaml").write_text("model_file: ../run/model.keras")
     assert load_config(tmp_path / "c.yaml").model_file.name == "model.keras"

@@ -1,4 +1,4 @@
-"""Full and read-only disks, at each kind of write: what was there stays, and the run goes on."""
+"""Full and read-only disks, at each kind of write: what is complete stays, and the run resumes."""
 
 import errno
 import os
@@ -11,29 +11,12 @@ from types import SimpleNamespace
 import h5py
 import keras
 import pytest
-from conftest import at_call, results, start
-from test_resume import EPOCHS, assert_same_outcome, resume
+from conftest import at_file, epochs_in, results, start
+from test_resume import assert_same_outcome, resume
 
-import slstr_cloud
-from harness.inference.masks import MaskFolder
-from harness.records.mlperf_log import MLLogger, open_mlperf_log
-from harness.records.run import Run
-from harness.training.checkpoints import Checkpoints
+from harness.records.mlperf_log import open_mlperf_log
 
 DISK_BYTES = 160_000_000  # a run wants 100 MB before it begins
-
-
-@pytest.fixture(scope="module")
-def quick(settings):
-    return {**settings, "learning_rate": 0.001, "epochs": EPOCHS}
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, quick):
-    """The folder of a run that had space enough."""
-    run = start(tmp_path_factory.mktemp("whole"), quick)
-    assert run.status == 0
-    return run.folder
 
 
 @pytest.fixture
@@ -59,26 +42,24 @@ def fill(disk):
             file.write(b"0")
 
 
+# The disk is full from the moment that a file has been written: the next write fails.
+FULL_AFTER = {
+    # then an MLPerf event
+    "results.json of an epoch": ("run/results.json", {"when": lambda path: epochs_in(path) == 1}),
+    "history.csv": ("run/history.csv", {"number": 2}),  # then the model, if it is the best
+    "the best model": ("run/model.keras", {}),  # then a checkpoint
+    "a checkpoint": ("checkpoints/epoch-*", {"number": 2}),  # then results.json
+    "a mask": ("masks/*.h5", {}),  # then a mask
+    "the last mask": ("masks/*.h5", {"number": 2}),  # then scenes.csv
+    "scenes.csv": ("run/scenes.csv", {}),  # then the line of cloudmask.log
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("owner", "function", "number", "what"),
-    [
-        (Run, "save_results", 2, "results.json"),
-        (MLLogger, "start", 3, "an MLPerf event"),  # of the first epoch
-        (slstr_cloud, "write_csv", 2, "history.csv"),
-        (keras.Model, "save", 1, "the model"),
-        (Checkpoints, "save", 2, "a checkpoint"),
-        (MaskFolder, "write", 2, "a mask"),
-        (slstr_cloud, "write_csv", EPOCHS + 1, "scenes.csv"),
-        (Run, "write_line", 2, "the line of cloudmask.log"),
-    ],
-    ids=lambda value: str(value).replace(" ", "-") if isinstance(value, str) else "",
-)
-def test_full_disk_is_one_line_and_loses_nothing(
-    disk, quick, whole, monkeypatch, capfd, owner, function, number, what
-):
-    with monkeypatch.context() as patch:
-        at_call(patch, owner, function, number, lambda: fill(disk))
+@pytest.mark.parametrize("written", FULL_AFTER)
+def test_full_disk_is_one_line_and_loses_nothing(disk, quick, whole, capfd, written):
+    pattern, which = FULL_AFTER[written]
+    with at_file(pattern, lambda: fill(disk), **which):
         run = start(disk, quick)
     error = capfd.readouterr().err
     assert run.status == 2
@@ -92,7 +73,7 @@ def test_full_disk_is_one_line_and_loses_nothing(
 
 
 def assert_readable(folder):
-    """All that has its final name is whole."""
+    """Every file that has its final name is complete."""
     for path in folder.rglob("*"):
         if path.name.startswith(".") or "checkpoints" in path.parts or not path.is_file():
             continue
@@ -117,10 +98,8 @@ def test_full_disk_at_the_start_leaves_no_folder(disk, quick, capsys):
     assert list(disk.iterdir()) == []
 
 
-def test_read_only_disk_is_one_line(disk, quick, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        stop = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
-        at_call(patch, Checkpoints, "save", 1, stop)
+def test_read_only_disk_is_one_line(disk, quick, capsys):
+    with at_file("run/history.csv", lambda: os.kill(os.getpid(), signal.SIGTERM)):
         run = start(disk, quick)
     assert run.status == 143
     before = {path: path.stat().st_mtime_ns for path in disk.rglob("*") if path.is_file()}
@@ -137,7 +116,7 @@ def test_read_only_disk_is_one_line(disk, quick, monkeypatch, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in disk.rglob("*") if path.is_file()}
 
 
-def test_scene_that_another_program_writes_is_told_of(dataset, settings, tmp_path, capsys):
+def test_scene_that_another_program_writes_is_named(dataset, settings, tmp_path, capsys):
     shutil.copytree(dataset / "ssts", tmp_path / "ssts")
     locked = sorted((tmp_path / "ssts").rglob("S3A*.hdf"))[0]
     code = f"import h5py, sys; f = h5py.File({str(locked)!r}, 'a'); print(flush=True); input()"

@@ -1,23 +1,27 @@
-"""Runs that are stopped and go on, against runs that were never stopped."""
+"""Runs that are stopped and resumed, against a run that was never stopped."""
 
-import csv
+import errno
 import json
 import os
 import shutil
 import signal
 import threading
+import typing
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
 
 import h5py
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import at_call, results, start
+from conftest import EPOCHS, at_call, at_file, damage_chunk, epochs_in, results, rows, start
 from mlperf_logging.compliance_checker.mlp_parser import parse_file
+from mlperf_logging.mllog.mllog import MLLogger
 
 import slstr_cloud
-from harness.config import load_config
+from harness.config import Config, load_config
 from harness.errors import UserError
 from harness.records.resume import find_requeued, load_resumed, sole_user
 from harness.records.run import make_folder
@@ -26,24 +30,11 @@ from harness.training.losses import LOSSES
 from harness.training.trainer import POLICIES, Trainer
 from model import unet
 
-EPOCHS = 3  # of 6 steps and 6 steps of validation
+WARM_UP = 1  # call of either step before the first epoch
+N_STEPS = 6  # of an epoch, and of its validation
 
 
-@pytest.fixture(scope="module")
-def quick(settings):
-    """Settings with which every epoch changes something."""
-    return {**settings, "learning_rate": 0.001, "epochs": EPOCHS}
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, quick):
-    """The folder of a run that was never stopped."""
-    run = start(tmp_path_factory.mktemp("whole"), quick)
-    assert run.status == 0
-    return run.folder
-
-
-def signal_self(number):
+def signal_self(number=signal.SIGTERM):
     return lambda: os.kill(os.getpid(), number)
 
 
@@ -51,15 +42,11 @@ def resume(folder, *arguments):
     return slstr_cloud.main(["--resume", str(folder), *arguments])
 
 
-def rows_of(path, *, timed=False):
-    """The rows of a CSV file, without what is never the same twice."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not timed:
-        for row in rows:
-            for name in [n for n in row if "second" in n]:
-                del row[name]
-    return rows
+def rows_of(path):
+    """The rows of a CSV file, without times, which differ between runs."""
+    return [
+        {name: value for name, value in row.items() if "second" not in name} for row in rows(path)
+    ]
 
 
 def events(folder, key):
@@ -81,7 +68,8 @@ def assert_same_outcome(folder, whole):
     assert sorted(path.name for path in (folder / "masks").iterdir()) == [p.name for p in masks]
     for path in masks:
         with h5py.File(path) as b, h5py.File(folder / "masks" / path.name) as a:
-            np.testing.assert_array_equal(a["mask"][:], b["mask"][:])
+            for name in ("mask", "probability"):
+                np.testing.assert_array_equal(a[name][:], b[name][:])
     for key in ("epoch_start", "epoch_stop", "eval_start", "eval_stop", "eval_accuracy"):
         assert len(events(folder, key)) == EPOCHS
     for key in ("init_start", "init_stop", "run_start", "run_stop", "inference_start", "result"):
@@ -100,135 +88,202 @@ def assert_same_outcome(folder, whole):
 # --- stopped by a signal
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "call"),
-    [
-        # Warming up is a call of either step; an epoch is 6 calls.
-        (Trainer, "warm_up", 1),
-        (Trainer, "train_step", 2),
-        (Trainer, "train_step", 1 + 6 + 3),
-        (Trainer, "eval_step", 1 + 2),
-        (Trainer, "eval_step", 1 + 6 + 1),
-        (slstr_cloud, "keep_epoch", 2),
-        (slstr_cloud.results, "training_line", 1),
-        (slstr_cloud.scores, "score_scene", 2),
-    ],
-    ids=lambda value: getattr(value, "__name__", value),
-)
-def test_resumed_run_equals_one_that_was_never_stopped(
-    tmp_path, quick, whole, monkeypatch, owner, name, call
-):
-    with monkeypatch.context() as patch:
-        at_call(patch, owner, name, call, signal_self(signal.SIGTERM))
-        run = start(tmp_path, quick)
-    assert run.status == 143
-    assert results(run.folder)["status"] == "aborted"
-    if events(run.folder, "run_start"):
-        assert len(events(run.folder, "run_stop")) == 1
-    assert resume(run.folder) == 0
-    assert_same_outcome(run.folder, whole)
-    report = results(run.folder)
+def in_step(name, number):
+    """While the Trainer takes its training or validation step of that number."""
+    return lambda patch, action: at_call(patch, Trainer, name, WARM_UP + number, action)
+
+
+def at_event(method, number):
+    """Before an event of the MLPerf log: its start or end of that number."""
+    return lambda patch, action: at_call(patch, MLLogger, method, number, action)
+
+
+def before(pattern, number=1, **how):
+    """Before a file gets its name; the signal itself keeps the file from getting it, or waits."""
+    return lambda patch, action: patch.enter(at_file(pattern, action, number, **how))
+
+
+MOMENTS = {
+    "before training": at_event("end", 1),  # init_stop
+    "in the first epoch": in_step("train_step", 2),
+    "in the first validation": in_step("eval_step", 2),
+    "while history.csv is written": before("run/history.csv", 2),
+    "while a checkpoint is written": before("checkpoints/epoch-00002-*"),
+    "between epochs": before("run/results.json", when=lambda path: epochs_in(path) == 2),
+    "between training and inference": at_event("start", 2 + 2 * EPOCHS + 1),  # inference_start
+    "in inference": before("masks/*.h5", 2),
+}
+
+
+def stop(folder, settings, moment, number=signal.SIGTERM, *arguments):
+    """Start a run that gets a signal at a moment; its folder."""
+    with Patch() as patch:
+        moment(patch, signal_self(number))
+        run = start(folder, settings, *arguments)
+    assert run.status == 128 + number
+    return run.folder
+
+
+class Patch(pytest.MonkeyPatch):
+    """A MonkeyPatch that leaves contexts too."""
+
+    def __enter__(self):
+        self._contexts = ExitStack()
+        self.enter = self._contexts.enter_context
+        return self
+
+    def __exit__(self, *error):
+        self._contexts.close()
+        self.undo()
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_resumed_run_equals_one_that_was_never_stopped(tmp_path, quick, whole, moment):
+    folder = stop(tmp_path, quick, MOMENTS[moment])
+    assert results(folder)["status"] == "aborted"
+    if events(folder, "run_start"):
+        assert len(events(folder, "run_stop")) == 1
+    assert resume(folder) == 0
+    assert_same_outcome(folder, whole)
+    report = results(folder)
     assert report["resumed"] == 1
     assert [part["status"] for part in report["parts"]] == ["aborted", "success"]
     assert report["seconds"] == pytest.approx(sum(part["seconds"] for part in report["parts"]))
     assert report["peak_rss"] == max(part["peak_rss"] for part in report["parts"])
     assert {part["git_commit"] for part in report["parts"]} == {report["git_commit"]}
-    assert len(events(run.folder, "resumed")) == 1
+    assert len(events(folder, "resumed")) == 1
 
 
-def test_stopped_training_goes_on_at_the_next_step(tmp_path, quick, whole, monkeypatch):
-    with monkeypatch.context() as patch:
-        at_call(patch, Trainer, "train_step", 1 + 6 + 3, signal_self(signal.SIGTERM))
-        run = start(tmp_path, quick)
-    steps = []
-    counted = Trainer.train_step
-    monkeypatch.setattr(Trainer, "train_step", lambda *a: (steps.append(1), counted(*a))[1])
-    assert resume(run.folder) == 0
-    assert len(steps) == 1 + 18 - (6 + 3)  # the step under way was finished
-    assert_same_outcome(run.folder, whole)
+def count_steps(monkeypatch):
+    """A list that grows with every training step from now on, warming up included."""
+    steps, step = [], Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda *a: (steps.append(1), step(*a))[1])
+    return steps
 
 
-def test_sigint_ends_with_130_and_a_second_signal_does_not_wait(tmp_path, quick, monkeypatch):
+def test_resumed_training_continues_at_the_next_step(copy_of_stopped, whole, monkeypatch):
+    steps = count_steps(monkeypatch)
+    assert resume(copy_of_stopped) == 0
+    assert len(steps) == WARM_UP + 3 * N_STEPS - (2 * N_STEPS + 3)  # the third step was finished
+    assert_same_outcome(copy_of_stopped, whole)
+
+
+@pytest.mark.xfail(strict=True, reason="a signal between epochs ends the run without a checkpoint")
+def test_signal_between_epochs_loses_no_epoch(tmp_path, quick, monkeypatch):
+    moment = before("run/results.json", when=lambda path: epochs_in(path) == 3)
+    changed = {**quick, "epochs": 4, "checkpoint_every": 10}
+    folder = stop(tmp_path, changed, moment, signal.SIGTERM, "--mode", "train")
+    assert len(rows(folder / "history.csv")) == 3
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    assert checkpoint.name == "epoch-00003-step-0000000"
+    steps = count_steps(monkeypatch)
+    assert resume(folder) == 0
+    assert len(steps) == WARM_UP + N_STEPS
+    assert len(rows(folder / "history.csv")) == 4
+
+
+def test_sigint_exits_with_130_and_a_second_signal_does_not_wait(tmp_path, quick, monkeypatch):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    taken = []
-    inner = Trainer.train_step
-    monkeypatch.setattr(Trainer, "train_step", lambda *a: (inner(*a), taken.append(1)))
+    steps = count_steps(monkeypatch)
     at_call(monkeypatch, Trainer, "train_step", 4, twice)
     assert start(tmp_path, quick).status == 130
-    assert len(taken) == 3
+    assert len(steps) == 3
 
 
-def test_masks_that_are_whole_are_kept(tmp_path, quick, monkeypatch):
-    with monkeypatch.context() as patch:
-        at_call(patch, slstr_cloud.results, "inference_results", 1, signal_self(signal.SIGTERM))
-        run = start(tmp_path, quick)
-    kept, damaged = sorted((run.folder / "masks").glob("*.h5"))
-    before = kept.stat().st_mtime_ns
-    damaged.write_bytes(damaged.read_bytes()[:2000])
-    assert resume(run.folder) == 0
-    assert kept.stat().st_mtime_ns == before
-    with h5py.File(damaged) as file:
-        assert file["mask"].shape == (100, 135)
-    rows = rows_of(run.folder / "scenes.csv", timed=True)
-    assert len(rows) == 2
-    assert results(run.folder)["inference"]["seconds"] > float(rows[0]["seconds"])
+# --- masks
 
 
-def test_masks_of_another_model_are_made_again(tmp_path, quick, whole, monkeypatch):
-    model = tmp_path / "first.keras"
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory, quick, whole):
+    """A run of inference alone, stopped when it has made its masks."""
+    model = tmp_path_factory.mktemp("model") / "first.keras"
     shutil.copy(whole / "model.keras", model)
-    with monkeypatch.context() as patch:
-        at_call(patch, slstr_cloud.results, "inference_results", 1, signal_self(signal.SIGTERM))
-        run = start(tmp_path, {**quick, "model_file": str(model)}, "--mode", "inference")
-    assert run.status == 143
+    changed = {**quick, "model_file": str(model)}
+    folder = tmp_path_factory.mktemp("masked")
+    return stop(folder, changed, before("run/scenes.csv"), signal.SIGTERM, "--mode", "inference")
+
+
+@pytest.fixture
+def copy_of_masked(masked, tmp_path):
+    return Path(shutil.copytree(masked, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "chunk", "pipe", "older than its scene"])
+def test_unusable_masks_are_made_again_and_others_kept(copy_of_masked, whole, quick, damage):
+    kept, damaged = sorted((copy_of_masked / "masks").glob("*.h5"))
+    before = kept.stat()
+    (scene,) = Path(quick["inference_dir"]).rglob(f"{damaged.stem}.hdf")
+    scene_time = scene.stat().st_mtime_ns
+    if damage == "cut":
+        os.truncate(damaged, 2000)
+    elif damage == "chunk":
+        damage_chunk(damaged, "mask")
+    elif damage == "older than its scene":
+        with h5py.File(damaged, "r+") as file:
+            file["mask"][:] = 1
+        os.utime(scene, ns=(scene_time, scene_time + 1_000_000_000))
+    else:
+        damaged.unlink()
+        os.mkfifo(damaged)
+    try:
+        assert resume(copy_of_masked) == 0
+    finally:
+        os.utime(scene, ns=(scene_time, scene_time))
+    assert (kept.stat().st_mtime_ns, kept.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
+    for path in (kept, damaged):
+        with h5py.File(path) as ours, h5py.File(whole / "masks" / path.name) as expected:
+            for name in ("mask", "probability"):
+                np.testing.assert_array_equal(ours[name][:], expected[name][:])
+    assert rows_of(copy_of_masked / "scenes.csv") == rows_of(whole / "scenes.csv")
+    scenes = rows(copy_of_masked / "scenes.csv")
+    inference = results(copy_of_masked)["inference"]
+    assert inference["seconds"] > float(scenes[0]["seconds"])  # with those of the first part
+
+
+def test_masks_of_another_model_are_made_again(copy_of_masked):
+    model = Path(results(copy_of_masked)["config"]["model_file"])
+    before = model.read_bytes()
     other = keras.models.load_model(model)
     other.set_weights([np.zeros_like(w) for w in other.get_weights()])
-    other.save(model)
-    assert resume(run.folder) == 0
-    for row in rows_of(run.folder / "scenes.csv"):
-        assert float(row["recall"]) == 0  # a probability of 0.5 everywhere is no cloud
+    try:
+        other.save(model)
+        assert resume(copy_of_masked) == 0
+    finally:
+        model.write_bytes(before)
+    for row in rows(copy_of_masked / "scenes.csv"):
+        assert float(row["cloud_fraction"]) == 0  # a probability of 0.5 everywhere is no cloud
 
 
 # --- checkpoints
 
 
-def stopped(tmp_path, quick, monkeypatch):
-    """A run stopped in its third epoch, with checkpoints of epochs 2 and of a step of epoch 3."""
-    with monkeypatch.context() as patch:
-        at_call(patch, Trainer, "train_step", 1 + 12 + 3, signal_self(signal.SIGTERM))
-        run = start(tmp_path, quick)
-    assert run.status == 143
-    names = [path.name for path in sorted((run.folder / "checkpoints").iterdir())]
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, quick):
+    """A run stopped in its third epoch: checkpoints of epoch 2, and of a step of epoch 3."""
+    folder = tmp_path_factory.mktemp("stopped")
+    folder = stop(folder, quick, in_step("train_step", 2 * N_STEPS + 3))
+    names = [path.name for path in sorted((folder / "checkpoints").iterdir())]
     assert names == ["epoch-00002-step-0000000", "epoch-00002-step-0000003"]
-    return run.folder
+    return folder
 
 
-@pytest.mark.parametrize(
-    "damage",
-    ["flip", "remove file", "no digests", "empty folder"],
-)
-def test_damaged_checkpoint_is_passed_over(tmp_path, quick, whole, monkeypatch, capsys, damage):
-    folder = stopped(tmp_path, quick, monkeypatch)
-    newest = sorted((folder / "checkpoints").iterdir())[-1]
+@pytest.fixture
+def copy_of_stopped(stopped, tmp_path):
+    return Path(shutil.copytree(stopped, tmp_path / "run"))
+
+
+def test_damaged_checkpoint_is_skipped(copy_of_stopped, whole, capsys):
+    newest = sorted((copy_of_stopped / "checkpoints").iterdir())[-1]
     data = next(newest.glob("weights.data*"))
-    if damage == "flip":
-        content = bytearray(data.read_bytes())
-        content[len(content) // 2] ^= 1
-        data.write_bytes(content)
-    elif damage == "remove file":
-        data.unlink()
-    elif damage == "no digests":
-        (newest / "SHA256SUMS").write_text("")
-    else:
-        shutil.rmtree(newest)
-        newest.mkdir()
-    capsys.readouterr()
-    assert resume(folder) == 0
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    assert resume(copy_of_stopped) == 0
     assert "damaged checkpoint" in capsys.readouterr().err
-    assert_same_outcome(folder, whole)
+    assert_same_outcome(copy_of_stopped, whole)
 
 
 def damage(path, rng):
@@ -257,10 +312,9 @@ def damage(path, rng):
     return way
 
 
-def test_checkpoints_damaged_in_200_ways_are_passed_over(tmp_path, quick, monkeypatch):
-    folder = stopped(tmp_path, quick, monkeypatch) / "checkpoints"
-    older, newer = sorted(folder.iterdir())
-    assert Checkpoints(folder).newest()[0] == newer
+def test_checkpoints_damaged_in_200_ways_are_skipped(stopped, tmp_path):
+    older, newer = sorted((stopped / "checkpoints").iterdir())
+    assert Checkpoints(stopped / "checkpoints").newest()[0] == newer
     copy, rng, ways = tmp_path / "copy", np.random.default_rng(1), set()
     shutil.copytree(older, copy / older.name)
     for _ in range(200):
@@ -270,11 +324,13 @@ def test_checkpoints_damaged_in_200_ways_are_passed_over(tmp_path, quick, monkey
         assert Checkpoints(copy).newest()[0] == copy / older.name
         shutil.rmtree(copy / newer.name)
     assert len(ways) > 30
+    (copy / newer.name).mkdir()  # an empty one
+    assert Checkpoints(copy).newest()[0] == copy / older.name
     damage(copy / older.name / "SHA256SUMS", rng)
     assert Checkpoints(copy).newest() is None
 
 
-def test_loss_scale_of_float16_goes_on(tmp_path):
+def test_loss_scale_of_float16_is_restored(tmp_path):
     def trainer():
         return Trainer(
             tf.distribute.MirroredStrategy(["/CPU:0"]),
@@ -311,30 +367,36 @@ def test_loss_scale_of_float16_goes_on(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-def test_without_a_whole_checkpoint_training_begins_anew(tmp_path, quick, whole, monkeypatch):
-    folder = stopped(tmp_path, quick, monkeypatch)
-    for checkpoint in (folder / "checkpoints").iterdir():
+def test_without_an_intact_checkpoint_training_starts_over(copy_of_stopped, whole):
+    for checkpoint in (copy_of_stopped / "checkpoints").iterdir():
         (checkpoint / "state.json").write_text("{}")
-    assert resume(folder) == 0
-    assert_same_outcome(folder, whole)
+    assert resume(copy_of_stopped) == 0
+    assert_same_outcome(copy_of_stopped, whole)
 
 
-def test_best_model_of_the_checkpoint_is_put_back(tmp_path, quick, whole, monkeypatch):
-    folder = stopped(tmp_path, quick, monkeypatch)
-    shutil.copy(whole / "masks" / sorted(os.listdir(whole / "masks"))[0], folder / "model.keras")
-    assert resume(folder) == 0
-    assert_same_outcome(folder, whole)
+def test_best_model_is_restored_from_the_checkpoint(copy_of_stopped, whole):
+    (copy_of_stopped / "model.keras").write_bytes(b"damaged")
+    assert resume(copy_of_stopped) == 0
+    assert_same_outcome(copy_of_stopped, whole)
 
 
-def test_a_checkpoint_that_is_being_written_is_none(tmp_path, quick, monkeypatch):
-    def fail(*arguments):
-        raise OSError(28, "No space left on device")
+def test_failed_checkpoint_leaves_the_earlier_ones(tmp_path, quick, whole, monkeypatch):
+    def full(descriptor, fsync=os.fsync):
+        if "epoch-00003" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
 
     with monkeypatch.context() as patch:
-        at_call(patch, Checkpoints, "save", 2, lambda: patch.setattr("os.fsync", fail))
+        patch.setattr(os, "fsync", full)
         run = start(tmp_path, quick)
     assert run.status == 2
-    assert len(list((run.folder / "checkpoints").iterdir())) == 1
+    left = sorted((run.folder / "checkpoints").iterdir())
+    assert [path.name for path in left] == ["epoch-00001-step-0000000", "epoch-00002-step-0000000"]
+    assert Checkpoints(run.folder / "checkpoints").newest()[0] == left[-1]
+    steps = count_steps(monkeypatch)
+    assert resume(run.folder) == 0
+    assert len(steps) == WARM_UP + N_STEPS
+    assert_same_outcome(run.folder, whole)
 
 
 def test_checkpoint_every_saves_less_often(tmp_path, quick):
@@ -346,7 +408,7 @@ def test_checkpoint_every_saves_less_often(tmp_path, quick):
 # --- what is resumed, and what is not
 
 
-def test_finished_run_is_left_as_it_is(whole, capsys):
+def test_finished_run_is_not_changed(whole, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     assert resume(whole) == 0
     assert "has finished" in capsys.readouterr().err
@@ -361,24 +423,68 @@ def test_finished_run_can_be_given_more_epochs(tmp_path, quick, whole):
     assert len(rows_of(run.folder / "scenes.csv")) == 2
 
 
-def test_key_that_matters_is_refused_with_both_values(tmp_path, quick, monkeypatch, capsys):
-    folder = stopped(tmp_path, quick, monkeypatch)
-    assert resume(folder, "--set", "batch_size=10", "cloud_weight=2") == 2
-    error = capsys.readouterr().err
-    assert "batch_size was 11, now 10" in error and "cloud_weight was 1.0, now 2.0" in error
+# README.md, "Runs that are stopped": these change neither weights nor masks.
+FREE_KEYS = {
+    "epochs", "patience", "target_accuracy", "checkpoint_every", "cache_dir", "no_cache",
+    "micro_batch", "gpu", "nodes", "cpu_devices", "on_bad_scene", "read_timeout", "name", "email",
+    "output_dir", "report", "sampling", "tensorboard", "profile_steps",
+}  # fmt: skip
+FIXED_KEYS = {
+    field.alias: field
+    for name, field in Config.model_fields.items()
+    if name not in FREE_KEYS | {"run_name"}  # which is that of the folder
+}
 
 
-def test_other_scenes_are_refused(tmp_path, quick, monkeypatch, capsys):
+def another_value(field, file, before):
+    """A valid value of a key, as the text of --set, that differs from the one before."""
+    choices = [value for value in typing.get_args(field.annotation) if isinstance(value, str)]
+    candidates = [*choices, "true", "false", 2, 0.5, 16, 64, "other", "other.keras", "{version: x}"]
+    for value in candidates:
+        try:
+            changed = load_config(file, [f"{field.alias}={value}"])
+        except UserError:
+            continue
+        after = changed.model_dump(by_alias=True, mode="json")[field.alias]
+        if after != before:
+            return value, after
+    raise AssertionError(f"No other value of {field.alias} is known: add one to the candidates.")
+
+
+@pytest.mark.parametrize("key", FIXED_KEYS)
+def test_key_that_changes_results_is_rejected_with_both_values(stopped, key, capsys):
+    before = results(stopped)["config"][key]
+    value, after = another_value(FIXED_KEYS[key], stopped / "config.yaml", before)
+    files = {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
+    assert resume(stopped, "--set", f"{key}={value}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert key in line
+    for shown in (before, after):
+        assert (str(shown) if not isinstance(shown, dict) else "version") in line
+    assert {path: path.stat().st_mtime_ns for path in stopped.rglob("*")} == files
+
+
+def test_free_keys_may_change(copy_of_stopped):
+    changes = ["patience=9", "target_accuracy=0.999", "checkpoint_every=2", "micro_batch=3",
+               "on_bad_scene=skip", "name=Grace Hopper", "sampling=false"]  # fmt: skip
+    assert resume(copy_of_stopped, "--set", *changes) == 0
+    found = results(copy_of_stopped)
+    assert (found["status"], found["config"]["micro_batch"]) == ("success", 3)
+
+
+def test_other_scenes_are_rejected(copy_of_stopped, tmp_path, quick, capsys):
     data = tmp_path / "data"
     shutil.copytree(quick["train_dir"], data)
-    folder = stopped(tmp_path, {**quick, "train_dir": str(data)}, monkeypatch)
     next(data.rglob("S3A*.hdf")).unlink()
-    assert resume(folder) == 2
-    assert "its scenes were others" in capsys.readouterr().err
+    config = copy_of_stopped / "config.yaml"
+    # The folder was moved: its path in the configuration of the run is where the data were.
+    config.write_text(config.read_text().replace(quick["train_dir"], str(data)))
+    assert resume(copy_of_stopped) == 2
+    assert "scenes" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{}"])
-def test_folder_that_is_no_run_is_one_clear_error(tmp_path, content, capsys):
+def test_folder_that_is_no_run_is_one_error_line(tmp_path, content, capsys):
     if content is not None:
         (tmp_path / "results.json").write_text(content)
     assert resume(tmp_path) == 2
@@ -386,7 +492,7 @@ def test_folder_that_is_no_run_is_one_clear_error(tmp_path, content, capsys):
     assert "cannot be resumed" in line
 
 
-def test_run_that_is_in_use_is_refused(tmp_path):
+def test_run_that_is_in_use_is_rejected(tmp_path):
     with (
         sole_user(tmp_path),
         pytest.raises(UserError, match="in use"),
@@ -432,15 +538,7 @@ def test_requeued_job_finds_its_run(tmp_path, quick, monkeypatch):
     assert find_requeued(config, "train") is None
 
 
-# --- divergence and memory
-
-
-def test_divergence_names_epoch_step_and_scenes(tmp_path, quick, capsys):
-    run = start(tmp_path, {**quick, "learning_rate": 1e30}, "--mode", "train")
-    assert run.status == 1
-    error = capsys.readouterr().err
-    assert "not finite in epoch 1, step" in error and "S3A" in error
-    assert results(run.folder)["status"] == "aborted"
+# --- memory
 
 
 def test_too_little_memory_says_what_to_try(tmp_path, quick, monkeypatch, capsys):

@@ -1,25 +1,47 @@
+"""Whole runs of the program: what they leave, how they end, and what they say."""
+
 import errno
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
+from pathlib import Path
 
 import h5py
 import keras
 import numpy as np
 import pytest
-from conftest import HEIGHT, PATCH, WIDTH, results, rows, spoil, start
+from conftest import (
+    HEIGHT,
+    PATCH,
+    WIDTH,
+    at_file,
+    results,
+    rows,
+    spoil,
+    start,
+    watching,
+)
 from mlperf_logging.compliance_checker import mlp_compliance
 from mlperf_logging.compliance_checker.mlp_parser import parse_file
+from sklearn.model_selection import train_test_split
 
 import data_loader
 import slstr_cloud
 from harness import REPOSITORY
-from harness.config import load_config
 from harness.records.results import peaks
+
+
+def error_lines(capsys):
+    """What is on the screen besides the plan of the run."""
+    lines = capsys.readouterr().err.splitlines()
+    return [line for line in lines if not line.startswith(("Run ", "  "))]
 
 
 def scene_file(settings, stem):
@@ -46,6 +68,7 @@ def test_scene_accuracy_equals_numpy_on_mask_and_scene_files(finished, settings)
         with h5py.File(finished / "masks" / f"{row['scene']}.h5") as file:
             mask, probability = file["mask"][:], file["probability"][:]
             assert file.attrs["threshold"] == 0.5
+            assert file.attrs["scene_bytes"] == scene_file(settings, row["scene"]).stat().st_size
         with h5py.File(scene_file(settings, row["scene"])) as file:
             label, bts = file["bayes"][..., 0] != 0, np.nan_to_num(file["bts"][:])
         assert mask.dtype == np.uint8 and mask.shape == label.shape == (HEIGHT, WIDTH)
@@ -78,30 +101,78 @@ def test_probability_equals_a_plain_loop_over_patches(finished, settings):
     np.testing.assert_allclose(ours, plain[above : above + HEIGHT, left : left + WIDTH], atol=1e-5)
 
 
-def test_validation_accuracy_equals_predict_with_the_saved_model(finished, settings):
-    paths = data_loader.find_scenes(settings["train_dir"])
-    _, test_paths = data_loader.split_scenes(paths, settings["train_split"])
+def split(settings):
+    """The scenes of training and validation, by the rule of mlcommons/science v1.1."""
+    paths = sorted(Path(settings["train_dir"]).rglob("S3A*.hdf"))
+    return train_test_split(paths, train_size=settings["train_split"], random_state=42)
+
+
+def validate(model_file, settings):
+    """Validation loss and accuracy of a saved model, computed with NumPy."""
     x, y = [], []
-    for path in test_paths:
+    for path in split(settings)[1]:
         scene = data_loader.read_scene(path, (HEIGHT, WIDTH, 9))
         for row in range(2, 98, PATCH):  # 100 rows: 3 patches of 32 from row 4 // 2
             for col in range(3, 131, PATCH):  # 135 columns: 4 from column 7 // 2
                 x.append(scene.channels[row : row + PATCH, col : col + PATCH])
                 y.append(scene.cloud[row : row + PATCH, col : col + PATCH])
-    p = keras.models.load_model(finished / "model.keras").predict(np.stack(x), verbose=0)
+    p = keras.models.load_model(model_file).predict(np.stack(x), verbose=0)
     clip = slice(3, PATCH - 3)
-    p, y = p[:, clip, clip], np.stack(y)[:, clip, clip] != 0
-    history = rows(finished / "history.csv")
-    best = min(history, key=lambda row: float(row["val_loss"]))
-    assert float(best["val_accuracy"]) == pytest.approx(((p > 0.5) == y).mean(), abs=1e-5)
-    assert float(best["val_loss"]) == pytest.approx(
-        -np.log(np.where(y, p, 1 - p).astype(np.float64)).mean(), abs=1e-5
+    p, y = p[:, clip, clip].astype(np.float64), np.stack(y)[:, clip, clip] != 0
+    p = np.clip(p, 1e-7, 1 - 1e-7)  # as Keras does
+    return -np.log(np.where(y, p, 1 - p)).mean(), ((p > 0.5) == y).mean()
+
+
+def best_epoch(history):
+    return min(history, key=lambda row: float(row["val_loss"]))
+
+
+def test_training_and_validation_have_the_scenes_of_v1_1(settings):
+    paths = sorted(Path(settings["train_dir"]).rglob("S3A*.hdf"))
+    assert data_loader.split_scenes(paths, 0.75) == split(settings)
+    many = list(range(100))
+    assert data_loader.split_scenes(many, 0.8) == train_test_split(
+        many, train_size=0.8, random_state=42
     )
 
 
-def test_history_and_results_tell_the_same(finished):
+@pytest.fixture(scope="module")
+def worsening(tmp_path_factory, settings):
+    """A training whose second epoch is worse than the first, by 0.03 in loss."""
+    changed = {**settings, "epochs": 9, "patience": 1, "learning_rate": 0.002}
+    return start(tmp_path_factory.mktemp("worsening"), changed, "--mode", "train")
+
+
+def test_best_model_is_kept_when_later_epochs_are_worse(worsening, settings):
+    history = rows(worsening.folder / "history.csv")
+    best, last = best_epoch(history), history[-1]
+    assert float(last["val_loss"]) > float(best["val_loss"]) + 1e-3
+    loss, accuracy = validate(worsening.folder / "model.keras", settings)
+    assert float(best["val_loss"]) == pytest.approx(loss, abs=1e-4)
+    assert float(best["val_accuracy"]) == pytest.approx(accuracy, abs=1e-5)
+    training = results(worsening.folder)["training"]
+    assert training["best_epoch"] == int(best["epoch"])
+    assert training["val_loss"] == float(best["val_loss"])
+
+
+def test_patience_ends_training(worsening):
+    history = rows(worsening.folder / "history.csv")
+    assert worsening.status == 0
+    assert len(history) == int(best_epoch(history)["epoch"]) + 1 < 9
+
+
+def test_validation_equals_numpy_on_the_saved_model(finished, settings):
+    best = best_epoch(rows(finished / "history.csv"))
+    loss, accuracy = validate(finished / "model.keras", settings)
+    assert float(best["val_accuracy"]) == pytest.approx(accuracy, abs=1e-5)
+    assert float(best["val_loss"]) == pytest.approx(loss, abs=1e-5)
+
+
+def test_history_and_results_agree(finished):
     history, found = rows(finished / "history.csv"), results(finished)
-    assert list(history[0]) == list(slstr_cloud.HISTORY_COLUMNS)
+    assert list(history[0]) == [
+        "epoch", "loss", "accuracy", "val_loss", "val_accuracy", "seconds", "patches_per_second",
+    ]  # fmt: skip
     assert [row["epoch"] for row in history] == ["1", "2"]
     training = found["training"]
     assert training["epochs_run"] == 2 and len(training["seconds_per_epoch"]) == 2
@@ -117,7 +188,7 @@ def test_history_and_results_tell_the_same(finished):
     assert set(parts) == {"read", "network", "stitch", "write", "score"}
 
 
-def test_scene_mode_masks_in_one_pass_and_counts_what_differs(finished, settings, tmp_path):
+def test_scene_mode_masks_in_one_pass_and_counts_differing_pixels(finished, settings, tmp_path):
     once = {**settings, "model_file": str(finished / "model.keras"), "inference_mode": "scene"}
     folder = start(tmp_path, {**once, "keep_probability": True}, "--mode", "inference").folder
     model = keras.models.load_model(finished / "model.keras")
@@ -175,9 +246,17 @@ def test_resolved_configuration_repeats_the_run_bit_for_bit(finished, tmp_path):
             np.testing.assert_array_equal(a["probability"], b["probability"])
 
 
-def test_another_run_of_the_same_name_is_refused(finished, settings, capsys):
+def test_second_run_of_the_same_name_is_rejected(finished, settings, capsys):
     status = start(finished.parent, settings).status
     assert status == 2 and "exists" in capsys.readouterr().err
+
+
+def test_every_file_is_on_the_disk_before_it_gets_its_name(finished_run):
+    inside = [(t, late) for t, late in finished_run.renames if finished_run.folder in t.parents]
+    names = {target.name for target, _ in inside}
+    assert names >= {"results.json", "config.yaml", "history.csv", "scenes.csv", "model.keras"}
+    assert {target.parent.name for target, _ in inside} >= {"masks", "checkpoints"}
+    assert [(target.name, late) for target, late in inside if late] == []
 
 
 # --- the MLPerf log
@@ -220,35 +299,51 @@ def test_results_hold_the_digest_of_the_log(finished):
     assert results(finished)["mlperf_sha256"] == hashlib.sha256(log).hexdigest()
 
 
-def test_events_say_what_ran(finished):
+def test_events_name_the_submitter_and_what_ran(finished):
     lines, errors = parse_file(str(finished / "mlperf_cloudmask.log"), ruleset="3.0.0")
     assert not errors
     values = {line.key: line.value["value"] for line in lines}
-    assert values["train_samples"] == 60 and values["eval_samples"] == 24
-    assert values["number_of_ranks"] == 1 and values["accelerators_per_node"] == 0
+    expected = {
+        "submission_benchmark": "cloudmask",
+        "submission_org": "tests",
+        "submission_division": "open",
+        "submission_status": "research",
+        "submission_platform": "pytest",
+        "submission_poc_name": "Ada Lovelace",
+        "submission_poc_email": "ada@example.org",
+        "seed": 1234,
+        "global_batch_size": 11,
+        "opt_name": "adam",
+        "opt_base_learning_rate": 0.00001,
+        "train_samples": 60,
+        "eval_samples": 24,
+        "number_of_ranks": 1,
+        "number_of_nodes": 1,
+        "accelerators_per_node": 0,
+    }
+    assert {key: values.get(key) for key in expected} == expected
     assert values["result"]["accuracy"] == results(finished)["inference"]["accuracy"]
     assert set(results(finished)["inference"]) >= {"day", "night"}
-    epochs = [line.value["metadata"]["epoch_num"] for line in lines if line.key == "eval_accuracy"]
-    assert epochs == [1, 2]
+    evaluated = [line.value for line in lines if line.key == "eval_accuracy"]
+    assert [(e["metadata"]["epoch_num"], e["value"]) for e in evaluated] == [
+        (int(row["epoch"]), float(row["val_accuracy"])) for row in rows(finished / "history.csv")
+    ]
 
 
 # --- modes
 
 
-def test_training_alone_then_masking_alone(settings, tmp_path):
-    trained = start(tmp_path / "a", {**settings, "epochs": 1}, "--mode", "train")
+@pytest.mark.parametrize("name", ["model.keras", "model.h5"])
+def test_training_alone_then_inference_alone(settings, tmp_path, name):
+    changed = {**settings, "epochs": 1, "model_file": name}
+    trained = start(tmp_path / "a", changed, "--mode", "train")
     assert trained.status == 0 and not (trained.folder / "masks").exists()
     assert objections_to(trained.folder / "mlperf_cloudmask.log") == []
-    model = str(trained.folder / "model.keras")
-    masked = start(tmp_path / "b", {**settings, "model_file": model}, "--mode", "inference")
+    model = str(trained.folder / name)
+    masked = start(tmp_path / "b", settings, "--mode", "inference", "--model", model)
     assert masked.status == 0 and not (masked.folder / "history.csv").exists()
     assert results(masked.folder)["inference"]["scenes"] == 2
     assert objections_to(masked.folder / "mlperf_cloudmask.log") == []
-
-
-def test_h5_model_file_works(settings, tmp_path):
-    run = start(tmp_path, {**settings, "epochs": 1, "model_file": "model.h5"})
-    assert run.status == 0 and (run.folder / "model.h5").is_file()
 
 
 def assert_same_losses_and_scores(first, second):
@@ -263,39 +358,98 @@ def assert_same_losses_and_scores(first, second):
         assert float(a["accuracy"]) == pytest.approx(float(b["accuracy"]), abs=2e-3)
 
 
-@pytest.mark.parametrize("cpu_devices", [2, 3])
-def test_replicas_change_neither_losses_nor_scores(finished, settings, tmp_path, cpu_devices):
-    run = start(tmp_path, {**settings, "cpu_devices": cpu_devices})
-    assert run.status == 0 and results(run.folder)["devices"]["replicas"] == cpu_devices
+def test_replicas_change_neither_losses_nor_scores(finished, settings, tmp_path):
+    # 3 replicas: their shares of 11 patches differ, and one has no scene to mask
+    run = start(tmp_path, {**settings, "cpu_devices": 3})
+    assert run.status == 0 and results(run.folder)["devices"]["replicas"] == 3
     assert_same_losses_and_scores(finished, run.folder)
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_half_precision_and_xla_run_through(settings, tmp_path, precision):
-    run = start(tmp_path, {**settings, "epochs": 1, "precision": precision, "xla": True})
+def test_each_scene_is_masked_by_one_device(finished, settings, tmp_path):
+    made, both_are_done = Counter(), threading.Barrier(2)
+
+    def watcher(event, source, target=None):
+        if event == "os.rename" and target.match("masks/*.h5"):
+            made[target.stem] += 1
+            # Neither device sees the other's mask before it has made one itself.
+            if made.total() <= 2:
+                both_are_done.wait(200)
+
+    changed = {**settings, "cpu_devices": 2, "model_file": str(finished / "model.keras")}
+    with watching(watcher):
+        run = start(tmp_path, changed, "--mode", "inference")
     assert run.status == 0
+    scenes = [row["scene"] for row in rows(finished / "scenes.csv")]
+    assert made == Counter(scenes)
+    assert [row["scene"] for row in rows(run.folder / "scenes.csv")] == scenes
+    devices = results(run.folder)["inference"]["devices"]
+    assert [device["scenes"] for device in devices] == [1, 1]
+    assert len({device["device"] for device in devices}) == 2
 
 
-def test_target_accuracy_ends_training(settings, tmp_path):
-    run = start(tmp_path, {**settings, "epochs": 9, "target_accuracy": 0.01}, "--mode", "train")
-    assert len(rows(run.folder / "history.csv")) == 1
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_computes_in_half_precision_and_nearly_agrees(
+    whole, quick, tmp_path, precision
+):
+    run = start(tmp_path, {**quick, "epochs": 1, "precision": precision}, "--mode", "train")
+    assert run.status == 0
+    model = keras.models.load_model(run.folder / "model.keras")
+    convolutions = [layer for layer in model.layers if "conv" in layer.name]
+    assert {layer.compute_dtype for layer in convolutions[:-1]} == {precision}
+    assert {weight.dtype for weight in model.weights} == {"float32"}
+    full, half = rows(whole / "history.csv")[0], rows(run.folder / "history.csv")[0]
+    for name in ("loss", "val_loss"):
+        assert 0 < abs(float(half[name]) - float(full[name])) < 0.02
+
+    changed = {**quick, "precision": precision, "model_file": str(whole / "model.keras")}
+    masked = start(tmp_path / "masked", changed, "--mode", "inference")
+    assert masked.status == 0
+    for mask in (whole / "masks").iterdir():
+        with h5py.File(mask) as a, h5py.File(masked.folder / "masks" / mask.name) as b:
+            difference = np.abs(a["probability"][:] - b["probability"][:])
+            assert 0 < difference.max() < 0.1
+            assert (a["mask"][:] == b["mask"][:]).mean() > 0.99
 
 
-def test_patience_ends_training(settings, tmp_path):
-    # At this rate the loss is worse after the first epoch, or as bad.
-    changed = {**settings, "epochs": 9, "patience": 1, "learning_rate": 0.3}
-    run = start(tmp_path, changed, "--mode", "train")
-    history = rows(run.folder / "history.csv")
-    best = min(range(len(history)), key=lambda i: float(history[i]["val_loss"]))
-    assert len(history) == best + 2 < 9
+def test_compiled_network_is_another_program_with_the_same_results(whole, quick, tmp_path):
+    run = start(tmp_path, {**quick, "epochs": 1, "xla": True})
+    assert run.status == 0
+    plain, compiled = rows(whole / "history.csv")[0], rows(run.folder / "history.csv")[0]
+    # Bit for bit the same where XLA is not used: it adds up in another order.
+    assert 0 < abs(float(compiled["loss"]) - float(plain["loss"])) < 1e-4
+    loss, accuracy = validate(run.folder / "model.keras", quick)
+    assert float(compiled["val_loss"]) == pytest.approx(loss, abs=1e-4)
 
 
-def test_cache_dir_changes_no_number(finished, settings, tmp_path):
+def test_target_accuracy_is_one_of_validation(finished, settings, tmp_path):
+    first = rows(finished / "history.csv")[0]
+    trained, validated = float(first["accuracy"]), float(first["val_accuracy"])
+    between = (trained + validated) / 2  # the one has reached it, the other has not
+    assert min(trained, validated) < between < max(trained, validated)
+    run = start(tmp_path, {**settings, "target_accuracy": between}, "--mode", "train")
+    n_epochs = len(rows(run.folder / "history.csv"))
+    assert n_epochs == (1 if validated >= between else 2)
+
+
+def test_cache_changes_no_number_and_follows_the_scene_files(finished, dataset, settings, tmp_path):
+    train_dir = copy_of_training_scenes(dataset, tmp_path)
     cache = tmp_path / "cache"
-    run = start(tmp_path, {**settings, "cache_dir": str(cache)}, "--mode", "train")
+    changed = {**settings, "cache_dir": str(cache), "train_dir": str(train_dir), "epochs": 1}
+    run = start(tmp_path / "a", changed, "--mode", "train")
     assert len(list(cache.iterdir())) == 84  # 7 scenes of 12 patches, a file each
-    for a, b in zip(rows(finished / "history.csv"), rows(run.folder / "history.csv"), strict=True):
-        assert a["loss"] == b["loss"] and a["val_loss"] == b["val_loss"]
+    plain, cached = rows(finished / "history.csv")[0], rows(run.folder / "history.csv")[0]
+    assert [plain[n] for n in ("loss", "val_loss")] == [cached[n] for n in ("loss", "val_loss")]
+
+    for path in train_dir.rglob("S3A*.hdf"):  # the same size, written later
+        before = path.stat()
+        with h5py.File(path, "r+") as file:
+            file["bayes"][:] = 255 - file["bayes"][:]
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000_000))
+        assert path.stat().st_size == before.st_size
+    again = start(tmp_path / "b", changed, "--mode", "train")
+    (renewed,) = rows(again.folder / "history.csv")
+    for name in ("loss", "val_loss"):
+        assert renewed[name] != cached[name]
 
 
 # --- what goes wrong
@@ -321,15 +475,13 @@ def copy_of_training_scenes(dataset, tmp_path):
         ({"N_CHANNELS": 8}, "dataset 'refs' has shape (100, 135, 6)"),
     ],
 )  # fmt: skip
-def test_users_mistake_is_one_line_and_status_2(settings, tmp_path, capsys, change, words):
+def test_user_error_is_one_line_and_exit_status_2(settings, tmp_path, capsys, change, words):
     change = {
         key: value.format(tmp_path=tmp_path) if isinstance(value, str) else value
         for key, value in change.items()
     }
     run = start(tmp_path, {**settings, **change})
-    (line,) = (
-        line for line in capsys.readouterr().err.splitlines() if not line.startswith(("Run ", "  "))
-    )
+    (line,) = error_lines(capsys)
     assert run.status == 2 and words in line
 
 
@@ -359,6 +511,75 @@ def test_bad_inference_scene_keeps_the_training(dataset, settings, tmp_path, cap
     assert len(objections) == 1 and "run_stop" in objections[0]
 
 
+def scene_by_scene(settings):
+    """Settings with which each batch is the 12 patches of one scene."""
+    return {**settings, "batch_size": 12, "shuffle_scenes": 1}
+
+
+@pytest.mark.parametrize("n_cloudy", [7, 1])
+def test_loss_that_is_not_finite_names_epoch_step_and_scenes(
+    dataset, settings, tmp_path, capsys, n_cloudy
+):
+    train_dir = copy_of_training_scenes(dataset, tmp_path)
+    # The weight of cloud makes the loss of a scene with cloud infinite, others have none.
+    changed = {**scene_by_scene(settings), "train_dir": str(train_dir), "cloud_weight": 3e38}
+    cloudy = split(changed)[0][:n_cloudy]
+    for path in train_dir.rglob("S3A*.hdf"):
+        with h5py.File(path, "r+") as file:
+            file["bayes"][:] = 255 if path in cloudy else 0
+    run = start(tmp_path / "out", changed, "--mode", "train")
+    assert run.status == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    epoch, step, n_steps = map(int, re.search(r"epoch (\d), step (\d) of (\d)", last).groups())
+    assert (epoch, n_steps) == (1, 5)
+    (named,) = [path for path in train_dir.rglob("S3A*.hdf") if path.name in last]
+    assert named in cloudy
+    assert step == 1 if n_cloudy > 1 else step > 1
+    assert results(run.folder)["status"] == "aborted"
+
+
+@pytest.fixture(scope="module")
+def with_and_without(tmp_path_factory, dataset, settings):
+    """Trainings on a good and a bad scene, and on the good one alone: folders of the runs."""
+    good, bad, other = sorted((dataset / "one-day").rglob("S3A*.hdf"))[:3]
+
+    def trained(training, train_split):
+        folder = tmp_path_factory.mktemp("batches")
+        paths = [folder / "data" / f"S3A_{i}.hdf" for i in range(1 + len(training))]
+        first, second = train_test_split(paths, train_size=train_split, random_state=42)
+        (folder / "data").mkdir()
+        for source, path in zip([*training, other], [*first, *second], strict=True):
+            shutil.copy(source, path)
+        if bad in training:
+            spoil(first[training.index(bad)])
+        changed = {
+            **scene_by_scene(settings), "train_dir": str(folder / "data"),
+            "train_split": train_split, "on_bad_scene": "skip", "learning_rate": 0.001,
+        }  # fmt: skip
+        run = start(folder, changed, "--mode", "train")
+        assert run.status == 0
+        return run.folder
+
+    return trained([good, bad], 0.67), trained([good], 0.5)
+
+
+def test_batch_without_usable_patches_leaves_numbers_finite(with_and_without):
+    folder, _ = with_and_without
+    (skipped,) = results(folder)["bad_scenes"]
+    assert skipped["during"] == "training"
+    for row in rows(folder / "history.csv"):
+        assert np.isfinite([float(row["loss"]), float(row["val_loss"])]).all()
+    weights = keras.models.load_model(folder / "model.keras").get_weights()
+    assert all(np.isfinite(weight).all() for weight in weights)
+
+
+@pytest.mark.xfail(strict=True, reason="Adam's momentum moves the weights in an empty step too")
+def test_batch_without_usable_patches_trains_nothing(with_and_without):
+    for a, b in zip(*(rows(folder / "history.csv") for folder in with_and_without), strict=True):
+        for name in ("loss", "val_loss"):
+            assert float(a[name]) == pytest.approx(float(b[name]), abs=1e-4)
+
+
 @pytest.mark.parametrize("content", [None, b"no model"])
 def test_unreadable_model_is_named(settings, tmp_path, capsys, content):
     model = tmp_path / "m.keras"
@@ -369,7 +590,7 @@ def test_unreadable_model_is_named(settings, tmp_path, capsys, content):
 
 
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
-def test_model_that_carries_code_is_refused(settings, tmp_path, capsys, suffix):
+def test_model_that_contains_code_is_rejected(settings, tmp_path, capsys, suffix):
     trace = str(tmp_path / "the_code_ran")
     code = keras.layers.Lambda(
         lambda x: __import__("os").makedirs(trace, exist_ok=True) or x[..., :1],
@@ -382,13 +603,12 @@ def test_model_that_carries_code_is_refused(settings, tmp_path, capsys, suffix):
     capsys.readouterr()
 
     run = start(tmp_path / "out", {**settings, "model_file": str(path)}, "--mode", "inference")
-    error = capsys.readouterr().err
-    (line,) = (line for line in error.splitlines() if not line.startswith(("Run ", "  ")))
+    (line,) = error_lines(capsys)
     assert run.status == 2 and str(path) in line and "Lambda" in line
     assert not os.path.exists(trace)
 
 
-def test_model_of_another_patch_size_is_refused(finished, settings, tmp_path, capsys):
+def test_model_of_another_patch_size_is_rejected(finished, settings, tmp_path, capsys):
     changed = {**settings, "model_file": str(finished / "model.keras"), "PATCH_SIZE": 24}
     run = start(tmp_path, changed, "--mode", "inference")
     assert run.status == 2 and "(32, 32, 9)" in capsys.readouterr().err
@@ -405,7 +625,7 @@ def without_labels(dataset, folder, n):
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_scenes_without_labels_are_masked_all_the_same(finished, dataset, settings, tmp_path, n):
+def test_inference_needs_no_labels(finished, dataset, settings, tmp_path, n):
     paths = without_labels(dataset, tmp_path / "mine", n)
     changed = {**settings, "inference_dir": str(tmp_path / "mine")}
     model = str(finished / "model.keras")
@@ -428,13 +648,13 @@ def test_scenes_without_labels_are_masked_all_the_same(finished, dataset, settin
     assert objections_to(run.folder / "mlperf_cloudmask.log") == []
 
 
-def test_benchmark_wants_labels(dataset, settings, tmp_path, capsys):
+def test_benchmark_needs_labels(dataset, settings, tmp_path, capsys):
     without_labels(dataset, tmp_path / "mine", 1)
     run = start(tmp_path / "out", {**settings, "inference_dir": str(tmp_path / "mine")})
     assert run.status == 2 and "has no dataset 'bayes'" in capsys.readouterr().err
 
 
-def test_model_from_elsewhere_masks(settings, tmp_path):
+def test_model_that_is_no_unet_can_mask(settings, tmp_path):
     """One that is no U-Net and takes images of any size: cloud where S9 is below 273.15 K."""
     inputs = keras.Input((None, None, 9))
     last = keras.layers.Conv2D(1, 1, activation="sigmoid")
@@ -455,7 +675,7 @@ def test_model_from_elsewhere_masks(settings, tmp_path):
 @pytest.mark.parametrize(
     ("outputs", "words"), [(2, "gives (32, 32, 2)"), (0, "gives (32, 32, 9) and (32, 32, 9)")]
 )
-def test_model_that_gives_no_mask_is_refused(settings, tmp_path, capsys, outputs, words):
+def test_model_without_one_output_per_pixel_is_rejected(settings, tmp_path, capsys, outputs, words):
     inputs = keras.Input((PATCH, PATCH, 9))
     made = keras.layers.Conv2D(outputs, 1)(inputs) if outputs else [inputs, inputs]
     keras.Model(inputs, made).save(tmp_path / "m.keras")
@@ -465,7 +685,7 @@ def test_model_that_gives_no_mask_is_refused(settings, tmp_path, capsys, outputs
     assert run.status == 2 and words in capsys.readouterr().err
 
 
-def test_model_whose_output_is_not_finite_is_refused(settings, tmp_path, capsys):
+def test_model_whose_output_is_not_finite_is_rejected(settings, tmp_path, capsys):
     inputs = keras.Input((PATCH, PATCH, 9))
     last = keras.layers.Conv2D(1, 1)
     model = keras.Model(inputs, last(inputs))
@@ -476,24 +696,24 @@ def test_model_whose_output_is_not_finite_is_refused(settings, tmp_path, capsys)
     assert run.status == 1 and "no finite probability" in capsys.readouterr().err
 
 
-def test_model_is_for_inference_alone(settings, tmp_path, capsys):
+def test_option_model_is_for_inference_only(settings, tmp_path, capsys):
     run = start(tmp_path, settings, "--model", "m.keras")
     assert run.status == 2 and "--mode inference" in capsys.readouterr().err
 
 
-def test_screen_tells_what_will_run_and_what_came_of_it(settings, tmp_path, capsys):
-    run = start(tmp_path, settings)
-    lines = capsys.readouterr().err.splitlines()
+def test_screen_shows_the_plan_progress_and_results(finished_run):
+    lines = finished_run.screen.splitlines()
     # 7 scenes at 0.75: 5 to train on; 12 patches each.
     assert any("5 scenes of 100 x 135, 60 patches of 32; 2 to validate" in line for line in lines)
     assert any(line.split()[0] == "2/2" for line in lines)
-    accuracy = f"{results(run.folder)['inference']['accuracy']:.3f}"
-    assert any(line.startswith(f"  accuracy    {accuracy} ") for line in lines)
-    assert lines[-1] == f"Results are in {run.folder}"
-    assert [line for line in lines if len(line) > 80 and str(run.folder) not in line] == []
+    accuracy = f"{results(finished_run.folder)['inference']['accuracy']:.3f}"
+    assert any(line.split()[:2] == ["accuracy", accuracy] for line in lines)
+    assert lines[-1] == f"Results are in {finished_run.folder}"
+    long = [line for line in lines if len(line) > 80 and str(finished_run.folder) not in line]
+    assert long == []
 
 
-def test_bad_scene_aborts_masking_alone(finished, dataset, settings, tmp_path):
+def test_bad_scene_aborts_inference(finished, dataset, settings, tmp_path):
     shutil.copytree(dataset / "ssts", tmp_path / "ssts")
     spoil(sorted((tmp_path / "ssts").rglob("S3A*.hdf"))[1])
     changed = {
@@ -514,18 +734,15 @@ def test_unusable_tf_config_is_one_line(settings, tmp_path, capsys, monkeypatch)
     assert len(error.splitlines()) == 1 and "TF_CONFIG cannot be used" in error
 
 
-def test_results_that_cannot_be_written_are_no_success(settings, tmp_path, monkeypatch):
-    from harness import files
+def test_run_whose_last_results_cannot_be_written_is_no_success(settings, tmp_path):
+    def fail():
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    write = files.write_text
+    def is_last(source):
+        return '"status": "success"' in source.read_text()
 
-    def full(path, text):
-        if path.name == "results.json" and '"status": "success"' in text:
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        write(path, text)
-
-    monkeypatch.setattr(files, "write_text", full)
-    run = start(tmp_path, {**settings, "epochs": 1}, "--mode", "train")
+    with at_file("run/results.json", fail, when=is_last):
+        run = start(tmp_path, {**settings, "epochs": 1}, "--mode", "train")
     assert run.status == 2 and results(run.folder)["status"] == "aborted"
     log = run.folder / "mlperf_cloudmask.log"
     (objection,) = objections_to(log)
@@ -533,24 +750,25 @@ def test_results_that_cannot_be_written_are_no_success(settings, tmp_path, monke
     assert results(run.folder)["mlperf_sha256"] == hashlib.sha256(log.read_bytes()).hexdigest()
 
 
-def test_verbose_shows_where(settings, tmp_path, capsys):
+def test_verbose_shows_the_traceback(settings, tmp_path, capsys):
     run = start(tmp_path, {**settings, "train_dir": "/nowhere/at/all"}, "--verbose")
     assert run.status == 2 and "Traceback" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
-def test_read_only_output_is_named(settings, tmp_path, capsys, monkeypatch, number):
-    def refuse(*arguments, **options):
-        raise OSError(number, os.strerror(number), str(tmp_path / "run"))
+def test_output_folder_that_cannot_be_written_is_named(settings, tmp_path, capsys, number):
+    output = tmp_path / "read-only"
 
-    monkeypatch.setattr("pathlib.Path.mkdir", refuse)  # root may write anywhere
-    config = load_config("config.yaml", [f"{key}={value}" for key, value in settings.items()])
-    monkeypatch.setattr(slstr_cloud, "load_config", lambda *arguments: config)
-    assert slstr_cloud.main([]) == 2
-    assert str(tmp_path / "run") in capsys.readouterr().err
+    def refuse(event, folder, target=None):  # root may write anywhere
+        if event == "os.mkdir" and output in (folder, *folder.parents):
+            raise OSError(number, os.strerror(number), str(folder))
+
+    with watching(refuse):
+        run = start(tmp_path, {**settings, "output_dir": str(output)})
+    (line,) = error_lines(capsys)
+    assert run.status == 2 and str(output) in line and os.strerror(number) in line
 
 
-@pytest.mark.slow
 def test_sigterm_ends_with_143_and_an_aborted_run(settings, tmp_path):
     arguments = [f"{key}={value}" for key, value in settings.items()]
     process = subprocess.Popen(
@@ -560,12 +778,12 @@ def test_sigterm_ends_with_143_and_an_aborted_run(settings, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not (tmp_path / "run/history.csv").exists() and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=150)[1]
     assert process.returncode == 143 and "Traceback" not in error
     assert results(tmp_path / "run")["status"] == "aborted"
     objections = objections_to(tmp_path / "run/mlperf_cloudmask.log")
@@ -573,7 +791,7 @@ def test_sigterm_ends_with_143_and_an_aborted_run(settings, tmp_path):
 
 
 @pytest.mark.parametrize("key", ["model_file", "log_file", "mlperf_logfile"])
-def test_run_never_writes_over_a_file_elsewhere(settings, tmp_path, capsys, key):
+def test_run_never_overwrites_a_file_outside_its_folder(settings, tmp_path, capsys, key):
     (tmp_path / "earlier.h5").write_text("earned")
     run = start(tmp_path / "out", {**settings, key: str(tmp_path / "earlier.h5")})
     assert run.status == 2 and "earlier.h5 exists" in capsys.readouterr().err

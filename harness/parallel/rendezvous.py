@@ -136,7 +136,8 @@ class Rendezvous:
                 raise
             failure = self.wait_for_failure()
             if failure is None:
-                lost = re.search(r"remote target \S*task:(\d+)", str(error))
+                # A broken connection, or a rank whose heartbeats TensorFlow misses.
+                lost = re.search(r"(?:remote target|heartbeats\):)\s*\S*task:(\d+)", str(error))
                 failure = LOST.format(lost[1] if lost else "(unknown)")
                 self.announce(error=failure)
             raise RankError(failure) from error

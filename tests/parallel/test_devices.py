@@ -1,36 +1,68 @@
 import pytest
+import tensorflow as tf
 
 from harness.errors import UserError
-from harness.parallel.devices import _check_demands, open_devices
+from harness.parallel.devices import open_devices
+from harness.parallel.launchers import Launch
+from harness.parallel.rendezvous import Rendezvous
 
 
-def card(node, devices=4, kind="GPU", work="same"):
-    return {"node": node, "devices": devices, "kind": kind, "work": work}
-
-
-def test_demands_that_are_met_pass():
-    _check_demands("auto", "auto", 0, [{}])
-    _check_demands(2, 1, 2, [{}])
-    _check_demands(4, 2, 4, [card("a"), card("b")])
-    _check_demands(6, 1, 2, [card("a", 2), card("a", 2), card("a", 2)])  # three ranks on a node
-    _check_demands(0, 2, 0, [card("a", 1, "CPU"), card("b", 1, "CPU")])
+def card(node, devices=1, kind="CPU", work="same"):
+    return {"node": node, "devices": devices, "kind": kind, "work": work, "address": "x:1"}
 
 
 @pytest.mark.parametrize(
-    ("gpu", "nodes", "cards", "words"),
+    ("gpu", "nodes", "others", "words"),
     [
-        (4, "auto", [{}], "demands 4 GPU(s) a node, TensorFlow sees 2"),
-        (4, "auto", [card("a"), card("b", 2)], "TensorFlow sees 2 and 4"),
-        ("auto", 3, [card("a"), card("b")], "demands 3 node(s), the scheduler started 2"),
-        ("auto", "auto", [card("a"), card("b", 2)], "rank 0: 4 GPU, rank 1: 2 GPU"),
-        ("auto", "auto", [card("a"), card("b", 4, "CPU")], "rank 1: 4 CPU"),
-        ("auto", "auto", [card("a"), card("b", work="other")], "different configurations"),
+        (4, "auto", [], "demands 4 GPU(s) a node, TensorFlow sees 0"),
+        (4, "auto", [card("b", 2, "GPU")], "TensorFlow sees 0 and 2"),
+        (4, "auto", [card("b", 1, "GPU"), card("b", 2, "GPU")], "TensorFlow sees 0 and 3"),
+        ("auto", 3, [card("b")], "demands 3 node(s), the scheduler started 2"),
+        ("auto", 3, [card("b"), card("b")], "demands 3 node(s), the scheduler started 2"),
+        ("auto", "auto", [card("b", 2)], "rank 0: 1 CPU, rank 1: 2 CPU"),
+        ("auto", "auto", [card("b", 1, "GPU")], "rank 1: 1 GPU"),
+        ("auto", "auto", [card("b", work="other")], "different configurations"),
+        (0, 2, [card("b", work="other")], "different configurations"),  # the demands are met
     ],
 )
-def test_demands_that_are_not_met_give_both_numbers(gpu, nodes, cards, words):
+def test_demands_that_are_not_met_give_both_numbers(tmp_path, gpu, nodes, others, words):
+    ranks = [
+        Rendezvous(Launch(rank, 1 + len(others), node="a", job="x"), tmp_path)
+        for rank in range(1 + len(others))
+    ]
+    for rank, other in zip(ranks[1:], others, strict=True):
+        rank.show(**other)
     with pytest.raises(UserError) as error:
-        _check_demands(gpu, nodes, 2, cards)
+        open_devices(gpu, nodes, meeting=ranks[0] if others else None, work="same")
     assert words in str(error.value)
+
+
+class Chosen(Exception):
+    """Carries the GPUs that a rank has chosen; there are none to open."""
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "local_size", "gpus"), [(0, 3, "ab"), (1, 3, "cd"), (2, 3, "ef"), (1, 2, "def")]
+)
+def test_ranks_of_a_node_divide_its_gpus(tmp_path, monkeypatch, local_rank, local_size, gpus):
+    def choose(devices, kind):
+        raise Chosen("".join(devices))
+
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: list("abcdef"))
+    monkeypatch.setattr(tf.config, "set_visible_devices", choose)
+    launch = Launch(
+        0, 1, local_rank=local_rank, local_size=local_size, shares_gpus=True, node="a", job="x"
+    )
+    with pytest.raises(Chosen) as chosen:
+        open_devices(meeting=Rendezvous(launch, tmp_path))
+    assert str(chosen.value) == gpus
+
+
+def test_ranks_that_cannot_divide_the_gpus_are_rejected(tmp_path, monkeypatch):
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: list("abcdef"))
+    launch = Launch(0, 1, local_size=4, shares_gpus=True, node="a", job="x")
+    with pytest.raises(UserError, match="4 ranks share a node of 6 GPUs"):
+        open_devices(meeting=Rendezvous(launch, tmp_path))
 
 
 def test_virtual_replicas_are_numbered_and_described():

@@ -6,7 +6,6 @@ import pytest
 from lsf_standin import parse_arguments, rank_environments
 
 from harness.errors import UserError
-from harness.parallel.devices import _share
 from harness.parallel.launchers import Launch, detect_launch
 from harness.parallel.rendezvous import Rendezvous, reserve_port
 
@@ -24,7 +23,7 @@ SLURM = {
 }
 
 
-def test_nothing_started_us():
+def test_without_a_launcher_there_is_one_rank():
     launch = detect_launch({})
     assert (launch.rank, launch.n_ranks, launch.local_size) == (0, 1, 1)
 
@@ -37,7 +36,7 @@ def test_rank_of_slurm_with_uneven_tasks():
     assert detect_launch(last).local_size == 1
 
 
-def test_requeued_job_is_another_start():
+def test_requeued_job_has_another_job_name():
     assert detect_launch({**SLURM, "SLURM_RESTART_COUNT": "1"}).job != detect_launch(SLURM).job
 
 
@@ -68,7 +67,7 @@ def test_ranks_of_jsrun_are_those_of_the_stand_in(tmp_path):
     assert not any(launch.shares_gpus for launch in launches)
 
 
-def test_open_mpi_without_a_job_is_refused():
+def test_open_mpi_without_a_job_is_rejected():
     with pytest.raises(UserError, match="PMIX_NAMESPACE"):
         detect_launch({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"})
 
@@ -92,7 +91,7 @@ def test_given_tf_config_is_used():
         tf_config(5, worker=["a:1", "b:1"]),
     ],
 )
-def test_unusable_tf_config_is_refused(environ):
+def test_unusable_tf_config_is_rejected(environ):
     with pytest.raises(UserError, match="TF_CONFIG cannot be used"):
         detect_launch(environ)
 
@@ -101,7 +100,7 @@ def ranks(n, folder):
     return [Rendezvous(Launch(rank, n, job="x"), folder) for rank in range(n)]
 
 
-def test_ranks_exchange_their_cards(tmp_path):
+def test_ranks_exchange_their_announcements(tmp_path):
     found = {}
 
     def take_part(meeting):
@@ -131,7 +130,7 @@ def test_failure_of_a_rank_ends_the_waiting(tmp_path):
         meetings[0].wait_for_all(seconds=20)
 
 
-def test_cards_of_an_earlier_start_are_not_read(tmp_path):
+def test_announcements_of_an_earlier_start_are_ignored(tmp_path):
     first, second = ranks(2, tmp_path)
     second.show(error="of yesterday")
     for file in first.folder.iterdir():
@@ -139,7 +138,7 @@ def test_cards_of_an_earlier_start_are_not_read(tmp_path):
     assert first.read() == {}
 
 
-def test_chief_removes_the_meeting(tmp_path):
+def test_chief_removes_the_folder_of_the_ranks(tmp_path):
     meetings = ranks(2, tmp_path)
     with meetings[1]:
         meetings[1].show()
@@ -154,10 +153,3 @@ def test_reserved_ports_differ():
     assert len({s.getsockname()[1] for s in sockets}) == 20
     for s in sockets:
         s.close()
-
-
-def test_ranks_of_a_node_divide_its_gpus():
-    gpus = list("abcdef")
-    assert [_share(gpus, rank, 3) for rank in range(3)] == [["a", "b"], ["c", "d"], ["e", "f"]]
-    with pytest.raises(UserError, match="4 ranks share a node of 6 GPUs"):
-        _share(gpus, 0, 4)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,18 +21,16 @@ from test_slstr_cloud import (
 
 from harness import REPOSITORY
 
-pytestmark = pytest.mark.slow
-LIMIT_SECONDS = 120  # within which a failure ends all ranks
+LIMIT_SECONDS = 500  # for a run, or until a failure has ended all ranks: only a hang takes longer
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * LIMIT_SECONDS)]
 
 
 class Ranks:
     """The processes of one run, and what they printed."""
 
-    def __init__(self, n, settings, folder, resume=None, **changes):
+    def __init__(self, n, settings, folder, *arguments, **changes):
         settings = {**settings, "output_dir": folder, "run_name": "run", **changes}
-        arguments = ["--set", *(f"{key}={value}" for key, value in settings.items())]
-        if resume:
-            arguments += ["--resume", str(resume)]
+        arguments = [*arguments, "--set", *(f"{key}={value}" for key, value in settings.items())]
         options = parse_arguments(["-n", str(n), "--", "true"])
         environments = rank_environments(options, os.environ, folder / "rankfile")
         self.folder = folder / "run"
@@ -53,12 +52,12 @@ class Ranks:
             process.wait()
             file.close()
 
-    def wait(self, seconds=400):
+    def wait(self, seconds=LIMIT_SECONDS):
         """Exit statuses of all ranks."""
         deadline = time.monotonic() + seconds
         return [process.wait(max(1, deadline - time.monotonic())) for process in self.processes]
 
-    def wait_for(self, condition, seconds=200):
+    def wait_for(self, condition, seconds=LIMIT_SECONDS):
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline
@@ -67,6 +66,18 @@ class Ranks:
 
     def error(self, rank):
         return Path(self.files[rank].name).read_text()
+
+    def assert_aborted(self, words):
+        """The chief says so with these words, on the screen, in its log and in the records."""
+        pattern = re.compile(words, re.IGNORECASE)
+        assert pattern.search(self.error(0)), self.error(0)
+        assert pattern.search((self.folder / "rank-0.log").read_text())
+        assert results(self.folder)["status"] == "aborted"
+        (objection,) = objections_to(self.folder / "mlperf_cloudmask.log")
+        assert "run_stop" in objection
+
+
+LOST = r"rank 2 was lost|lost contact with rank 2"
 
 
 @pytest.mark.parametrize("n", [2, 3])
@@ -95,13 +106,54 @@ def test_killed_rank_ends_all_and_is_named(settings, tmp_path):
     with Ranks(3, settings, tmp_path, epochs=1000) as ranks:
         ranks.wait_for(lambda: (ranks.folder / "history.csv").exists())  # the second epoch
         ranks.processes[2].send_signal(signal.SIGKILL)
-        statuses = ranks.wait(LIMIT_SECONDS)
+        statuses = ranks.wait()
     assert 0 not in statuses and statuses[2] == -signal.SIGKILL
-    assert "Rank 2 was lost" in ranks.error(0)
-    assert "Rank 2 was lost" in (ranks.folder / "rank-0.log").read_text()
-    assert results(ranks.folder)["status"] == "aborted"
-    (objection,) = objections_to(ranks.folder / "mlperf_cloudmask.log")
-    assert "run_stop" in objection
+    ranks.assert_aborted(LOST)
+
+
+N_MANY = 400  # scenes: some seconds of inference
+
+
+@pytest.fixture
+def many_scenes(dataset, tmp_path):
+    """A folder of links to the inference scenes, under names of their own."""
+    (folder := tmp_path / "many").mkdir()
+    scenes = sorted((dataset / "ssts").rglob("S3A*.hdf"))
+    for i in range(N_MANY):
+        (folder / f"S3A_{i:03d}.hdf").symlink_to(scenes[i % len(scenes)])
+    return folder
+
+
+def masks(ranks):
+    return list((ranks.folder / "masks").glob("[!.]*.h5"))
+
+
+def test_rank_killed_during_inference_ends_all_and_is_named(
+    finished, settings, tmp_path, many_scenes
+):
+    model = "--mode", "inference", "--model", str(finished / "model.keras")
+    with Ranks(3, settings, tmp_path, *model, inference_dir=many_scenes) as ranks:
+        ranks.wait_for(lambda: masks(ranks))
+        ranks.processes[2].send_signal(signal.SIGKILL)
+        assert len(masks(ranks)) < N_MANY  # or it was killed too late
+        statuses = ranks.wait()
+    assert 0 not in statuses and statuses[2] == -signal.SIGKILL
+    ranks.assert_aborted(LOST)
+    assert not (ranks.folder / "scenes.csv").exists()
+
+
+def test_bad_scene_of_one_rank_ends_inference_of_all(finished, settings, tmp_path, many_scenes):
+    bad = many_scenes / "S3A_003.hdf"
+    content = bad.read_bytes()
+    bad.unlink()
+    bad.write_bytes(content)
+    spoil(bad)
+    model = "--mode", "inference", "--model", str(finished / "model.keras")
+    with Ranks(2, settings, tmp_path, *model, inference_dir=many_scenes) as ranks:
+        statuses = ranks.wait()
+    assert 0 not in statuses
+    ranks.assert_aborted(re.escape(str(bad)))
+    assert len(masks(ranks)) < N_MANY - 1  # the other rank does not finish the scenes first
 
 
 def test_reason_of_a_failing_rank_reaches_the_chief(dataset, settings, tmp_path):
@@ -109,20 +161,20 @@ def test_reason_of_a_failing_rank_reaches_the_chief(dataset, settings, tmp_path)
     for path in train_dir.rglob("S3A*.hdf"):  # whichever is first, a rank meets one
         spoil(path)
     with Ranks(2, settings, tmp_path, train_dir=train_dir) as ranks:
-        statuses = ranks.wait(LIMIT_SECONDS)
+        statuses = ranks.wait()
     assert 0 not in statuses
     assert "cannot be used" in ranks.error(0)
     assert "cannot be used" in results(ranks.folder)["error"]
 
 
-def test_bad_scenes_are_left_out_by_all_ranks(dataset, settings, tmp_path):
+def test_all_ranks_skip_the_same_bad_scenes(dataset, settings, tmp_path):
     train_dir = copy_of_training_scenes(dataset, tmp_path)
     first, second, *_ = sorted(train_dir.rglob("S3A*.hdf"))
     first.write_bytes(b"")
     spoil(second)
     settings = {**settings, "on_bad_scene": "skip", "epochs": 1}
     with Ranks(2, settings, tmp_path, train_dir=train_dir) as ranks:
-        assert ranks.wait(LIMIT_SECONDS) == [0, 0]
+        assert ranks.wait() == [0, 0]
     said = results(ranks.folder)
     assert [(b["path"], b["during"] == "start") for b in said["bad_scenes"]] == [
         (str(first), True), (str(second), False),
@@ -130,15 +182,15 @@ def test_bad_scenes_are_left_out_by_all_ranks(dataset, settings, tmp_path):
     assert said["training"]["scenes_train"] + said["training"]["scenes_test"] == 6
 
 
-def test_two_ranks_go_on_where_they_stopped(settings, tmp_path):
+def test_two_ranks_resume(settings, tmp_path):
     with Ranks(2, {**settings, "epochs": 3}, tmp_path) as ranks:
-        assert ranks.wait(LIMIT_SECONDS) == [0, 0]
+        assert ranks.wait() == [0, 0]
     whole = rows(ranks.folder / "history.csv")
     shutil.rmtree(ranks.folder)
     with Ranks(2, {**settings, "epochs": 1}, tmp_path) as ranks:
-        assert ranks.wait(LIMIT_SECONDS) == [0, 0]
-    with Ranks(2, {}, tmp_path, resume=ranks.folder, epochs=3) as ranks:
-        assert ranks.wait(LIMIT_SECONDS) == [0, 0]
+        assert ranks.wait() == [0, 0]
+    with Ranks(2, {}, tmp_path, "--resume", str(ranks.folder), epochs=3) as ranks:
+        assert ranks.wait() == [0, 0]
     resumed = rows(ranks.folder / "history.csv")
     assert [row["epoch"] for row in resumed] == ["1", "2", "3"]
     for a, b in zip(whole, resumed, strict=True):
@@ -146,16 +198,16 @@ def test_two_ranks_go_on_where_they_stopped(settings, tmp_path):
     assert results(ranks.folder)["resumed"] == 1
 
 
-def test_refused_start_ends_all_ranks_at_once(settings, tmp_path):
+def test_rejected_start_ends_all_ranks_at_once(settings, tmp_path):
     (tmp_path / "run").mkdir()
     with Ranks(2, settings, tmp_path) as ranks:
-        assert ranks.wait(LIMIT_SECONDS) == [2, 2]
-    assert "exists" in ranks.error(0) and "Rank 0 says" in ranks.error(1)
+        assert ranks.wait() == [2, 2]
+    assert "exists" in ranks.error(0) and "Rank 0" in ranks.error(1)
 
 
-def test_many_ranks_refuse_virtual_devices(settings, tmp_path):
+def test_virtual_devices_of_many_ranks_are_rejected(settings, tmp_path):
     with Ranks(2, settings, tmp_path, cpu_devices=2) as ranks:
-        assert ranks.wait(LIMIT_SECONDS) == [2, 2]
+        assert ranks.wait() == [2, 2]
     assert "cpu_devices: 2" in ranks.error(0)
 
 
@@ -181,5 +233,5 @@ def test_given_tf_config_connects_ranks(settings, tmp_path):
         )
         for rank in range(2)
     ]  # fmt: skip
-    assert [process.wait(300) for process in processes] == [0, 0]
+    assert [process.wait(LIMIT_SECONDS) for process in processes] == [0, 0]
     assert results(tmp_path / "run")["devices"]["ranks"] == 2
