@@ -101,13 +101,14 @@ def train(config, devices, run, scenes):
     from harness.networks.model_files import describe
 
     trainer = open_trainer(config, devices)
-    open_on = functools.partial(open_batches, config, devices, trainer)
+    handlers = [
+        run.bad_scenes.handler(phase, len(paths))
+        for phase, paths in (("training", scenes.train), ("validation", scenes.validation))
+    ]
     with (
-        open_on(scenes.train, run.bad_scenes.handler("training", len(scenes.train))) as training,
-        open_on(
-            scenes.validation,
-            run.bad_scenes.handler("validation", len(scenes.validation)),
-            validate=True,
+        open_batches(config, devices, scenes.train, on_bad_scene=handlers[0]) as training,
+        open_batches(
+            config, devices, scenes.validation, validate=True, on_bad_scene=handlers[1]
         ) as validation,
     ):
         warm_up_seconds = trainer.warm_up(training.replica_batch, validation.replica_batch)
@@ -122,6 +123,8 @@ def train(config, devices, run, scenes):
             "loss_function": config.loss,
             "warm_up_seconds": warm_up_seconds,  # tracing and compiling, before the run starts
         }
+        if state.history:
+            run.save_training(state, facts)
         log.info("  %s", results.network_line(network, config.loss))
         if config.tensorboard and run.is_chief:
             run.open_tensorboard(*board_patches(config, scenes.validation[0]))

@@ -130,17 +130,17 @@ def open_trainer(config, devices):
     )
 
 
-def open_batches(config, devices, trainer, paths, on_bad_scene, validate=False):
+def open_batches(config, devices, paths, validate=False, **options):
     """The batches of training patches, or of validation patches in order.
 
     Args:
         config: Config.
         devices: Devices.
-        trainer: Trainer, which decides how many patches pass through the network at once.
         paths: Scene files.
-        on_bad_scene: Called with the path and the error of a scene that cannot be read.
         validate: Whether the scenes are for validation.
+        options: More arguments of data_loader.PatchBatches.
     """
+    micro_batch = devices.micro_batch(config.micro_batch, config.batch_size)
     read = functools.partial(read_patches, shape=config.scene_shape, patch_size=config.patch_size)
     if config.cache_dir:
         read = cached(read, config.cache_dir, f"{config.scene_shape} {config.patch_size}")
@@ -148,7 +148,7 @@ def open_batches(config, devices, trainer, paths, on_bad_scene, validate=False):
     if mixed_scenes == "auto":
         mixed_scenes = max(MIXED_SCENES, devices.n_ranks)
     # The sums of validation are the same for any batch; a small one leaves memory to training.
-    small_batch = trainer.micro_batch * devices.n_replicas
+    small_batch = micro_batch * devices.n_replicas
     return PatchBatches(
         paths,
         read,
@@ -161,10 +161,10 @@ def open_batches(config, devices, trainer, paths, on_bad_scene, validate=False):
         n_mixed_scenes=devices.n_ranks if validate else mixed_scenes,
         seed=config.seed,
         shuffle=not validate,
-        multiple=trainer.micro_batch,
+        multiple=micro_batch,
         read_timeout=config.read_timeout,
-        on_bad_scene=on_bad_scene,
         augment=patch_augmentation(config.augment),
+        **options,
     )
 
 

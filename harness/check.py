@@ -75,7 +75,7 @@ def measure(config, ranks, scenes):
     devices = open_devices(config, ranks)
     trainer = open_trainer(config, devices)
     seconds = []
-    with open_batches(config, devices, trainer, scenes.train, reject) as training:
+    with open_batches(config, devices, scenes.train) as training:
         trainer.warm_up(training.replica_batch, training.replica_batch)
         feed = devices.distribute(training.dataset())
         for _ in range(1 + STEPS_MEASURED):
@@ -103,8 +103,3 @@ def measure(config, ranks, scenes):
         "inference": f"{format_duration(inference)} for {len(scenes.inference)} scenes (from one)",
         "memory": " and ".join([format_bytes(peak_rss()), *gpu_memory]) + " at most so far",
     }
-
-
-def reject(path, error):
-    """Stop at a scene that cannot be read."""
-    raise error

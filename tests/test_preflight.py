@@ -6,12 +6,13 @@ import h5py
 import numpy as np
 import pytest
 from conftest import HEIGHT, PATCH, WIDTH, results, rewrite, rows, spoil, start
-from harness.data.preflight import BadScenes, check_disk, check_scenes
 
 import data_loader
 import slstr_cloud
 from data_loader import SceneError
 from harness.console import format_bytes, format_duration, table
+from harness.data.bad_scenes import BadScenes
+from harness.preflight import check_free_space, check_scenes
 
 SHAPE = (HEIGHT, WIDTH, 9)
 
@@ -40,7 +41,7 @@ def train_scenes(copy):
 # --- the check of one scene
 
 
-def test_good_scene_tells_how_it_is_stored(dataset):
+def test_check_scene_returns_how_datasets_are_stored(dataset):
     path = data_loader.find_scenes(dataset)[0]
     assert data_loader.check_scene(path, SHAPE) == {
         "refs": "float64 contiguous", "bts": "float32 contiguous", "bayes": "float64 contiguous",
@@ -80,7 +81,7 @@ def short_by(n_bytes):
     return shorter
 
 
-def test_filter_that_is_not_to_be_had_is_named(copy, monkeypatch):
+def test_missing_filter_is_named(copy, monkeypatch):
     path = train_scenes(copy)[0]
     rewrite(path, compression="gzip")
     monkeypatch.setattr(h5py.h5z, "filter_avail", lambda number: False)
@@ -88,23 +89,20 @@ def test_filter_that_is_not_to_be_had_is_named(copy, monkeypatch):
         data_loader.check_scene(path, SHAPE)
 
 
-def test_scenes_are_checked_in_their_order(tmp_path):
-    paths = [tmp_path / str(i) for i in range(200)]
-
-    def check(path):
-        if int(path.name) % 7 == 0:
-            raise SceneError(f"bad {path.name}")
-        return path.name
-
-    good, bad = check_scenes(paths, check)
-    assert list(bad) == paths[::7] and bad[paths[7]] == "bad 7"
-    assert good == {path: path.name for path in paths if int(path.name) % 7}
+def test_scenes_are_checked_in_their_order(copy):
+    paths = train_scenes(copy)
+    for path in paths[::3]:
+        truncate(path)
+    good, bad = check_scenes(paths, SHAPE)
+    assert list(bad) == paths[::3] and all("truncated" in reason for reason in bad.values())
+    assert list(good) == [path for path in paths if path not in bad]
+    assert good[paths[1]]["bts"] == "float32 contiguous"
 
 
-# --- numbers that cannot be
+# --- numbers out of range
 
 
-def test_numbers_out_of_range_are_counted_and_missing_ones_are_not(copy):
+def test_numbers_out_of_range_are_counted_without_missing_ones(copy):
     path = train_scenes(copy)[0]
     rng = np.random.default_rng(0)
 
@@ -135,8 +133,10 @@ def test_run_reports_them_for_each_scene(tmp_path, copy):
     rewrite(strange, lambda name, values: 100 * values if name == "refs" else values)
     run = start(tmp_path / "out", copy)
     assert run.status == 0
-    told = re.findall(r"WARNING (.*) holds \d+ numbers", (run.folder / "rank-0.log").read_text())
-    assert told == [str(strange), str(celsius)]
+    reported = re.findall(
+        r"WARNING (.*) holds \d+ numbers", (run.folder / "rank-0.log").read_text()
+    )
+    assert reported == [str(strange), str(celsius)]
     counts = {row["scene"]: int(row["out_of_range"]) for row in rows(run.folder / "scenes.csv")}
     assert counts[celsius.stem] > 10_000 and sum(counts.values()) == counts[celsius.stem]
     assert results(run.folder)["inference"]["out_of_range"] == counts[celsius.stem]
@@ -145,7 +145,7 @@ def test_run_reports_them_for_each_scene(tmp_path, copy):
 # --- what a run does about bad scenes
 
 
-def test_all_bad_scenes_are_told_before_a_run_and_no_folder_is_left(tmp_path, copy, capsys):
+def test_all_bad_scenes_are_reported_before_a_run_and_no_folder_remains(tmp_path, copy, capsys):
     first, second, *_ = train_scenes(copy)
     third = data_loader.find_scenes(copy["inference_dir"])[1]
     truncate(first)
@@ -161,7 +161,7 @@ def test_all_bad_scenes_are_told_before_a_run_and_no_folder_is_left(tmp_path, co
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["input.yaml"]
 
 
-def test_skip_leaves_bad_scenes_out_of_everything(tmp_path, copy):
+def test_skipped_scenes_are_used_nowhere(tmp_path, copy):
     bad = train_scenes(copy)[2]
     truncate(bad)
     bad_too, good = data_loader.find_scenes(copy["inference_dir"])
@@ -177,10 +177,10 @@ def test_skip_leaves_bad_scenes_out_of_everything(tmp_path, copy):
     assert (said["training"]["scenes_train"], said["training"]["scenes_test"]) == (4, 2)
     assert said["training"]["patches_train"] == 48
     assert [row["scene"] for row in rows(run.folder / "scenes.csv")] == [good.stem]
-    assert "Left out" in (run.folder / "rank-0.log").read_text()
+    assert "Skipped: " in (run.folder / "rank-0.log").read_text()
 
 
-def test_a_resumed_run_keeps_the_scenes_that_it_began_with(tmp_path, copy):
+def test_resumed_run_keeps_its_scenes(tmp_path, copy):
     bad = train_scenes(copy)[2]
     whole = bad.read_bytes()
     truncate(bad)
@@ -230,7 +230,7 @@ def test_scene_that_turns_bad_in_inference_follows_the_rule(tmp_path, copy):
     assert stopped.status == 2 and str(bad) in results(stopped.folder)["error"]
 
 
-def test_patches_of_a_scene_left_out_weigh_nothing_and_others_are_the_same(copy):
+def test_patches_of_a_skipped_scene_have_weight_0_and_others_are_unchanged(copy):
     paths = train_scenes(copy)
 
     def batches(**how):
@@ -261,12 +261,12 @@ def test_patches_of_a_scene_left_out_weigh_nothing_and_others_are_the_same(copy)
 
 
 def test_more_than_half_of_the_scenes_turning_bad_is_an_error(tmp_path):
-    leave_out = BadScenes(tmp_path).leave_out("training", 4)
+    handle = BadScenes(tmp_path, "skip").handler("training", 4)
     for name in ("a", "a", "b"):
-        leave_out(tmp_path / name, SceneError(f"{name} is bad."))
-    with pytest.raises(SceneError, match="3 of 4 scenes of the training can no longer be read"):
-        leave_out(tmp_path / "c", SceneError("c is bad."))
-    assert BadScenes(tmp_path).paths("training") == [str(tmp_path / name) for name in "abc"]
+        handle(tmp_path / name, SceneError(f"{name} is bad."))
+    with pytest.raises(SceneError, match="3 of 4 scenes for training can no longer be read"):
+        handle(tmp_path / "c", SceneError("c is bad."))
+    assert BadScenes(tmp_path, "skip").paths("training") == [str(tmp_path / name) for name in "abc"]
 
 
 def test_no_good_scene_is_an_error_also_with_skip(tmp_path, copy, capsys):
@@ -280,17 +280,19 @@ def test_no_good_scene_is_an_error_also_with_skip(tmp_path, copy, capsys):
 # --- disk space
 
 
-def test_too_small_a_disk_is_told_before_the_run(tmp_path, copy, capsys, monkeypatch):
+def test_small_disk_is_reported_before_the_run(tmp_path, copy, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=5_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     run = start(tmp_path / "out", copy)
     assert run.status == 2 and run.folder is None
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "5.0 MB free" in error and "take up to 100.0 MB" in error
+    assert "5.0 MB free" in error and "needs up to 100.0 MB" in error
 
 
-def test_disk_of_a_folder_that_is_absent_is_that_of_its_parent(tmp_path):
-    assert check_disk(tmp_path / "a/b/c", 1) == pytest.approx(shutil.disk_usage(tmp_path).free, 0.1)
+def test_free_space_of_a_missing_folder_is_that_of_its_parent(tmp_path):
+    assert check_free_space(tmp_path / "a/b/c", 1) == pytest.approx(
+        shutil.disk_usage(tmp_path).free, 0.1
+    )
 
 
 # --- --mode check
@@ -308,10 +310,10 @@ def test_mode_check_prints_what_it_finds_and_makes_no_run(tmp_path, copy, capsys
     scenes = [data_loader.read_scene(path, SHAPE) for path in train_scenes(copy)]
     cloud = f"{np.mean([scene.cloud.mean() for scene in scenes]):.1%}"
     assert found["cloud"].split()[0] == cloud
-    assert any("an epoch" in line for line in lines) and any("free" in line for line in lines)
+    assert any("per epoch" in line for line in lines) and any("free" in line for line in lines)
 
 
-def test_mode_check_tells_of_bad_scenes(tmp_path, copy, capsys):
+def test_mode_check_reports_bad_scenes(tmp_path, copy, capsys):
     truncate(train_scenes(copy)[0])
     spoil(train_scenes(copy)[1])  # one of the sample
     checked = start(tmp_path / "out", copy, "--mode", "check")
@@ -320,7 +322,7 @@ def test_mode_check_tells_of_bad_scenes(tmp_path, copy, capsys):
     assert output.err.count("Bad scene: ") == 2 and "bad" in output.out
 
 
-def test_table_and_its_numbers_are_for_people():
+def test_table_and_numbers_are_readable():
     assert table({"x": {"a": "1", "b": "22"}, "y": {"b": "3"}}) == "   x   y\na  1\nb  22  3"
     assert [format_bytes(n) for n in (0, 999, 1000, 163e9, 2.5e12)] == [
         "0 B", "999 B", "1.0 kB", "163.0 GB", "2.5 TB",
@@ -328,11 +330,11 @@ def test_table_and_its_numbers_are_for_people():
     assert [format_duration(s) for s in (2.04, 250, 12000)] == ["2.0 s", "4 min 10 s", "3 h 20 min"]
 
 
-def test_bad_scenes_are_kept_in_files_that_can_be_forgotten(tmp_path):
-    bad = BadScenes(tmp_path)
+def test_bad_scenes_are_recorded_and_can_be_tried_again(tmp_path):
+    bad = BadScenes(tmp_path, "skip")
     assert bad.all() == []
-    bad.add(tmp_path / "s\n\udcff", "odd", "inference")
-    bad.add(tmp_path / "t", "worse", "start")
+    bad.record(tmp_path / "s\n\udcff", "odd", "inference")
+    bad.record(tmp_path / "t", "worse", "start")
     assert [json.dumps(scene["path"]) for scene in bad.all()] == [
         json.dumps(str(tmp_path / name)) for name in ("s\n\udcff", "t")
     ]

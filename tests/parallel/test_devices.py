@@ -4,36 +4,39 @@ import tensorflow as tf
 from harness.errors import UserError
 from harness.parallel.devices import open_devices
 from harness.parallel.launchers import Launch
-from harness.parallel.rendezvous import Rendezvous
+from harness.parallel.rendezvous import Rendezvous, SingleRank
 
 
 def card(node, devices=1, kind="CPU", work="same"):
-    return {"node": node, "devices": devices, "kind": kind, "work": work, "address": "x:1"}
+    return {
+        "node": node, "devices": devices, "gpus": devices * (kind == "GPU"), "kind": kind,
+        "work": work, "address": "x:1",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("gpu", "nodes", "others", "words"),
     [
-        (4, "auto", [], "demands 4 GPU(s) a node, TensorFlow sees 0"),
-        (4, "auto", [card("b", 2, "GPU")], "TensorFlow sees 0 and 2"),
-        (4, "auto", [card("b", 1, "GPU"), card("b", 2, "GPU")], "TensorFlow sees 0 and 3"),
-        ("auto", 3, [card("b")], "demands 3 node(s), the scheduler started 2"),
-        ("auto", 3, [card("b"), card("b")], "demands 3 node(s), the scheduler started 2"),
+        (4, "auto", [], "requires 4 GPU(s) per node, TensorFlow finds 0"),
+        (4, "auto", [card("b", 2, "GPU")], "TensorFlow finds 0 and 2"),
+        (4, "auto", [card("b", 1, "GPU"), card("b", 2, "GPU")], "TensorFlow finds 0 and 3"),
+        ("auto", 3, [card("b")], "requires 3 node(s), the scheduler started 2"),
+        ("auto", 3, [card("b"), card("b")], "requires 3 node(s), the scheduler started 2"),
         ("auto", "auto", [card("b", 2)], "rank 0: 1 CPU, rank 1: 2 CPU"),
         ("auto", "auto", [card("b", 1, "GPU")], "rank 1: 1 GPU"),
         ("auto", "auto", [card("b", work="other")], "different configurations"),
-        (0, 2, [card("b", work="other")], "different configurations"),  # the demands are met
+        (0, 2, [card("b", work="other")], "different configurations"),  # the requirements are met
     ],
 )
-def test_demands_that_are_not_met_give_both_numbers(tmp_path, gpu, nodes, others, words):
+def test_unmet_requirements_give_both_numbers(tmp_path, gpu, nodes, others, words):
     ranks = [
         Rendezvous(Launch(rank, 1 + len(others), node="a", job="x"), tmp_path)
         for rank in range(1 + len(others))
     ]
     for rank, other in zip(ranks[1:], others, strict=True):
-        rank.show(**other)
+        rank.announce(**other)
     with pytest.raises(UserError) as error:
-        open_devices(gpu, nodes, meeting=ranks[0] if others else None, work="same")
+        open_devices(ranks[0] if others else SingleRank(), gpu, nodes, work="same")
     assert words in str(error.value)
 
 
@@ -54,19 +57,19 @@ def test_ranks_of_a_node_divide_its_gpus(tmp_path, monkeypatch, local_rank, loca
         0, 1, local_rank=local_rank, local_size=local_size, shares_gpus=True, node="a", job="x"
     )
     with pytest.raises(Chosen) as chosen:
-        open_devices(meeting=Rendezvous(launch, tmp_path))
+        open_devices(Rendezvous(launch, tmp_path))
     assert str(chosen.value) == gpus
 
 
 def test_ranks_that_cannot_divide_the_gpus_are_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: list("abcdef"))
     launch = Launch(0, 1, local_size=4, shares_gpus=True, node="a", job="x")
-    with pytest.raises(UserError, match="4 ranks share a node of 6 GPUs"):
-        open_devices(meeting=Rendezvous(launch, tmp_path))
+    with pytest.raises(UserError, match="4 ranks cannot share the 6 GPUs of a node"):
+        open_devices(Rendezvous(launch, tmp_path))
 
 
 def test_virtual_replicas_are_numbered_and_described():
-    devices = open_devices(cpu_devices=3)
+    devices = open_devices(SingleRank(), cpu_devices=3)
     assert list(devices.replicas) == [0, 1, 2] and devices.n_replicas == 3
     assert "3 CPU replicas" in devices.describe() and "1 node, 1 rank" in devices.describe()
     assert devices.accelerators_per_node == 0 and devices.gather(2.5) == [2.5]
@@ -74,4 +77,4 @@ def test_virtual_replicas_are_numbered_and_described():
 
 @pytest.mark.parametrize(("wanted", "batch", "found"), [("auto", 32, 4), ("auto", 6, 2), (9, 6, 2)])
 def test_micro_batch_is_a_share_at_most(wanted, batch, found):
-    assert open_devices(cpu_devices=3).micro_batch(wanted, batch) == found
+    assert open_devices(SingleRank(), cpu_devices=3).micro_batch(wanted, batch) == found

@@ -48,14 +48,14 @@ def test_batch_script_itself_is_one_rank():
 @pytest.mark.parametrize(
     ("visible", "on_node", "shared"), [(None, "4", True), ("0,1,2,3", "4", True), ("2", "4", False)]
 )
-def test_slurm_gpus_are_divided_where_all_ranks_see_all(visible, on_node, shared):
+def test_slurm_gpus_are_divided_where_all_everyonesee_all(visible, on_node, shared):
     environ = {**SLURM, "SLURM_GPUS_ON_NODE": on_node}
     if visible:
         environ["CUDA_VISIBLE_DEVICES"] = visible
     assert detect_launch(environ).shares_gpus is shared
 
 
-def test_ranks_of_jsrun_are_those_of_the_stand_in(tmp_path):
+def test_everyoneof_jsrun_are_those_of_the_stand_in(tmp_path):
     arguments = parse_arguments(["-n", "5", "-r", "3", "-g", "2", "--", "true"])
     launches = [
         detect_launch(environ) for environ in rank_environments(arguments, {}, tmp_path / "file")
@@ -100,12 +100,12 @@ def ranks(n, folder):
     return [Rendezvous(Launch(rank, n, job="x"), folder) for rank in range(n)]
 
 
-def test_ranks_exchange_their_announcements(tmp_path):
+def test_everyoneexchange_their_announcements(tmp_path):
     found = {}
 
-    def take_part(meeting):
-        meeting.show(number=meeting.launch.rank)
-        found[meeting.launch.rank] = meeting.wait_for_all(seconds=20)
+    def take_part(rendezvous):
+        rendezvous.announce(number=rendezvous.launch.rank)
+        found[rendezvous.launch.rank] = rendezvous.wait_for_all(seconds=20)
 
     threads = [threading.Thread(target=take_part, args=(m,)) for m in ranks(4, tmp_path)]
     for thread in threads:
@@ -115,37 +115,37 @@ def test_ranks_exchange_their_announcements(tmp_path):
     assert found == {rank: [{"number": n} for n in range(4)] for rank in range(4)}
 
 
-def test_missing_ranks_are_named(tmp_path):
-    meetings = ranks(5, tmp_path)
+def test_missing_everyoneare_named(tmp_path):
+    everyone = ranks(5, tmp_path)
     for rank in (0, 3):
-        meetings[rank].show()
-    with pytest.raises(UserError, match=r"3 did not start within 0 s: 1, 2, 4\."):
-        meetings[0].wait_for_all(seconds=0)
+        everyone[rank].announce()
+    with pytest.raises(UserError, match=r"3 of 5 ranks did not start within 0 s: 1, 2, 4\."):
+        everyone[0].wait_for_all(seconds=0)
 
 
 def test_failure_of_a_rank_ends_the_waiting(tmp_path):
-    meetings = ranks(3, tmp_path)
-    meetings[1].show(error="no such directory")
-    with pytest.raises(UserError, match="Rank 1 says: no such directory"):
-        meetings[0].wait_for_all(seconds=20)
+    everyone = ranks(3, tmp_path)
+    everyone[1].announce(error="no such directory")
+    with pytest.raises(UserError, match="Rank 1 failed: no such directory"):
+        everyone[0].wait_for_all(seconds=20)
 
 
 def test_announcements_of_an_earlier_start_are_ignored(tmp_path):
     first, second = ranks(2, tmp_path)
-    second.show(error="of yesterday")
+    second.announce(error="of yesterday")
     for file in first.folder.iterdir():
         os.utime(file, (1, 1))
     assert first.read() == {}
 
 
 def test_chief_removes_the_folder_of_the_ranks(tmp_path):
-    meetings = ranks(2, tmp_path)
-    with meetings[1]:
-        meetings[1].show()
-    assert meetings[1].folder.exists()
-    with meetings[0]:
+    everyone = ranks(2, tmp_path)
+    with everyone[1]:
+        everyone[1].announce()
+    assert everyone[1].folder.exists()
+    with everyone[0]:
         pass
-    assert not meetings[0].folder.exists()
+    assert not everyone[0].folder.exists()
 
 
 def test_reserved_ports_differ():

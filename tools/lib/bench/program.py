@@ -13,15 +13,16 @@ from unittest import mock
 
 import data_loader
 import slstr_cloud
-from harness.parallel import devices as parallel
-from model import DOWNSCALING, RECEPTIVE_RADIUS, unet
+from harness import build
+from harness.inference.windows import StripGrid
+from harness.networks.geometry import geometry
+from harness.parallel.rendezvous import SingleRank
+from model import unet
 
 
 def open_devices(config):
     """Set TensorFlow up as a run of one process does."""
-    return parallel.open_devices(
-        gpu="auto", deterministic=config.deterministic, seed=config.seed
-    )  # fmt: skip
+    return build.open_devices(config, SingleRank())
 
 
 def build_network(config, window=None):
@@ -31,35 +32,33 @@ def build_network(config, window=None):
 
 def build_trainer(config, devices):
     """Build what takes the training steps."""
-    return slstr_cloud.open_trainer(config, devices)
+    return build.open_trainer(config, devices)
 
 
 def train_on(trainer, batch):
     """Take one training step and wait for its end."""
     trainer.train_step(batch)
-    trainer.take_totals()
+    trainer.pop_train_metrics()
 
 
 def build_batches(config, devices, paths, n_threads=None):
     """Build the batches of training; they must be closed, because threads read ahead."""
-    micro_batch = devices.micro_batch(config.micro_batch, config.batch_size)
-    batches = slstr_cloud.training_batches(config, devices, micro_batch)
     n_threads = n_threads or data_loader.READER_THREADS
-    with mock.patch.object(data_loader, "READER_THREADS", n_threads):
-        return batches(paths, shuffle=True, batch_size=config.batch_size)
+    return build.open_batches(config, devices, paths, n_threads=n_threads)
 
 
 def build_predictor(config, devices, model):
     """Build what predicts scenes as `inference_mode` and `precision` say, on the first device."""
-    return slstr_cloud.open_predictor(config, devices, model, devices.local[0])
+    return build.open_predictor(config, devices, model, devices.local[0])
 
 
 def inference_grids(config):
     """The windows of a scene by `inference_mode`; those of `scene` without strips."""
     size = config.image_h, config.image_w
+    network = geometry(build_network(config))
     return {
         "patches": data_loader.PatchGrid(*size, config.patch_size, config.crop_size),
-        "scene": data_loader.StripGrid(*size, 1, RECEPTIVE_RADIUS, DOWNSCALING),
+        "scene": StripGrid(*size, 1, network.margin, network.multiple),
     }
 
 
@@ -76,7 +75,7 @@ def run_inference(config, config_file, **settings):
     logging.disable(logging.WARNING)  # errors are shown
     try:
         # Not part of the work: `inference_mode: scene` also predicts the first scene in patches.
-        with mock.patch.object(slstr_cloud, "compare_with_patches", lambda *_: None):
+        with mock.patch.object(slstr_cloud, "compare_masks", lambda *_: None):
             status = slstr_cloud.main(
                 ["--config", str(config_file), "--mode", "inference", "--set", *options]
             )
