@@ -142,8 +142,7 @@ def test_crop_agrees_with_the_whole_image_beyond_the_margin(name):
 
 def test_geometry_of_the_unet():
     size = geometry(unet((256, 256, 9)))
-    # To the right of a pixel that is the first of 8: two convolutions each at full size, 1/2 and
-    # 1/4, down and up, two at 1/8, and what pooling and doubling add: 51, checked by gradients.
+    # 51 is checked by gradients above; 56 is the next multiple of 8.
     assert (size.radius, size.multiple, size.margin) == (51, 8, 56)
     assert (size.n_layers, size.n_parameters) == (39, 1_948_609)
     # Weights of each convolution, times its share of the pixels: 1, 1/4, 1/16 and 1/64.

@@ -24,10 +24,23 @@ def scene(number, patches):
         channels[:], cloud[:] = values[i], values[i, ..., :1] > 0
 
 
-def trainer_and_feed(n_replicas, batch_size=11, micro_batch=2, policy="float32", **options):
+def small(shape, dtype="float32"):
+    """A network with the parts of the U-Net that is traced in a second."""
+    inputs = keras.Input(shape)
+    skip = layers.Conv2D(8, 3, padding="same", activation="relu", dtype=dtype)(inputs)
+    x = layers.UpSampling2D(2, dtype=dtype)(layers.MaxPool2D(2, dtype=dtype)(skip))
+    x = layers.Concatenate(dtype=dtype)([x, skip])
+    x = layers.Conv2D(8, 3, padding="same", activation="relu", dtype=dtype)(x)
+    return keras.Model(inputs, layers.Conv2D(1, 1, activation="sigmoid", dtype="float32")(x))
+
+
+def trainer_and_feed(
+    n_replicas, batch_size=11, micro_batch=2, policy="float32", build=small, loss=cross_entropy,
+    **options,
+):  # fmt: skip
     devices = open_devices(cpu_devices=n_replicas, seed=5)
     trainer = Trainer(
-        devices.strategy, lambda: unet((P, P, 9), policy), cross_entropy, 1e-3,
+        devices.strategy, lambda: build((P, P, 9), policy), loss, 1e-3,
         batch_size, devices.micro_batch(micro_batch, batch_size), 2, **options,
     )  # fmt: skip
     batches = PatchBatches(
@@ -47,10 +60,10 @@ def train(n_replicas, n_epochs=2, **options):
     return totals, trainer.model.get_weights()
 
 
-def plain_training(n_epochs=2, batch_size=11):
+def plain_training(build, n_epochs=2, batch_size=11):
     """The same training with Keras alone, on one device, one whole batch per step."""
     keras.utils.set_random_seed(5)
-    model = unet((P, P, 9))
+    model = build((P, P, 9))
     optimizer = keras.optimizers.Adam(1e-3)
     batches = PatchBatches(range(7), scene, P, 4, 9, batch_size, seed=1)
     elements = iter(batches)
@@ -74,12 +87,18 @@ def plain_training(n_epochs=2, batch_size=11):
 
 
 @pytest.mark.parametrize(
-    ("n_replicas", "micro_batch"), [(1, 11), (1, 2), (1, 3), (2, 2), (3, 1), (3, 4)]
-)
-def test_training_equals_a_plain_loop_for_any_replicas_and_micro_batch(n_replicas, micro_batch):
+    ("build", "n_replicas", "micro_batch"),
+    [
+        (small, 1, 11), (small, 1, 2), (small, 1, 3), (small, 2, 2), (small, 3, 1), (small, 3, 4),
+        (unet, 2, 2),
+    ],
+)  # fmt: skip
+def test_training_equals_a_plain_loop_for_any_replicas_and_micro_batch(
+    build, n_replicas, micro_batch
+):
     # 28 patches in batches of 11: 11, 11 and 6
-    totals, weights = train(n_replicas, micro_batch=micro_batch)
-    plain_totals, plain_weights = plain_training()
+    totals, weights = train(n_replicas, micro_batch=micro_batch, build=build)
+    plain_totals, plain_weights = plain_training(build)
     for ours, plain in zip(totals, plain_totals, strict=True):
         assert ours["loss"] == pytest.approx(plain["loss"], abs=1e-4)
         assert ours["accuracy"] == pytest.approx(plain["accuracy"], abs=1e-3)
@@ -133,14 +152,19 @@ def test_sums_of_an_interrupted_epoch_can_be_restored(n_replicas):
 
 @pytest.mark.parametrize("n_replicas", [1, 2])
 def test_first_step_with_a_loss_that_is_not_finite_is_found(n_replicas):
-    trainer, batches, _ = trainer_and_feed(n_replicas)
+    def infinite_where_all_is_cloud(label, probability):
+        is_cloud = tf.reduce_all(label > 0, axis=(1, 2, 3))[:, None, None]
+        return cross_entropy(label, probability) + tf.where(is_cloud, np.inf, 0.0)
+
+    trainer, batches, _ = trainer_and_feed(n_replicas, loss=infinite_where_all_is_cloud)
     elements = list(itertools.islice(iter(batches), 3 * n_replicas))
     steps = [elements[i : i + n_replicas] for i in range(0, len(elements), n_replicas)]
     trainer.train_step(distributed(trainer, steps[0]))
     assert trainer.first_bad_step() == 0
-    steps[1][-1][0][0] = np.nan  # on the last replica only
+    steps[1][-1][1][0] = 1  # a patch of the last replica
+    steps[2][0][1][0] = 1
     trainer.train_step(distributed(trainer, steps[1]))
-    trainer.train_step(distributed(trainer, steps[2]))  # its loss is not finite either
+    trainer.train_step(distributed(trainer, steps[2]))
     assert trainer.first_bad_step() == 2
     trainer.pop_train_metrics()
     assert trainer.first_bad_step() == 0
@@ -162,20 +186,23 @@ def batch_of(weight, padding=0.0, size=P):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("weight", [(1, 0, 0, 0), (0, 1, 1, 0)])
-def test_patches_of_weight_0_have_no_influence(name, weight):
-    states = []
+def test_patches_of_weight_0_have_no_influence(name):
+    trainer = small_trainer(lambda: NETWORKS[name]((64, 64, 9)), micro_batch=2)
+    variables = [*trainer.model.variables, *trainer.optimizer.variables]
+    start, after = [v.numpy() for v in variables], []
     for padding in (0.0, 5.0):
-        trainer = small_trainer(lambda: NETWORKS[name]((64, 64, 9)), micro_batch=2)
-        trainer.train_step(batch_of(weight, padding, size=64))
-        variables = [*trainer.model.variables, *trainer.optimizer.variables]
-        states.append([*(v.numpy() for v in variables), trainer.train_totals])
-    for a, b in zip(*states, strict=True):
-        np.testing.assert_array_equal(a, b)
+        for variable, value in zip(variables, start, strict=True):
+            variable.assign(value)
+        # The first micro-batch is padded in part, the second contains nothing else.
+        trainer.train_step(batch_of((0, 1, 0, 0), padding, size=64))
+        after.append([*(v.numpy() for v in variables), trainer.pop_train_metrics()["loss"]])
+    for without, with_padding in zip(*after, strict=True):
+        np.testing.assert_array_equal(without, with_padding)
+    assert any((old != new).any() for old, new in zip(start, after[0], strict=False))
 
 
 def test_batch_without_patches_changes_no_weight():
-    trainer = small_trainer(lambda: unet((P, P, 9)))
+    trainer = small_trainer(lambda: small((P, P, 9)))
     before = trainer.model.get_weights()
     trainer.train_step(batch_of((0, 0, 0, 0)))
     for a, b in zip(before, trainer.model.get_weights(), strict=True):
@@ -231,7 +258,7 @@ def test_layer_without_changing_state_trains_for_any_micro_batch(make_layer):
 
 def test_network_without_trainable_weights_is_rejected():
     def frozen():
-        model = unet((P, P, 9))
+        model = small((P, P, 9))
         model.trainable = False
         return model
 
@@ -241,13 +268,13 @@ def test_network_without_trainable_weights_is_rejected():
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_each_loss_is_learned(loss):
-    trainer = small_trainer(lambda: unet((P, P, 9)), loss)
+    trainer = small_trainer(lambda: small((P, P, 9)), loss, learning_rate=0.01)
     metrics = []
     for _ in range(30):
         trainer.train_step(batch_of((1, 1, 1, 1)))
         metrics.append(trainer.pop_train_metrics())
     assert metrics[-1]["loss"] < metrics[0]["loss"]
-    assert metrics[-1]["accuracy"] > 0.8  # cloud is where the first channel is positive
+    assert metrics[-1]["accuracy"] > 0.75  # cloud is where the first channel is positive
 
 
 def test_error_of_the_reader_replaces_that_of_tensorflow():
@@ -270,7 +297,7 @@ def test_error_of_the_reader_replaces_that_of_tensorflow():
     ],
 )
 def test_lack_of_memory_gives_advice(policy, micro_batch, advice):
-    trainer = small_trainer(lambda: unet((P, P, 9), policy), micro_batch=micro_batch)
+    trainer = small_trainer(lambda: small((P, P, 9), policy), micro_batch=micro_batch)
     with pytest.raises(UserError, match=re.escape(advice)):
         with replace_tensorflow_errors(None, trainer):
             raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
@@ -282,7 +309,7 @@ def test_cloud_weight_weighs_cloud_pixels():
     for weight in (1.0, 3.0):
         devices = open_devices(seed=5)
         trainer = Trainer(
-            devices.strategy, lambda: unet((P, P, 9)), cross_entropy, 1e-3, 4, 4,
+            devices.strategy, lambda: small((P, P, 9)), cross_entropy, 1e-3, 4, 4,
             cloud_weight=weight,
         )  # fmt: skip
         trainer.eval_step(tuple(tf.constant(e) for e in elements))
