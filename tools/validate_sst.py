@@ -129,6 +129,8 @@ def read_table(path, names, celsius):
     Raises:
         UserError: If the file is not such a table.
     """
+    if not path.is_file():  # opening a pipe would block
+        raise UserError(f"No file {path}. Give a table of match-ups, CSV or HDF5.")
     advice = "--help describes the table of match-ups."
     try:
         if h5py.is_hdf5(path):
@@ -142,7 +144,7 @@ def read_table(path, names, celsius):
         for column in celsius:
             matchups[column] += ZERO_CELSIUS
         _check_values(matchups)
-    except (UserError, FileNotFoundError):
+    except UserError:
         raise
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} cannot be used: {error}. {advice}") from error
@@ -242,11 +244,7 @@ def _check_values(matchups):
 
 
 def select(matchups, min_sst):
-    """Select the match-ups of the best quality.
-
-    Args:
-        matchups: Result of `read_table`.
-        min_sst: Both temperatures must be above it [K].
+    """Select the match-ups of the best quality, with both temperatures above `min_sst` [K].
 
     Returns:
         bool (n,), and the number left after each step, by the step's name.
@@ -337,7 +335,7 @@ def _match_scene(path, scenes, geodetic, latitude, longitude):
 
 
 def nearest_pixels(at_latitude, at_longitude, latitude, longitude):
-    """Find the pixel nearest to each place on the sphere.
+    """Find the pixel nearest to each of m places on the sphere.
 
     Args:
         at_latitude: float64 (m,) [degrees north].
@@ -346,8 +344,7 @@ def nearest_pixels(at_latitude, at_longitude, latitude, longitude):
         longitude: float64 (H, W) [degrees east], NaN where missing.
 
     Returns:
-        PIXEL (m,), with an infinite distance where that pixel is not within LATITUDE_LIMIT and
-        LONGITUDE_LIMIT; distances are chords of the unit sphere.
+        PIXEL (m,), with chords of the unit sphere as distances, infinite beyond the limits.
     """
     from scipy.spatial import cKDTree
 
@@ -378,13 +375,7 @@ def unit_vectors(latitude, longitude):
 
 
 def make_rows(matchups, pixels, scenes):
-    """The rows of matchups.csv, dictionaries with the columns MATCHUPS.
-
-    Args:
-        matchups: Those of `read_table` on pixels with data.
-        pixels: PIXEL (n,), their pixels.
-        scenes: Paths of their scene files, (n,).
-    """
+    """The rows of matchups.csv: n match-ups, their pixels, PIXEL (n,), and paths of scene files."""
     names = ("row", "col", "cloudmask", "bayes")
     columns = {name: values.tolist() for name, values in matchups.items()}
     columns |= {name: pixels[name].astype(int).tolist() for name in names}
@@ -398,14 +389,11 @@ def make_rows(matchups, pixels, scenes):
 
 
 def group_differences(rows):
-    """Group the differences of match-ups by day and night and by mask.
-
-    Args:
-        rows: Result of `make_rows`.
+    """Group the differences in rows of matchups.csv by day or night, and by mask.
 
     Returns:
         {(kind, mask): differences [K] where that mask is clear, float64 (n,)}, for each mask of
-        MASKS, all kinds that occur and "all".
+        MASKS; the kinds are those of day, night and unknown that occur, and "all".
     """
     occurring = {row["day_night"] for row in rows}
     kinds = [kind for kind in ("day", "night", "unknown") if kind in occurring]
@@ -427,12 +415,7 @@ def median_and_robust_std(values):
 
 
 def draw(differences, path):
-    """Draw histograms of the differences as PNG, with one panel each for day and night.
-
-    Args:
-        differences: Result of `group_differences`.
-        path: File to write.
-    """
+    """Draw histograms of the grouped differences as PNG, with one panel each for day and night."""
     from matplotlib.figure import Figure
 
     kinds = [kind for kind in dict.fromkeys(kind for kind, _ in differences) if kind != "all"]
