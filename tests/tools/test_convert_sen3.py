@@ -256,10 +256,10 @@ def test_tie_points_may_increase_or_decrease(day, product, tmp_path, axis):
 
 def test_pixels_far_from_the_tie_points_have_no_reflectance(product, tmp_path):
     with h5py.File(product / "cartesian_an.nc", "a") as file:
-        file["x_an"][:, 40] = 2_000_000_000  # [mm]
+        file["x_an"][:, 40], file["x_an"][:, 50] = 2_000_000_000, -2_000_000_000  # [mm]
     (path,) = convert(tmp_path / "out", product, "--refs-grid", "500m")
     refs = contents(path)["refs"]
-    assert np.isnan(refs[:, 40]).all() and np.isfinite(refs[:, 41]).any()
+    assert np.isnan(refs[:, [40, 50]]).all() and np.isfinite(refs[:, 41]).any()
 
 
 def test_flags_follow_the_masks_and_meanings_of_the_file(day, product, tmp_path):

@@ -192,6 +192,9 @@ def test_control_points_put_a_geotiff_on_the_map(run, scenes, west):
     with rasterio.open(folder / f"{scenes[0].stem}.tif") as file:
         points, crs = file.gcps
         assert crs.to_epsg() == 4326 and len(points) == 3 * 4 - 1  # one has no latitude
+        for point in points:  # in the middle of its pixel
+            assert point.y == pytest.approx(latitude[int(point.row), int(point.col)], abs=1e-5)
+            assert point.row % 1 == point.col % 1 == 0.5
         assert np.ptp([point.x for point in points]) < 5  # no jump from 180 to -180
         step, left, top = 0.005, west - 1, 50.5
         on_map, _ = rasterio.warp.reproject(
