@@ -1,13 +1,13 @@
-"""Options that several commands have."""
+"""Command-line options that several commands share."""
 
 from pathlib import Path
 
 
 def add_mask_options(add):
-    """Add the options that select masks of a run and say where their scenes are.
+    """Add the options that choose masks of a run and the folder of their scenes.
 
     Args:
-        add: The add_argument method of the command's parser.
+        add: The add_argument of the command's parser.
     """
     add("--data", type=Path, help="folder of the scene files (default: the run's inference_dir)")
     add(
