@@ -15,14 +15,12 @@ from harness.data.bad_scenes import START
 from harness.data.cache import cached
 from harness.errors import UserError
 from harness.files import json_sha256, lock
-from harness.inference.windows import StripGrid
 from harness.records.run import Run
 from harness.records.run_folder import make_folder
 from harness.signals import install_handlers
 from harness.training.augmentation import AUGMENTATIONS, patch_rng
 
 BOARD_PATCHES = 4  # whose masks TensorBoard shows
-STRIPS_TRIED = (1, 2, 4, 8)  # of a scene, until they fit the memory; 8 predict most rows twice
 
 
 @contextlib.contextmanager
@@ -177,7 +175,6 @@ def patch_augmentation(name):
 def open_predictor(config, devices, model, device):
     """The model on one device, ready to predict scenes as `inference_mode` says."""
     from harness.inference.predictor import Predictor, predictor_that_fits
-    from harness.networks.geometry import geometry
     from harness.training.trainer import POLICIES
 
     height, width, policy = config.image_h, config.image_w, POLICIES[config.precision]
@@ -185,9 +182,7 @@ def open_predictor(config, devices, model, device):
         grid = PatchGrid(height, width, config.patch_size, config.crop_size)
         batch = devices.micro_batch(config.micro_batch, config.batch_size, replicas=1)
         return Predictor(model, device, grid, batch, policy, config.xla)
-    size = geometry(model)
-    grids = (StripGrid(height, width, n, size.margin, size.multiple) for n in STRIPS_TRIED)
-    return predictor_that_fits(model, device, grids, policy, config.xla)
+    return predictor_that_fits(model, device, height, width, policy, config.xla)
 
 
 def open_reference_predictor(config, devices, model, device):

@@ -1,92 +1,67 @@
-r"""Turn a trained model into a file that runs without Keras: ONNX or TensorFlow's SavedModel.
+r"""Export a trained model as ONNX or as a TensorFlow SavedModel, which run without Keras.
 
     python tools/export_model.py RUN_DIR --format onnx -o cloudmask.onnx
     python tools/export_model.py model.keras --format savedmodel -o cloudmask
 
-The exported network computes in float32, whatever precision it was trained in. It takes `channels`,
-float32 (batch, rows, cols, 9), normalised: reflectance of S1 to S6 - 0.5, then (brightness
-temperature of S7 to S9 [K] - 270) / 22. It gives `probability`, (batch, rows, cols, 1), of cloud.
-Rows and columns may be any multiples of 8, unless the model has layers that want one size: then it
-keeps that. The normalisation goes along, in ONNX's metadata or cloudmask.json.
+The exported network computes in float32, whatever precision it was trained in. Its input `channels`
+is float32 (batch, rows, cols, 9), normalised: reflectance of S1 to S6 - 0.5, then (brightness
+temperature of S7 to S9 [K] - 270) / 22. Its output `probability`, (batch, rows, cols, 1), is that
+of cloud. Rows and columns may be any multiples of 8, unless the model has layers of a fixed size.
+The metadata of the ONNX file (opset 18), or cloudmask.json beside the SavedModel's signature
+`serving_default`, contain the normalisation.
 
-Before a file gets its name, its outputs are compared with those of Keras on random images of
-several sizes; the largest difference is printed. Above the tolerance the exit status is 1 and there
-is no file. What exists is never replaced.
-
-Converters to ONNX that were tried, with TensorFlow 2.21, Keras 3.15.1, NumPy 2.4 and onnx 1.23:
-- tf2onnx 1.17, `convert.from_function`: works, up to opset 18 and with any size of image. Taken.
-- tf2onnx 1.17, `convert.from_keras`: works, with the same graph, and leaves the output unnamed.
-- Keras' own `model.export(format="onnx")`: works, with the same graph, as it calls tf2onnx too. It
-  wants a model that was called before, and asks NumPy for `object`, which NumPy warns of.
-- keras2onnx 1.7, archived: fails on `onnx.mapping`, which onnx no longer has.
+The exported network is compared with Keras on random images of several sizes, and the largest
+difference is printed. Above the tolerance the exit status is 1 and no file is written. An existing
+file is never replaced.
 """
 
 import argparse
 import contextlib
-import functools
 import logging
 import os
 import sys
 import tempfile
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # GPUs round to TF32, and outputs are to be compared
-
-import harness.quiet_tensorflow  # noqa: F401
-from _command import exit_status
-
-# isort: split
-import keras
 import numpy as np
-import tensorflow as tf
 
-from data_loader import BT_OFFSET, BT_SCALE, REFLECTANCE_OFFSET
+from _command import exit_status
 from harness.config import load_config
 from harness.console import log_to_screen
 from harness.errors import Failure, UserError
 from harness.files import file_sha256, write_json
-from harness.networks.model_files import cast_model, read_model
 
-OPSET = 18  # of ONNX; the newest that tf2onnx writes, read by onnxruntime since 1.14
-TOLERANCE = {"onnx": 1e-4, "savedmodel": 1e-5}  # of a probability
-SIZES = ((64, 64), (64, 120), (136, 72))  # of the images compared; multiples of 8
+OPSET = 18  # of ONNX: the newest that tf2onnx writes; onnxruntime reads it since 1.14
+SIZES = ((64, 64), (64, 192), (128, 64))  # of the images compared; any U-Net accepts them
 IMAGES = 4  # of each size
 
 log = logging.getLogger("export_model")
 
 
-class Disagreement(Failure):
-    """The exported model computes something else than Keras does; the message is complete."""
-
-
-def find_model(path):
-    """The model file of a run's folder; any other path is one itself."""
-    return path / load_config(path / "config.yaml").model_file if path.is_dir() else path
-
-
-def network_in_float32(model):
-    """Copy a model to float32 and to images of any size, where its layers allow that.
-
-    Args:
-        model: keras.Model of one input, (batch, rows, cols, channels).
+def read_network(path):
+    """Read a model in float32 and, if its layers allow that, for images of any size.
 
     Raises:
-        UserError: If it is another one.
+        UserError: If the file cannot be read or holds another kind of model.
     """
+    from harness.networks.model_files import cast_model, read_model
+
+    model = read_model(path)
     if len(model.inputs) != 1 or len(model.inputs[0].shape) != 4:
         raise UserError(
             "The model should have one input, (batch, rows, cols, channels), found "
-            f"{[tuple(each.shape) for each in model.inputs]}. Take one that CloudMask trained."
+            f"{[tuple(each.shape) for each in model.inputs]}. Use a model that CloudMask trained."
         )
     with contextlib.suppress(UserError):
         return cast_model(model, "float32", (None, None))
-    rows, cols = model.input_shape[1:3]
-    log.info("The model takes images of %s x %s pixels alone, and so will the file.", rows, cols)
+    log.info("The model accepts only images of %s x %s pixels.", *model.input_shape[1:3])
     return cast_model(model, "float32")
 
 
 def serving(network):
-    """The network as a function of TensorFlow from `channels` to {'probability': ...}."""
+    """The network as a tf.function from `channels` to {'probability': ...}."""
+    import tensorflow as tf
+
     channels = tf.TensorSpec(network.input_shape, tf.float32, name="channels")
     return tf.function(
         lambda channels: {"probability": network(channels, training=False)},
@@ -95,31 +70,22 @@ def serving(network):
 
 
 def write_onnx(network, path, about):
-    """Write a network as ONNX.
-
-    Args:
-        network: keras.Model in float32.
-        path: New file.
-        about: Texts that go along.
-
-    Returns:
-        What was written, for people.
-    """
+    """Write a network as ONNX, with the texts `about` as metadata."""
     import onnx
     import tf2onnx
 
     function = serving(network)
+    # Keras' model.export(format="onnx") calls tf2onnx too, but does not name the output.
     signature = function.input_signature
     model, _ = tf2onnx.convert.from_function(function, input_signature=signature, opset=OPSET)
     for value in (*model.graph.input, *model.graph.output):
-        sizes = value.type.tensor_type.shape.dim
-        for size, name in zip(sizes, ("batch", "rows", "cols"), strict=False):
-            if size.dim_param:  # one that varies
-                size.dim_param = name
+        dimensions = value.type.tensor_type.shape.dim
+        for dimension, name in zip(dimensions, ("batch", "rows", "cols"), strict=False):
+            if dimension.dim_param:  # not of a fixed size
+                dimension.dim_param = name
     onnx.helper.set_model_props(model, about)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, path)
-    return f"ONNX, opset {OPSET}"
 
 
 def run_onnx(path):
@@ -131,97 +97,98 @@ def run_onnx(path):
 
 
 def write_savedmodel(network, path, about):
-    """Write a network as a SavedModel, a folder; `about` goes along as cloudmask.json."""
+    """Write a network as a SavedModel, a folder, with the texts `about` in cloudmask.json."""
+    import keras
+
     archive, function = keras.export.ExportArchive(), serving(network)
     archive.track(network)
     archive.add_endpoint("serve", function, input_signature=function.input_signature)
     archive.write_out(path, verbose=False)
     write_json(path / "cloudmask.json", about)
-    return "SavedModel, signature serving_default"
 
 
 def run_savedmodel(path):
     """A function that runs a SavedModel on images."""
-    loaded = tf.saved_model.load(path)  # which owns the variables
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(path)  # owns the variables
     function = loaded.signatures["serving_default"]
     return lambda images, loaded=loaded: function(channels=images)["probability"].numpy()
 
 
-FORMATS = {"onnx": (write_onnx, run_onnx), "savedmodel": (write_savedmodel, run_savedmodel)}
+FORMATS = {  # how to write and run a file, and the tolerance of a probability
+    "onnx": (write_onnx, run_onnx, 1e-4),
+    "savedmodel": (write_savedmodel, run_savedmodel, 1e-5),
+}
 
 
 def largest_difference(network, run):
-    """Compare a network with its exported self on random images.
-
-    Each image has a level of its own in each channel: of noise alone a trained network makes
-    nothing but 0 or 1.
+    """Compare a network with its exported form on random images.
 
     Args:
         network: keras.Model.
         run: Function from float32 (n, rows, cols, channels) to (n, rows, cols, 1).
 
     Returns:
-        The largest difference of probabilities, NaN if there is any, and the lowest and highest
-        probability by Keras.
+        The largest difference of probabilities, NaN if one is NaN or the shapes differ.
     """
     *size, n_channels = network.input_shape[1:]
     random = np.random.default_rng(0)
-    differences, values = [], []
+    differences = []
     for rows, cols in SIZES if None in size else [size]:
+        # Each channel has its own level: a trained network answers pure noise with 0 or 1.
         levels = random.normal(size=(IMAGES, 1, 1, n_channels))
         noise = random.normal(scale=0.3, size=(IMAGES, rows, cols, n_channels))
         images = (levels + noise).astype(np.float32)
-        wanted, found = network(images, training=False).numpy(), run(images)
-        if wanted.shape != found.shape:
-            raise Disagreement(f"Keras gives {wanted.shape} for {images.shape}, it {found.shape}.")
-        differences.append(np.abs(wanted - found).max())
-        values += [wanted.min(), wanted.max()]
-    return float(np.max(differences)), float(min(values)), float(max(values))
+        expected, found = network(images, training=False).numpy(), run(images)
+        same_shape = expected.shape == found.shape
+        differences.append(np.abs(expected - found).max() if same_shape else np.nan)
+    return float(np.max(differences))
 
 
 def export(source, kind, output):
-    """Export a model, and see that it computes what it should.
-
-    Args:
-        source: A run's folder, or a model file.
-        kind: Of FORMATS.
-        output: New path.
+    """Export a run's model or a model file in a format of FORMATS, and compare it with Keras.
 
     Raises:
-        UserError: If the output exists, or the source is no model for images.
-        Disagreement: If the exported model is not the same; nothing is left of it then.
+        UserError: If the output exists, or the source is not a model for images.
+        Failure: If the exported model differs from Keras; no file is written then.
     """
     if output.exists():
-        raise UserError(f"{output} exists. Remove it or choose another name with -o.")
-    model_file = find_model(source)
-    network = network_in_float32(read_model(model_file))
+        raise UserError(f"{output} exists. Remove it or choose another path with -o.")
+    if source.is_dir():
+        source /= load_config(source / "config.yaml").model_file
+    if not source.is_file():
+        raise FileNotFoundError(f"No model file {source}. Give a run's folder or a .keras file.")
+
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # GPUs round to TF32, which would be a difference
+    import harness.quiet_tensorflow  # noqa: F401  (before any other import of TensorFlow)
+    from data_loader import BT_OFFSET, BT_SCALE, REFLECTANCE_OFFSET
+
+    network = read_network(source)
     about = {
-        "model_sha256": file_sha256(model_file),
+        "model_sha256": file_sha256(source),
         "channels": f"S1 to S6: reflectance - {REFLECTANCE_OFFSET}; "
         f"S7 to S9: (brightness temperature [K] - {BT_OFFSET}) / {BT_SCALE}",
         "probability": "of cloud; the mask is cloud where it is above 0.5",
     }
-    write, run = FORMATS[kind]
+    write, run, tolerance = FORMATS[kind]
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as folder:
         temporary = Path(folder) / output.name
-        written = write(network, temporary, about)
-        difference, lowest, highest = largest_difference(network, run(temporary))
-        verdict = (
-            f"{written}: differs from Keras in float32 by {difference:.1e} at most, tolerance "
-            f"{TOLERANCE[kind]:.0e}, probabilities {lowest:.3f} to {highest:.3f}"
-        )
-        if not difference <= TOLERANCE[kind]:  # NaN is no agreement
-            raise Disagreement(f"{verdict}. Nothing was written.")
+        write(network, temporary, about)
+        difference = largest_difference(network, run(temporary))
+        summary = f"largest difference from Keras {difference:.1e}, tolerance {tolerance:.0e}"
+        if not difference <= tolerance:  # also if it is NaN
+            raise Failure(f"The exported model differs: {summary}. No file was written.")
         temporary.rename(output)
-    log.info("%s. It is %s", verdict, output)
+    log.info("Wrote %s: %s.", output, summary)
 
 
-# --- the program ----------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------
 
 
 def parse_arguments(argv):
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -234,12 +201,13 @@ def parse_arguments(argv):
 
 
 def main(argv=None):
-    """Run the program and return its exit status: 1 where the exported model is not the same."""
+    """Run the command and return its exit status: 1 if the exported model differs from Keras."""
     arguments = parse_arguments(argv)
     log_to_screen(arguments.verbose)
     logging.getLogger("tf2onnx").setLevel(logging.INFO if arguments.verbose else logging.ERROR)
-    work = functools.partial(export, arguments.model, arguments.format, arguments.output)
-    return exit_status(work, arguments.verbose)
+    return exit_status(
+        lambda: export(arguments.model, arguments.format, arguments.output), arguments.verbose
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Make synthetic Sentinel-3 SLSTR scenes in the published file format.
 
 A scene is drawn in four steps: a surface of sea and land, clouds above it, what the nine channels
-see (emitted and reflected light, layer by layer), and what goes wrong: noise, gaps, borders and an
+see (emitted and reflected light, layer by layer), and defects: noise, gaps, borders and an
 imperfect Bayesian label. Structures scale with the scene, so a small scene resembles a large one.
 Values are plausible, not calibrated: the scenes are for tests and demonstrations.
 """
@@ -9,7 +9,6 @@ Values are plausible, not calibrated: the scenes are for tests and demonstration
 import argparse
 import logging
 import math
-import os
 import re
 import sys
 from datetime import datetime, timedelta
@@ -18,10 +17,13 @@ from typing import NamedTuple
 
 import h5py
 import numpy as np
-import scipy.fft
-from scipy.ndimage import gaussian_filter
 
-logger = logging.getLogger("make_scenes")
+from _command import exit_status
+from harness.console import log_to_screen
+from harness.errors import UserError
+from harness.files import replacing
+
+log = logging.getLogger("make_scenes")
 
 BT_WAVELENGTHS = (3.742, 10.854, 12.023)  # S7, S8, S9 [um], SLSTR band centres
 BT_RANGE = (200.0, 320.0)  # [K], S7 to S9 in the SLSTR user guide
@@ -133,16 +135,18 @@ def fractal_field(rng, height, width, scale, slope, stretch=1.0):
     """Draw a Gaussian random field with a power-law spectrum.
 
     Args:
-        rng: numpy Generator.
+        rng: NumPy Generator.
         height: Rows [pixels].
         width: Columns [pixels].
         scale: Size of the largest structures, share of `height`.
-        slope: The amplitude falls as wavenumber to the power of -slope.
-        stretch: Length over width of the structures, which lie in a random direction.
+        slope: The amplitude falls as wavenumber**-slope.
+        stretch: Length over width of the structures, which have a random direction.
 
     Returns:
         float32, (height, width), mean 0, standard deviation 1, continuous across opposite sides.
     """
+    import scipy.fft  # takes longer to import than --help should
+
     rows = (scipy.fft.fftfreq(height) * height).astype(np.float32)[:, None]  # cycles per height
     cols = (scipy.fft.rfftfreq(width) * height).astype(np.float32)
     angle = rng.uniform(0, math.pi)
@@ -169,7 +173,7 @@ def brightness_temperature(radiance, wavelength):
 def make_surface(rng, height, width, air_temperature, day):
     """Draw a Surface (height, width): sea with fronts and glint, land with hills and snow.
 
-    The sea is about as warm as the air [K]; land is warmer by day and colder by night.
+    The sea is about as warm as the air [K]; land is warmer by day and colder at night.
     """
     hills = fractal_field(rng, height, width, scale=0.7, slope=2.0)
     eddies = fractal_field(rng, height, width, scale=0.3, slope=2.2)
@@ -191,18 +195,11 @@ def make_surface(rng, height, width, air_temperature, day):
 
 
 def make_clouds(rng, height, width, air_temperature, cloud_cover):
-    """Draw cloud layers that together cover a given share of the scene.
-
-    Args:
-        rng: numpy Generator.
-        height: Rows [pixels].
-        width: Columns [pixels].
-        air_temperature: At sea level [K].
-        cloud_cover: Share of the scene that some layer covers.
+    """Draw cloud layers that together cover the share `cloud_cover` of the scene.
 
     Returns:
-        List of CloudLayer from low to high, and the excess of cloudiness over what it takes to
-        form a cloud, float32, (height, width), in standard deviations: positive in cloud.
+        List of CloudLayer from low to high; and the excess, float32 (height, width): cloudiness
+        minus the threshold of cloud formation, in standard deviations, positive in cloud.
     """
     cloudiness = [
         fractal_field(rng, height, width, kind.scale, kind.slope, kind.stretch)
@@ -252,16 +249,7 @@ def reflect_sun(rng, surface, layers):
 
 
 def emit(surface, layers, channel):
-    """Compute the thermal radiance that the satellite sees.
-
-    Args:
-        surface: A Surface.
-        layers: List of CloudLayer from low to high.
-        channel: 0 to 2 for S7 to S9.
-
-    Returns:
-        float32, (H, W) [W m-2 sr-1 um-1].
-    """
+    """Thermal radiance seen in a channel, 0 to 2 for S7 to S9: (H, W) [W m-2 sr-1 um-1]."""
     wavelength = BT_WAVELENGTHS[channel]
     depression = VAPOUR_DEPRESSION[channel] * surface.vapour
     radiance = planck(surface.temperature - depression, wavelength)
@@ -275,13 +263,13 @@ def emit(surface, layers, channel):
 
 
 def measure_temperatures(rng, surface, layers, sunlit, damage):
-    """Measure S7 to S9; the noise is one of radiance, so that cold S7 is the noisiest.
+    """Measure S7 to S9. The noise is added to the radiance, so cold pixels of S7 are the noisiest.
 
     Args:
-        rng: numpy Generator.
+        rng: NumPy Generator.
         surface: A Surface.
         layers: List of CloudLayer from low to high.
-        sunlit: (H, W), reflectance in S7, which sees the sun too; 0 by night.
+        sunlit: (H, W), reflectance in S7, which sees the sun too; 0 at night.
         damage: A Damage.
 
     Returns:
@@ -305,7 +293,7 @@ def measure_reflectances(rng, sunlit, damage, oversampling):
     """Measure S1 to S6 on the 1 km grid or a finer one.
 
     Args:
-        rng: numpy Generator.
+        rng: NumPy Generator.
         sunlit: (7, H, W), reflectance of S1 to S7.
         damage: A Damage.
         oversampling: 1 for the 1 km grid, 2 for the 500 m grid.
@@ -348,15 +336,14 @@ def bayesian_label(rng, excess, cold_sea, valid, label_noise):
     """Label the scene as the Bayesian mask would: wrong at cloud edges and over cold water.
 
     Args:
-        rng: numpy Generator.
+        rng: NumPy Generator.
         excess: (H, W), positive in cloud; see `make_clouds`.
         cold_sea: bool, (H, W).
         valid: bool, (H, W), where data exist; elsewhere the label is clear.
-        label_noise: Share of the valid pixels that are labelled wrong.
-
-    Returns:
-        bool, (H, W), True for cloud.
+        label_noise: Share of the valid pixels with a wrong label.
     """
+    from scipy.ndimage import gaussian_filter
+
     doubt = fractal_field(rng, *excess.shape, scale=0.08, slope=2.5)
     doubt += 2 * np.exp(-((excess / 0.15) ** 2)) + 1.5 * (cold_sea & (excess <= 0))
     doubt = gaussian_filter(doubt, sigma=1)  # errors of whole patches, not of single pixels
@@ -368,10 +355,10 @@ def make_scene(rng, height, width, day=True, cloud_cover=0.7, label_noise=0.03, 
     """Make one synthetic scene.
 
     Args:
-        rng: numpy Generator.
+        rng: NumPy Generator.
         height: Rows of the 1 km grid [pixels]; 1200 for SLSTR.
         width: Columns of the 1 km grid [pixels]; 1500 for SLSTR.
-        day: By night all reflectances are 0.
+        day: Whether the scene is in daylight; at night all reflectances are 0.
         cloud_cover: Share of this scene that is cloud.
         label_noise: Share of the pixels with data whose label is wrong.
         refs_grid: "1km", or "500m" for reflectances of twice the rows and columns.
@@ -380,7 +367,7 @@ def make_scene(rng, height, width, day=True, cloud_cover=0.7, label_noise=0.03, 
         The arrays by dataset name, in the published dtypes: `refs` (H, W, 6) reflectance of S1-S6,
         `bts` (H, W, 3) brightness temperature of S7-S9 [K], `bayes` (H, W, 1) 0 or 255, `rads`
         (H, W, 6) [mW m-2 sr-1 nm-1], `summary` (H, W, 1) 0 or 255, and `truth` (H, W, 1), 1 for
-        true cloud, which real scenes lack.
+        true cloud, which real scenes do not have.
     """
     air_temperature = rng.uniform(*AIR_TEMPERATURES)
     surface = make_surface(rng, height, width, air_temperature, day)
@@ -391,7 +378,7 @@ def make_scene(rng, height, width, day=True, cloud_cover=0.7, label_noise=0.03, 
     label = bayesian_label(rng, excess, cold_sea, valid, label_noise)
     sunlit = reflect_sun(rng, surface, layers) if day else np.zeros((7, height, width), np.float32)
     bts = measure_temperatures(rng, surface, layers, sunlit[6], damage)
-    lit = damage._replace(inside=damage.inside & day)  # by night all of the scene is border
+    lit = damage._replace(inside=damage.inside & day)  # at night the whole scene is border
     irradiance = np.array(SUN_S1_TO_S6, dtype=np.float32) * math.cos(SUN_ZENITH)
     return {
         "refs": measure_reflectances(rng, sunlit, lit, OVERSAMPLING[refs_grid]),
@@ -404,30 +391,24 @@ def make_scene(rng, height, width, day=True, cloud_cover=0.7, label_noise=0.03, 
 
 
 def write_scene(path, arrays, chunks=None, compression=None, shuffle=False):
-    """Write a scene file, which replaces an older one only when it is complete.
+    """Write a scene file; an existing one is replaced only when the new one is complete.
 
     Args:
-        path: The file; its folder exists.
+        path: The file.
         arrays: Arrays by dataset name.
-        chunks: None for contiguous, "auto" for h5py's choice, or (rows, columns, channels), cut to
-            the size of each dataset. Compression and shuffle need chunks: None becomes "auto".
+        chunks: None for contiguous, "auto" for h5py's choice, or (rows, columns, channels), limited
+            to the size of each dataset. Compression and shuffle need chunks: None becomes "auto".
         compression: None, "gzip" or "lzf".
         shuffle: Whether to group bytes of equal significance before compression.
     """
-    path = Path(path)
     if chunks is None and (compression or shuffle):
         chunks = "auto"
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # does not match S3A*.hdf
-    try:
-        with h5py.File(partial, "w") as file:
-            for name, array in arrays.items():
-                fitted = chunks and (chunks == "auto" or tuple(map(min, chunks, array.shape)))
-                options = {"chunks": fitted, "compression": compression, "shuffle": shuffle}
-                # Without times the same scene gives the same bytes.
-                file.create_dataset(name, data=array, track_times=False, **options)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        for name, array in arrays.items():
+            fitted = chunks and (chunks == "auto" or tuple(map(min, chunks, array.shape)))
+            options = {"chunks": fitted, "compression": compression, "shuffle": shuffle}
+            # Without timestamps, the same scene gives the same bytes.
+            file.create_dataset(name, data=array, track_times=False, **options)
 
 
 def product_name(set_name, index):
@@ -441,22 +422,16 @@ def product_name(set_name, index):
 
 
 def is_day(index, day_share):
-    """Whether a scene is by day, so that of the first n scenes n * day_share (rounded) are."""
+    """Whether a scene is a daytime scene: of the first n scenes, round(n * day_share) are."""
     return math.floor((index + 1) * day_share + 0.5) > math.floor(index * day_share + 0.5)
 
 
-def file_dtype(name, published, dtype, byteorder):
-    """Dtype of a dataset in the file: `dtype` is for `refs` and `bts`, `byteorder` for all."""
-    keep = dtype == "published" or name not in ("refs", "bts")
-    return np.dtype(published if keep else dtype).newbyteorder(byteorder)
-
-
 def check_limits(**options):
-    """Raise ValueError where an option is outside its LIMITS."""
+    """Raise UserError if an option is outside its LIMITS."""
     for name, value in options.items():
         low, high = LIMITS[name]
         if not low <= value <= high:
-            raise ValueError(f"{name} must be from {low} to {high}, found {value}")
+            raise UserError(f"{name} must be from {low} to {high}, found {value}")
 
 
 def make_dataset(
@@ -472,9 +447,7 @@ def make_dataset(
     refs_grid="1km",
     dtype="published",
     byteorder="little",
-    chunks=None,
-    compression=None,
-    shuffle=False,
+    **storage,
 ):
     """Write scenes to `output/{one-day,ssts}/{day,night}/S3A*.hdf`.
 
@@ -484,22 +457,20 @@ def make_dataset(
         inference: Number of scenes in `ssts`.
         height: Rows of the 1 km grid [pixels].
         width: Columns of the 1 km grid [pixels].
-        seed: The same seed gives the same bytes, however many scenes are made.
-        day_share: Share of the scenes that are by day.
-        cloud_cover: Mean share of cloud; it varies from scene to scene.
-        label_noise: Mean share of wrong labels; it varies from scene to scene by half.
+        seed: The same seed gives the same bytes, whatever the number of scenes.
+        day_share: Share of daytime scenes.
+        cloud_cover: Mean share of cloud; it varies between scenes.
+        label_noise: Mean share of wrong labels; it varies between scenes by up to a half.
         refs_grid: "1km" or "500m".
         dtype: Of `refs` and `bts`: "published", "float32" or "float64".
         byteorder: "little" or "big".
-        chunks: As in `write_scene`, and so are `compression` and `shuffle`.
-        compression: See `chunks`.
-        shuffle: See `chunks`.
+        **storage: `chunks`, `compression` and `shuffle` of `write_scene`.
 
     Returns:
         The paths of the scenes.
 
     Raises:
-        ValueError: If a number is outside its limits.
+        UserError: If a number is outside its limits.
     """
     check_limits(train=train, inference=inference, height=height, width=width, seed=seed)
     check_limits(day_share=day_share, cloud_cover=cloud_cover, label_noise=label_noise)
@@ -512,12 +483,12 @@ def make_dataset(
             noise = label_noise * rng.uniform(0.5, 1.5)
             arrays = make_scene(rng, height, width, day, cover, noise, refs_grid)
             for name, array in arrays.items():
-                kind = file_dtype(name, array.dtype, dtype, byteorder)
-                arrays[name] = array.astype(kind, copy=False)
+                kept = dtype == "published" or name not in ("refs", "bts")
+                stored = np.dtype(array.dtype if kept else dtype).newbyteorder(byteorder)
+                arrays[name] = array.astype(stored, copy=False)
             path = Path(output, set_name, "day" if day else "night", product_name(set_name, index))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_scene(path, arrays, chunks, compression, shuffle)
-            logger.info("%s: %.0f %% cloud", path, 100 * cover)
+            write_scene(path, arrays, **storage)
+            log.info("%s: %.0f %% cloud", path, 100 * cover)
             paths.append(path)
     return paths
 
@@ -527,58 +498,44 @@ def parse_chunks(text):
     if text in ("none", "auto"):
         return None if text == "none" else text
     if not re.fullmatch(r"[1-9]\d* [1-9]\d* [1-9]\d*", text):
-        raise argparse.ArgumentTypeError(f"wanted none, auto or 'H W C', found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected none, auto or 'H W C', found {text!r}")
     return tuple(map(int, text.split()))
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser that reports a mistake in one line, without the usage."""
-
-    def error(self, message):
-        """Exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def make_parser():
-    """Build the parser of the command line."""
-    parser = OneLineParser(
+def parse_arguments(argv):
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
         description="Make synthetic SLSTR scenes in the published file format.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--output", default="data", metavar="DIR", help="folder for one-day and ssts")
-    add("--train", type=int, default=10, metavar="N", help="scenes in one-day")
-    add("--inference", type=int, default=3, metavar="N", help="scenes in ssts")
+    add("--train", type=int, default=10, metavar="N", help="number of scenes in one-day")
+    add("--inference", type=int, default=3, metavar="N", help="number of scenes in ssts")
     add("--size", type=int, nargs=2, default=(1200, 1500), metavar=("H", "W"), help="1 km pixels")
-    add("--seed", type=int, default=1234, help="same seed, same bytes")
-    add("--day-share", type=float, default=0.55, metavar="SHARE", help="scenes by day")
+    add("--seed", type=int, default=1234, help="the same seed gives the same bytes")
+    add("--day-share", type=float, default=0.55, metavar="SHARE", help="share of daytime scenes")
     add("--cloud-cover", type=float, default=0.7, metavar="SHARE", help="mean cloud cover")
-    add("--label-noise", type=float, default=0.03, metavar="SHARE", help="mean of wrong labels")
+    add("--label-noise", type=float, default=0.03, metavar="SHARE", help="share of wrong labels")
     add("--refs-grid", choices=OVERSAMPLING, default="1km", help="grid of the reflectances")
-    add("--dtype", choices=("published", "float32", "float64"), default="published", help="of data")
+    add("--dtype", choices=("published", "float32", "float64"), default="published",
+        help="of refs and bts")  # fmt: skip
     add("--byteorder", choices=("little", "big"), default="little", help="of all datasets")
     add("--chunks", type=parse_chunks, default="none", help="none, auto or 'H W C'")
     add("--compression", choices=("none", "gzip", "lzf"), default="none", help="implies chunks")
     add("--shuffle", action="store_true", help="group bytes before compression; implies chunks")
-    return parser
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
-    """Make the scenes that the command line asks for."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    parser = make_parser()
-    options = vars(parser.parse_args(argv))
+    """Run the command and return its exit status."""
+    options = vars(parse_arguments(argv))
     options["height"], options["width"] = options.pop("size")
-    options["compression"] = options["compression"].replace("none", "") or None
-    try:
-        check_limits(**{name: options[name] for name in LIMITS})
-    except ValueError as error:
-        parser.error(str(error))
-    try:
-        make_dataset(**options)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        parser.error(f"cannot write to --output: {error}")
+    if options["compression"] == "none":
+        options["compression"] = None
+    log_to_screen(verbose=False)
+    return exit_status(lambda: make_dataset(**options))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

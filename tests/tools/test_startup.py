@@ -1,0 +1,50 @@
+"""What the commands import before they need it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from harness import REPOSITORY
+
+WRONG_PATHS = {
+    "convert_sen3": ["nowhere.SEN3", "-o", "out"],
+    "export_masks": ["nowhere", "--format", "geotiff"],
+    "export_model": ["nowhere", "--format", "onnx", "-o", "out"],
+    "validate_sst": ["nowhere", "nowhere.csv"],
+}
+HEAVY = {"tensorflow", "keras", "scipy", "matplotlib", "rasterio", "h5netcdf", "PIL", "onnx"}
+
+# Runs a command as a program and prints the packages that it imported.
+RUN = """
+import atexit, json, runpy, sys
+sys.argv = sys.argv[1:]
+atexit.register(lambda: print(json.dumps([name.partition(".")[0] for name in sys.modules])))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run(command, arguments, folder):
+    """Run a command from another folder; return its status, its errors and its imports."""
+    path = REPOSITORY / "tools" / f"{command}.py"
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, path, *arguments],
+        cwd=folder, capture_output=True, text=True, env={"PYTHONPATH": str(path.parent)},
+    )  # fmt: skip
+    return done.returncode, done.stderr, set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("command", ["make_scenes", *WRONG_PATHS])
+@pytest.mark.parametrize(("option", "expected"), [("--help", 0), ("--unknown", 2)])
+def test_help_and_usage_errors_import_no_heavy_package(tmp_path, command, option, expected):
+    status, _, imported = run(command, [option], tmp_path)
+    assert status == expected and not HEAVY & imported
+
+
+@pytest.mark.parametrize("command", WRONG_PATHS)
+def test_wrong_path_is_reported_before_heavy_imports(tmp_path, command):
+    status, error, imported = run(command, WRONG_PATHS[command], tmp_path)
+    (line,) = error.splitlines()
+    assert status == 2 and line.startswith("Error: ") and "nowhere" in line
+    assert not HEAVY & imported
