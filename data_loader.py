@@ -80,7 +80,7 @@ def split_scenes(paths, train_split):
     n_train = int(len(paths) * train_split)
     if not 0 < n_train < len(paths):
         raise SceneError(
-            f"train_split {train_split} of {len(paths)} scenes gives {n_train} for training and "
+            f"train_split {train_split} of {len(paths)} scenes leaves {n_train} for training and "
             f"{len(paths) - n_train} for validation; both need at least one. Change train_split "
             "or add scenes."
         )

@@ -244,7 +244,7 @@ def test_peak_memory_of_few_and_many_scenes(tmp_path):
     [
         (["--only", "trainstep"], ["trainstep", "train_step"]),
         (["--only", "gemm/float99"], ["gemm/float99"]),
-        (["--patch", "20"], ["PATCH_SIZE", "20"]),
+        (["--patch", "4"], ["PATCH_SIZE", "4"]),
     ],
 )
 def test_mistake_of_the_user_is_one_clear_error(tmp_path, capsys, arguments, words):

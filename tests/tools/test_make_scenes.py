@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import label as connected_regions
 
-from harness.data.scene_files import times_of as product_times
+from harness.data.scene_files import product_times as product_times
 from tools.make_scenes import (
     is_day,
     main,

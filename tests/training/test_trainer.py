@@ -66,7 +66,7 @@ def plain_training(build, n_epochs=2, batch_size=11):
     model = build((P, P, 9))
     optimizer = keras.optimizers.Adam(1e-3)
     batches = PatchBatches(range(7), scene, P, 4, 9, batch_size, seed=1)
-    elements = iter(batches)
+    elements = batches.batches()
     totals = []
     for _ in range(n_epochs):
         losses, right = [], []
@@ -111,8 +111,13 @@ def test_validation_equals_numpy_for_28_patches_in_batches_of_11(n_replicas):
     trainer, batches, feed = trainer_and_feed(n_replicas)
     for _ in range(batches.n_steps):
         trainer.eval_step(next(feed))
+<<<<<<< HEAD
     ours = trainer.pop_eval_metrics()
     elements = itertools.islice(PatchBatches(range(7), scene, P, 4, 9, 1, seed=1), 28)
+=======
+    ours = trainer.take_totals()
+    elements = itertools.islice(PatchBatches(range(7), scene, P, 4, 9, 1, seed=1).batches(), 28)
+>>>>>>> data
     x, y, _ = (np.concatenate(parts) for parts in zip(*elements, strict=True))
     p = trainer.model.predict(x, verbose=0)[:, 2:-2, 2:-2]
     y = y[:, 2:-2, 2:-2]
@@ -304,7 +309,7 @@ def test_lack_of_memory_gives_advice(policy, micro_batch, advice):
 
 
 def test_cloud_weight_weighs_cloud_pixels():
-    elements = next(iter(PatchBatches(range(7), scene, P, 4, 9, 4, seed=1)))
+    elements = next(PatchBatches(range(7), scene, P, 4, 9, 4, seed=1).batches())
     losses = {}
     for weight in (1.0, 3.0):
         devices = open_devices(seed=5)
@@ -325,13 +330,13 @@ def test_cloud_weight_weighs_cloud_pixels():
 def test_overflow_under_float16_skips_the_step_on_all_replicas(n_replicas):
     trainer, batches, _ = trainer_and_feed(n_replicas, policy="mixed_float16", loss_scaling=True)
     before = trainer.model.get_weights()
-    elements = list(itertools.islice(iter(batches), n_replicas))
+    elements = list(itertools.islice(batches.batches(), n_replicas))
     elements[0][0][:] = np.inf  # on the first replica only
     trainer.train_step(distributed(trainer, elements))
     for old, new in zip(before, trainer.model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
     assert np.array(trainer.optimizer.dynamic_scale) == 2.0**14  # halved once
-    trainer.train_step(distributed(trainer, list(itertools.islice(iter(batches), n_replicas))))
+    trainer.train_step(distributed(trainer, list(itertools.islice(batches.batches(), n_replicas))))
     assert any((a != b).any() for a, b in zip(before, trainer.model.get_weights(), strict=True))
 
 
