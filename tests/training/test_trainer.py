@@ -111,13 +111,8 @@ def test_validation_equals_numpy_for_28_patches_in_batches_of_11(n_replicas):
     trainer, batches, feed = trainer_and_feed(n_replicas)
     for _ in range(batches.n_steps):
         trainer.eval_step(next(feed))
-<<<<<<< HEAD
     ours = trainer.pop_eval_metrics()
-    elements = itertools.islice(PatchBatches(range(7), scene, P, 4, 9, 1, seed=1), 28)
-=======
-    ours = trainer.take_totals()
     elements = itertools.islice(PatchBatches(range(7), scene, P, 4, 9, 1, seed=1).batches(), 28)
->>>>>>> data
     x, y, _ = (np.concatenate(parts) for parts in zip(*elements, strict=True))
     p = trainer.model.predict(x, verbose=0)[:, 2:-2, 2:-2]
     y = y[:, 2:-2, 2:-2]
