@@ -16,14 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 import data_loader
-from harness.build import (
-    board_patches,
-    open_batches,
-    open_predictor,
-    open_reference_predictor,
-    open_run,
-    open_trainer,
-)
+from harness import build
 from harness.check import check
 from harness.command_line import choose_task, parse_arguments
 from harness.console import log_to_screen, progress
@@ -80,7 +73,7 @@ def run_benchmark(task, ranks):
     config, mode, is_chief = task.config, task.mode, ranks.launch.rank == 0
     found = FoundScenes.find(config.train_dir, config.inference_dir, mode)
     skipped = choose_skipped(config, mode, found, task.folder) if is_chief else {}
-    with open_run(task, ranks, found, skipped) as (run, devices, scenes):
+    with build.open_run(task, ranks, found, skipped) as (run, devices, scenes):
         log.info("Run %s", run.folder)
         for line in results.plan(config, mode, scenes, devices):
             log.info("  %s", line)
@@ -98,23 +91,18 @@ def run_benchmark(task, ranks):
 
 def train(config, devices, run, scenes):
     """Train a network on scenes; the model with the lowest validation loss is run.model_file."""
-    from harness.networks.model_files import describe
-
-    trainer = open_trainer(config, devices)
-    handlers = [
-        run.bad_scenes.handler(phase, len(paths))
-        for phase, paths in (("training", scenes.train), ("validation", scenes.validation))
-    ]
+    trainer = build.open_trainer(config, devices)
+    on_bad_scene = run.bad_scenes.handler
     with (
-        open_batches(config, devices, scenes.train, on_bad_scene=handlers[0]) as training,
-        open_batches(
-            config, devices, scenes.validation, validate=True, on_bad_scene=handlers[1]
+        build.open_batches(
+            config, devices, scenes.train, on_bad_scene=on_bad_scene("training", scenes.train)
+        ) as training,
+        build.open_batches(
+            config, devices, scenes.validation, validate=True,
+            on_bad_scene=on_bad_scene("validation", scenes.validation),
         ) as validation,
-    ):
+    ):  # fmt: skip
         warm_up_seconds = trainer.warm_up(training.replica_batch, validation.replica_batch)
-        network = describe(config.network, trainer.model)
-        state = run.restore(trainer, network)
-        run.start(network, training.n_patches, validation.n_patches)
         facts = {
             "scenes_train": len(scenes.train),
             "scenes_test": len(scenes.validation),
@@ -123,11 +111,9 @@ def train(config, devices, run, scenes):
             "loss_function": config.loss,
             "warm_up_seconds": warm_up_seconds,  # tracing and compiling, before the run starts
         }
-        if state.history:
-            run.save_training(state, facts)
-        log.info("  %s", results.network_line(network, config.loss))
+        state = run.start_training(trainer, facts)
         if config.tensorboard and run.is_chief:
-            run.open_tensorboard(*board_patches(config, scenes.validation[0]))
+            run.open_tensorboard(*build.board_patches(config, scenes.validation[0]))
         training_feed = devices.distribute(training.dataset(state.epoch - 1, state.step))
         validation_feed = devices.distribute(validation.dataset())
         log.info("%s", results.epoch_header())
@@ -186,35 +172,27 @@ def evaluate(trainer, validation, feed):
 
 def infer(config, devices, run, paths):
     """Mask scenes with the model in run.model_file, and score the masks."""
-    from harness.networks.model_files import describe, load_model
+    from harness.networks.model_files import load_model
 
     devices.gather(0)  # the chief has written the model
     model = load_model(run.model_file, config.patch_shape)
-    predictors = [open_predictor(config, devices, model, device) for device in devices.local]
-    facts = {
-        "inference_mode": config.inference_mode,
-        "windows": len(predictors[0].grid.corners),
-    }
-    handle_bad_scene = run.bad_scenes.handler("inference", len(paths))
+    predictors = [build.open_predictor(config, devices, model, each) for each in devices.local]
+    facts = {"inference_mode": config.inference_mode, "windows": len(predictors[0].grid.corners)}
     if config.inference_mode == "scene" and devices.is_chief:
-        reference = open_reference_predictor(config, devices, model, devices.local[0])
+        reference = build.open_reference_predictor(config, devices, model, devices.local[0])
         with contextlib.suppress(data_loader.SceneError):  # a bad scene is met again below
             facts["differs"] = compare_masks(predictors[0], reference, paths[0], config.scene_shape)
     if run.mode == "inference":
-        run.start(describe(run.model_file, model), 0, len(paths))
-
-    def check_others():
-        check_signals()
-        devices.rendezvous.check()
-
-    masks = MaskFolder(run.path("masks"), check_others, file_sha256(run.model_file))
+        run.start_inference(model, paths)
+    masks = MaskFolder(run.path("masks"), devices.check, file_sha256(run.model_file))
     if devices.is_chief:
         masks.remove_locks()
         run.bad_scenes.forget("inference")
     devices.gather(0)  # all ranks begin together
     run.mllog.start(mlperf_log.INFERENCE_START)
     begin = time.perf_counter()
-    mask = functools.partial(mask_scenes, config, devices, run, masks, handle_bad_scene)
+    on_bad_scene = run.bad_scenes.handler("inference", paths)
+    mask = functools.partial(mask_scenes, config, devices, run, masks, on_bad_scene)
     shown = [progress(paths, "Masking", len(paths)), *[paths] * (len(predictors) - 1)]
     with ThreadPoolExecutor(len(predictors)) as pool:
         try:
@@ -225,12 +203,10 @@ def infer(config, devices, run, paths):
     seconds = devices.gather(time.perf_counter() - begin)
     run.mllog.end(mlperf_log.INFERENCE_STOP)
     if run.is_chief:
-        skipped = run.bad_scenes.paths("inference")
-        rows = masks.collect([path for path in paths if str(path) not in skipped])
-        run.end_inference(rows, max(seconds), facts)
+        run.end_inference(masks, paths, max(seconds), facts)
 
 
-def mask_scenes(config, devices, run, masks, handle_bad_scene, paths, predictor):
+def mask_scenes(config, devices, run, masks, on_bad_scene, paths, predictor):
     """Mask scenes with one device; the next scene is read while the current one is masked."""
 
     def read(path):
@@ -240,7 +216,7 @@ def mask_scenes(config, devices, run, masks, handle_bad_scene, paths, predictor)
                 path, config.scene_shape, predictor.grid.padding, labelled=run.mode != "inference"
             )
         except data_loader.SceneError as error:
-            handle_bad_scene(path, error)
+            on_bad_scene(path, error)
             scene = None
         return path, scene, time.perf_counter() - begin
 

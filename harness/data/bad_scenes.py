@@ -33,12 +33,12 @@ class BadScenes:
                 log.warning("Skipped: %s", reason)
                 write_json(file, {"path": str(path), "reason": str(reason), "during": phase})
 
-    def handler(self, phase, n_scenes):
+    def handler(self, phase, paths):
         """What to call with the path and the SceneError of a scene that turns bad during the run.
 
         Args:
             phase: 'training', 'validation' or 'inference'.
-            n_scenes: Number of scenes of this phase.
+            paths: All scenes of this phase.
 
         Returns:
             Function of a path and an error. It raises the error if the policy is 'stop', and a
@@ -49,9 +49,9 @@ class BadScenes:
             if self._policy == "stop":
                 raise error
             self.record(path, error, phase)
-            if 2 * (n := len(self.paths(phase))) > n_scenes:
+            if 2 * (n := len(self.paths(phase))) > len(paths):
                 raise SceneError(
-                    f"{n} of {n_scenes} scenes for {phase} can no longer be read: {error} Check "
+                    f"{n} of {len(paths)} scenes for {phase} can no longer be read: {error} Check "
                     "that their file system is available, then continue with --resume."
                 )
 

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from harness.errors import UserError
 from harness.parallel.rendezvous import Rendezvous, SingleRank, reserve_port
+from harness.signals import check_signals
 
 CPU_MICRO_BATCH = 4  # patches; at 256 x 256 more took 1 GB more and were no faster on two cores
 
@@ -89,6 +90,11 @@ class Devices:
         if self.kind == "CPU":
             return []
         return [tf.config.experimental.get_memory_info(gpu)["peak"] for gpu in self.local]
+
+    def check(self):
+        """Raise Interrupted after a signal and RankError after the failure of another rank."""
+        check_signals()
+        self.rendezvous.check()
 
     def gather(self, number):
         """The numbers of all ranks, in order; every rank waits here for all others."""

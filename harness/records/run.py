@@ -77,7 +77,6 @@ class Run:
         self.bad_scenes = BadScenes(folder, config.on_bad_scene)
         self.part, self._checkpoints = len(parts), Checkpoints(self.path("checkpoints"))
         self._found = self._checkpoints.newest() if parts else None  # path and state
-        self._earlier_network = earlier.get("network") if earlier else None
         self._saved = None  # epochs and steps of the last checkpoint
         self._sampler = None
         self.continues = self._is_timed = self._found is not None
@@ -115,7 +114,7 @@ class Run:
             "machine": describe_machine(devices.kind) if self.is_chief else None,
             "scenes_sha256": scenes_sha256,
             "config": config.model_dump(by_alias=True, mode="json"),
-            "network": self._earlier_network,
+            "network": earlier["network"] if parts[:-1] else None,
             "training": None,
             "inference": None,
         }
@@ -138,17 +137,8 @@ class Run:
             self.mllog.event(mlperf_log.RESUMED, self.part, metadata={"epoch_num": 1})
         self.mllog.start(keys.INIT_START)
 
-    def start(self, network, n_train=0, n_eval=0):
-        """Log the end of the set-up and the start of the timed run; not if the run continues.
-
-        Args:
-            network: Dictionary with `name`, `parameters` and `layers`.
-            n_train: Patches to train on.
-            n_eval: Patches to validate with, or scenes to mask if nothing is trained.
-        """
-        self.results["network"] = network
-        if self.continues:
-            return
+    def _start(self, network, n_train, n_eval):
+        """Log the end of the set-up and the start of the timed run."""
         mlperf_log.log_hyperparameters(
             self._config, self._devices, self.mllog, n_train, n_eval, network
         )
@@ -158,12 +148,12 @@ class Run:
 
     # --- training
 
-    def restore(self, trainer, network):
-        """Load the newest checkpoint into a trainer, if there is one.
+    def start_training(self, trainer, facts):
+        """Start the timed run with a new training, or continue from the newest checkpoint.
 
         Args:
-            trainer: Trainer.
-            network: Dictionary of its network, see `start`.
+            trainer: Trainer; gets the values of the checkpoint.
+            facts: What results.json says about the training besides its history.
 
         Returns:
             TrainingState, of the checkpoint or a new one.
@@ -171,12 +161,18 @@ class Run:
         Raises:
             UserError: If the run began with another network.
         """
+        from harness.networks.model_files import describe
+
+        network = describe(self._config.network, trainer.model)
+        log.info("  %s", results.network_line(network, self._config.loss))
         if self._found is None:
+            self.results["network"] = network
+            self._start(network, facts["patches_train"], facts["patches_test"])
             return TrainingState()
-        if self._earlier_network != network:
+        if (earlier := self.results["network"]) != network:
             raise UserError(
-                f"{self.folder} cannot be resumed: its network was {self._earlier_network}, now "
-                f"it is {network}. Restore the file that `network` names, or start a new run."
+                f"{self.folder} cannot be resumed: its network was {earlier}, now it is {network}. "
+                "Restore the file that `network` names, or start a new run."
             )
         path, state = self._found
         if self._devices.n_ranks > 1 and len(set(self._devices.gather(state.epoch))) > 1:
@@ -186,6 +182,8 @@ class Run:
             )
         self._checkpoints.restore(path, trainer, self.model_file if self.is_chief else None)
         self._saved = len(state.history), state.step
+        if state.history:
+            self._save_training(state, facts)
         return state
 
     def open_tensorboard(self, channels, cloud):
@@ -234,10 +232,9 @@ class Run:
                 trainer.model.save(temporary)
         if row["epoch"] % self._config.checkpoint_every == 0 or self.stop_reason(state):
             self._save_checkpoint(trainer, state)
-        self.save_training(state, facts)
+        self._save_training(state, facts)
 
-    def save_training(self, state, facts):
-        """Write results.json with the training so far."""
+    def _save_training(self, state, facts):
         self.results["training"] = results.training_results(state, facts)
         self.save_results("running")
 
@@ -271,14 +268,24 @@ class Run:
 
     # --- inference
 
-    def end_inference(self, rows, seconds, facts):
+    def start_inference(self, model, paths):
+        """Start the timed run if it has no training."""
+        from harness.networks.model_files import describe
+
+        self.results["network"] = describe(self.model_file, model)
+        self._start(self.results["network"], 0, len(paths))
+
+    def end_inference(self, masks, paths, seconds, facts):
         """Keep the scores of the masked scenes.
 
         Args:
-            rows: Dictionaries of scenes.csv, also of scenes masked by earlier parts of the run.
+            masks: MaskFolder with the masks of all scenes that were not skipped.
+            paths: All scenes.
             seconds: Time of this part's inference [s].
             facts: What results.json says about the inference besides.
         """
+        skipped = self.bad_scenes.paths("inference")
+        rows = masks.collect([path for path in paths if str(path) not in skipped])
         write_csv(self.path("scenes.csv"), SCENE_COLUMNS, rows)
         # The devices needed this long for the scenes of earlier parts, if they were equally busy.
         earlier = sum(row["seconds"] for row in rows if row["part"] != self.part)
