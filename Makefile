@@ -24,7 +24,7 @@ demo: $(VENV)/.run
 
 # Two at once: most tests wait for a process, or use one core.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 torture: $(VENV)/.dev
 	$(BIN)/python -m pytest -s tests/test_kill.py --torture 7
