@@ -40,7 +40,7 @@ def test_signal_that_python_dropped_in_a_destructor_is_not_lost(monkeypatch):
         def __del__(self):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    install_handlers(anew=False)
+    install_handlers(reset=False)
     Dies()
     with pytest.raises(Interrupted):
         check_signals()
@@ -49,7 +49,7 @@ def test_signal_that_python_dropped_in_a_destructor_is_not_lost(monkeypatch):
 def test_signals_of_an_earlier_program_are_forgotten():
     with pytest.raises(Interrupted):
         os.kill(os.getpid(), signal.SIGTERM)
-    install_handlers(anew=False)
+    install_handlers(reset=False)
     with pytest.raises(Interrupted):
         check_signals()
     install_handlers()

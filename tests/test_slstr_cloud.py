@@ -468,8 +468,8 @@ def copy_of_training_scenes(dataset, tmp_path):
         ({"inference_dir": "/nowhere/at/all"}, "No directory /nowhere/at/all"),
         ({"train_split": 0.01}, "train_split 0.01 of 7 scenes leaves 0"),
         ({"batch_size": 2, "cpu_devices": 3}, "batch_size 2"),
-        ({"gpu": 3}, "gpu: 3 demands 3 GPU(s) a node, TensorFlow sees 0"),
-        ({"nodes": 2}, "nodes: 2 demands 2 node(s), the scheduler started 1"),
+        ({"gpu": 3}, "gpu: 3 requires 3 GPU(s) per node, TensorFlow finds 0"),
+        ({"nodes": 2}, "nodes: 2 requires 2 node(s), the scheduler started 1"),
         ({"output_dir": "/proc/nowhere"}, "/proc/nowhere"),
         ({"IMAGE_H": 120}, "dataset 'refs' has shape (100, 135, 6)"),
         ({"N_CHANNELS": 8}, "dataset 'refs' has shape (100, 135, 6)"),
@@ -693,7 +693,7 @@ def test_model_whose_output_is_not_finite_is_rejected(settings, tmp_path, capsys
     model.save(tmp_path / "m.keras")
     arguments = "--mode", "inference", "--model", str(tmp_path / "m.keras")
     run = start(tmp_path / "out", settings, *arguments)
-    assert run.status == 1 and "no finite probability" in capsys.readouterr().err
+    assert run.status == 1 and "probabilities that are not finite" in capsys.readouterr().err
 
 
 def test_option_model_is_for_inference_only(settings, tmp_path, capsys):
@@ -704,7 +704,7 @@ def test_option_model_is_for_inference_only(settings, tmp_path, capsys):
 def test_screen_shows_the_plan_progress_and_results(finished_run):
     lines = finished_run.screen.splitlines()
     # 7 scenes at 0.75: 5 to train on; 12 patches each.
-    assert any("5 scenes of 100 x 135, 60 patches of 32; 2 to validate" in line for line in lines)
+    assert any("5 scenes of 100 x 135, 60 patches of 32; 2 for validation" in line for line in lines)
     assert any(line.split()[0] == "2/2" for line in lines)
     accuracy = f"{results(finished_run.folder)['inference']['accuracy']:.3f}"
     assert any(line.split()[:2] == ["accuracy", accuracy] for line in lines)

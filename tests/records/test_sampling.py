@@ -191,7 +191,7 @@ def test_run_needs_no_package_of_what_is_off(settings, tmp_path):
     )
     code = (
         "import sys\n"
-        "for name in ('psutil', 'pynvml', 'matplotlib', 'jinja2', 'tensorboard', 'PIL'):\n"
+        "for name in ('pynvml', 'matplotlib', 'jinja2', 'tensorboard', 'PIL'):\n"
         "    sys.modules[name] = None\n"
         "import slstr_cloud\n"
         f"assert slstr_cloud.main(['--config', {str(tmp_path / 'c.yaml')!r}]) == 0\n"

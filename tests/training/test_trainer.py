@@ -158,7 +158,7 @@ def test_first_step_with_a_loss_that_is_not_finite_is_found(n_replicas):
         return cross_entropy(label, probability) + tf.where(is_cloud, np.inf, 0.0)
 
     trainer, batches, _ = trainer_and_feed(n_replicas, loss=infinite_where_all_is_cloud)
-    elements = list(itertools.islice(iter(batches), 3 * n_replicas))
+    elements = list(itertools.islice(batches.batches(), 3 * n_replicas))
     steps = [elements[i : i + n_replicas] for i in range(0, len(elements), n_replicas)]
     trainer.train_step(distributed(trainer, steps[0]))
     assert trainer.first_bad_step() == 0
