@@ -49,11 +49,11 @@ def test_timeout_that_a_read_raises_is_passed_on():
 
 HANGS = """
 import sys, time
-import slstr_cloud, data_loader
+import slstr_cloud, harness.build
 from harness.data.prefetch import exit_process
 def hang(path, patches, **how):
     time.sleep(1000)
-data_loader.read_patches = hang
+harness.build.read_patches = hang
 exit_process(slstr_cloud.main(sys.argv[1:]))
 """
 
