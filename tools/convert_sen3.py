@@ -24,7 +24,6 @@ product has no `bayes_in`, the scene has no `bayes`: it can be masked, but not s
 Existing scenes are skipped; a product that cannot be read is reported, and the rest is converted.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import functools
@@ -54,6 +53,7 @@ from harness.data.scene_files import PRODUCT_NAME
 from harness.errors import Failure, UserError, one_line
 from harness.files import replacing
 from harness.signals import Interrupted, install_handlers
+from tools.lib.options import command_parser, positive
 
 REFLECTIVE, THERMAL = range(1, 7), range(7, 10)  # channels S1 to S6, S7 to S9
 MAX_BYTES = 4_000_000_000  # of the files read from a zip file; a product needs 0.5 GB
@@ -76,58 +76,37 @@ def required_files(view, positions):
     ]
 
 
-def product_name(path):
-    """Name of a product without .SEN3: the name of its folder, which may be in a zip file.
-
-    Raises:
-        UserError: If it is not an SLSTR Level-1 product.
-    """
-    if path.is_dir():
-        folder = Path(os.path.abspath(path))
-    else:
-        with _open_zip(path) as archive:
-            folder = _folder_in(archive)
-    name = folder.name.removesuffix(".SEN3")
-    if not PRODUCT_NAME.fullmatch(name):
-        raise UserError(
-            "expected an SLSTR Level-1 product named S3A_SL_1_RBT____... (or S3B, S3C), found "
-            f"{folder.name!r}. Remove it from the command, or restore its name."
-        )
-    return name
-
-
 @contextlib.contextmanager
-def unzipped(path, names):
-    """Give the folder that holds these files of a product; for a zip file, a temporary one.
+def open_product(path):
+    """Open a product: give its name without .SEN3, its files by name, and the archive if it is one.
+
+    The files are paths, or the archive's entries.
 
     Raises:
-        UserError: If a file is missing, or the zip file is damaged.
+        UserError: If it is not an SLSTR Level-1 product, or the zip file is damaged.
     """
-    if path.is_dir():
-        _check_complete(names, lambda name: (path / name).is_file())
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="sen3-") as temporary:
-        with _open_zip(path) as archive:
-            folder = _folder_in(archive)
-            found = {info.filename: info for info in archive.infolist()}
-            _check_complete(names, lambda name: str(folder / name) in found)
-            members = {name: found[str(folder / name)] for name in names}
-            if (size := sum(info.file_size for info in members.values())) > MAX_BYTES:
-                raise ValueError(f"unpacked it would have {size} bytes, limit {MAX_BYTES}")
-            # Only these files, under our own names: other names in the archive do no harm.
-            for name, info in members.items():
-                with archive.open(info) as source, Path(temporary, name).open("wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 20)
-        yield Path(temporary)
-
-
-def _check_complete(names, exists):
-    if missing := [name for name in names if not exists(name)]:
-        more = f" and {len(missing) - 4} others" if missing[4:] else ""
-        raise UserError(
-            f"missing in the product: {', '.join(missing[:4])}{more}. Download it again."
-        )
+    with contextlib.ExitStack() as stack:
+        if path.is_dir():
+            folder, archive = Path(os.path.abspath(path)), None
+            files = {file.name: file for file in path.iterdir() if file.is_file()}
+        else:
+            archive = stack.enter_context(_open_zip(path))
+            entries = {PurePosixPath(entry.filename): entry for entry in archive.infolist()}
+            folders = {each.parent for each in entries if each.suffix == ".nc"}
+            if len(folders) != 1:
+                raise UserError(
+                    "expected the NetCDF files of one product in one folder of the zip file, found "
+                    f"{len(folders)} folders. Download it again, or unpack it."
+                )
+            (folder,) = folders
+            files = {each.name: entry for each, entry in entries.items() if each.parent == folder}
+        name = folder.name.removesuffix(".SEN3")
+        if not PRODUCT_NAME.fullmatch(name):
+            raise UserError(
+                "expected an SLSTR Level-1 product named S3A_SL_1_RBT____... (or S3B, S3C), found "
+                f"{folder.name!r}. Remove it from the command, or restore its name."
+            )
+        yield name, files, archive
 
 
 @contextlib.contextmanager
@@ -147,16 +126,29 @@ def _open_zip(path):
         ) from error
 
 
-def _folder_in(archive):
-    """Folder of an archive that holds its NetCDF files, as a PurePosixPath."""
-    paths = [PurePosixPath(name) for name in archive.namelist()]
-    folders = {path.parent for path in paths if path.suffix == ".nc"}
-    if len(folders) != 1:
+@contextlib.contextmanager
+def unpacked(files, archive, names):
+    """Give the folder with the files `names` of `open_product`; for an archive, a temporary one.
+
+    Raises:
+        UserError: If a file is missing.
+    """
+    if missing := [name for name in names if name not in files]:
+        more = f" and {len(missing) - 4} others" if missing[4:] else ""
         raise UserError(
-            "expected the NetCDF files of one product in one folder of the zip file, found "
-            f"{len(folders)} folders. Download it again, or unpack it."
+            f"missing in the product: {', '.join(missing[:4])}{more}. Download it again."
         )
-    return folders.pop()
+    if not archive:
+        yield files[names[0]].parent
+        return
+    if (size := sum(files[name].file_size for name in names)) > MAX_BYTES:
+        raise UserError(f"it would have {size} bytes unpacked, the limit is {MAX_BYTES}.")
+    with tempfile.TemporaryDirectory(prefix="sen3-") as temporary:
+        # Only these files, under our own names: other names in the archive do no harm.
+        for name in names:
+            with archive.open(files[name]) as source, Path(temporary, name).open("wb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+        yield Path(temporary)
 
 
 def _reading(path):
@@ -399,12 +391,13 @@ def convert(path, output, view, refs_grid, positions, overwrite):
     Raises:
         UserError: If the product cannot be read.
     """
-    name = product_name(path)
-    targets = {part: output / part / f"{name}.hdf" for part in ("day", "night")}
-    if existing := [target for target in targets.values() if target.exists() and not overwrite]:
-        return "skipped", f"{existing[0]} exists. Use --overwrite to convert it again."
-    with unzipped(path, required_files(view, positions)) as folder:
-        scene, by_day = read_product(folder, view, refs_grid, positions)
+    with open_product(path) as (name, files, archive):
+        targets = {part: output / part / f"{name}.hdf" for part in ("day", "night")}
+        for target in targets.values():
+            if target.exists() and not overwrite:
+                return "skipped", f"{target} exists. Use --overwrite to convert it again."
+        with unpacked(files, archive, required_files(view, positions)) as folder:
+            scene, by_day = read_product(folder, view, refs_grid, positions)
     part = "day" if by_day else "night"
     try:
         with replacing(targets[part]) as temporary, h5py.File(temporary, "w") as file:
@@ -479,29 +472,6 @@ def _exit_with_parent():
     os._exit(1)
 
 
-def parse_arguments(argv):
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("products", type=Path, nargs="+", metavar="PRODUCT.SEN3", help="folder or zip file")
-    add("-o", "--output", type=Path, required=True, metavar="DIR", help="for day/ and night/")
-    add(
-        "--view", choices=("nadir", "oblique"), default="nadir",
-        help="oblique images are 900 pixels wide: set IMAGE_W (default nadir)",
-    )  # fmt: skip
-    add("--refs-grid", choices=("1km", "500m"), default="1km", help="grid of refs and rads")
-    add("--positions", action="store_true", help="add latitude and longitude, for export_masks.py")
-    add("--overwrite", action="store_true", help="convert existing scenes again")
-    add("--jobs", type=int, default=1, metavar="N", help="processes, with 1.3 GB of memory each")
-    add("--verbose", action="store_true", help="show tracebacks")
-    arguments = parser.parse_args(argv)
-    if arguments.jobs < 1:
-        parser.error(f"--jobs should be 1 or more, found {arguments.jobs}")
-    return arguments
-
-
 def convert_all(arguments):
     """Convert the products that the command line names."""
     if missing := [path for path in arguments.products if not path.exists()]:
@@ -523,7 +493,19 @@ def convert_all(arguments):
 
 def main(argv=None):
     """Run the command and return its exit status."""
-    arguments = parse_arguments(argv)
+    parser = command_parser(__doc__)
+    add = parser.add_argument
+    add("products", type=Path, nargs="+", metavar="PRODUCT.SEN3", help="folder or zip file")
+    add("-o", "--output", type=Path, required=True, metavar="DIR", help="for day/ and night/")
+    add(
+        "--view", choices=("nadir", "oblique"), default="nadir",
+        help="oblique images are 900 pixels wide: set IMAGE_W (default nadir)",
+    )  # fmt: skip
+    add("--refs-grid", choices=("1km", "500m"), default="1km", help="grid of refs and rads")
+    add("--positions", action="store_true", help="add latitude and longitude, for export_masks.py")
+    add("--overwrite", action="store_true", help="convert existing scenes again")
+    add("--jobs", type=positive, default=1, metavar="N", help="processes, 1.3 GB of memory each")
+    arguments = parser.parse_args(argv)
     log_to_screen(arguments.verbose)
     install_handlers()
     return exit_status(
