@@ -76,37 +76,32 @@ def required_files(view, positions):
     ]
 
 
-@contextlib.contextmanager
-def open_product(path):
-    """Open a product: give its name without .SEN3, its files by name, and the archive if it is one.
-
-    The files are paths, or the archive's entries.
+def list_product(path):
+    """The name of a product without .SEN3, and its files by name: paths or entries of the zip file.
 
     Raises:
         UserError: If it is not an SLSTR Level-1 product, or the zip file is damaged.
     """
-    with contextlib.ExitStack() as stack:
-        if path.is_dir():
-            folder, archive = Path(os.path.abspath(path)), None
-            files = {file.name: file for file in path.iterdir() if file.is_file()}
-        else:
-            archive = stack.enter_context(_open_zip(path))
+    if path.is_dir():
+        folder, files = Path(os.path.abspath(path)), {file.name: file for file in path.iterdir()}
+    else:
+        with _open_zip(path) as archive:
             entries = {PurePosixPath(entry.filename): entry for entry in archive.infolist()}
-            folders = {each.parent for each in entries if each.suffix == ".nc"}
-            if len(folders) != 1:
-                raise UserError(
-                    "expected the NetCDF files of one product in one folder of the zip file, found "
-                    f"{len(folders)} folders. Download it again, or unpack it."
-                )
-            (folder,) = folders
-            files = {each.name: entry for each, entry in entries.items() if each.parent == folder}
-        name = folder.name.removesuffix(".SEN3")
-        if not PRODUCT_NAME.fullmatch(name):
+        folders = {file.parent for file in entries if file.suffix == ".nc"}
+        if len(folders) != 1:
             raise UserError(
-                "expected an SLSTR Level-1 product named S3A_SL_1_RBT____... (or S3B, S3C), found "
-                f"{folder.name!r}. Remove it from the command, or restore its name."
+                "expected the NetCDF files of one product in one folder of the zip file, found "
+                f"{len(folders)} folders. Download it again, or unpack it."
             )
-        yield name, files, archive
+        (folder,) = folders
+        files = {file.name: entry for file, entry in entries.items() if file.parent == folder}
+    name = folder.name.removesuffix(".SEN3")
+    if not PRODUCT_NAME.fullmatch(name):
+        raise UserError(
+            "expected an SLSTR Level-1 product named S3A_SL_1_RBT____... (or S3B, S3C), found "
+            f"{folder.name!r}. Remove it from the command, or restore its name."
+        )
+    return name, files
 
 
 @contextlib.contextmanager
@@ -127,27 +122,29 @@ def _open_zip(path):
 
 
 @contextlib.contextmanager
-def unpacked(files, archive, names):
-    """Give the folder with the files `names` of `open_product`; for an archive, a temporary one.
+def unpacked(path, files, names):
+    """Give the folder with some files of `list_product`; for a zip file, a temporary one.
 
     Raises:
-        UserError: If a file is missing.
+        UserError: If a file is missing, or the zip file is damaged.
     """
     if missing := [name for name in names if name not in files]:
         more = f" and {len(missing) - 4} others" if missing[4:] else ""
         raise UserError(
             f"missing in the product: {', '.join(missing[:4])}{more}. Download it again."
         )
-    if not archive:
-        yield files[names[0]].parent
+    if path.is_dir():
+        yield path
         return
-    if (size := sum(files[name].file_size for name in names)) > MAX_BYTES:
-        raise UserError(f"it would have {size} bytes unpacked, the limit is {MAX_BYTES}.")
     with tempfile.TemporaryDirectory(prefix="sen3-") as temporary:
-        # Only these files, under our own names: other names in the archive do no harm.
-        for name in names:
-            with archive.open(files[name]) as source, Path(temporary, name).open("wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
+        with _open_zip(path) as archive:
+            if (size := sum(files[name].file_size for name in names)) > MAX_BYTES:
+                raise ValueError(f"unpacked it would have {size} bytes, limit {MAX_BYTES}")
+            # Only these files, under our own names: other names in the archive do no harm.
+            for name in names:
+                with archive.open(files[name]) as source:
+                    with Path(temporary, name).open("wb") as target:
+                        shutil.copyfileobj(source, target, 1 << 20)
         yield Path(temporary)
 
 
@@ -156,15 +153,10 @@ def _reading(path):
 
 
 def read_variable(path, name, shape):
-    """Read a variable as float64, unpacked, with NaN where missing.
-
-    Args:
-        path: NetCDF-4 file.
-        name: Name of the variable.
-        shape: Its expected shape, None for any length.
+    """Read a variable of a NetCDF-4 file as float64, unpacked, with NaN where missing.
 
     Raises:
-        UserError: If it cannot be read.
+        UserError: If it cannot be read or has another shape, in which None is any length.
     """
     with _reading(path) as file:
         return unpack(open_numbers(file, name, shape))
@@ -339,7 +331,7 @@ def read_product(folder, view, refs_grid, positions):
         cloud["bayes"] = np.logical_or.reduce(list(bayes.values()))
     scene |= {name: 255.0 * mask[..., None] for name, mask in cloud.items()}
 
-    scene["refs"], scene["rads"] = read_reflective(folder, view, shape, refs_grid)
+    scene |= read_reflective(folder, view, shape, refs_grid)
     if positions:
         for name in ("latitude", "longitude"):
             degrees = read_variable(folder / f"geodetic_i{v}.nc", f"{name}_i{v}", shape)
@@ -349,16 +341,15 @@ def read_product(folder, view, refs_grid, positions):
 
 
 def read_reflective(folder, view, shape, refs_grid):
-    """Reflectances, float64, and radiances, float32, of S1 to S6: (H, W, 6) on `refs_grid`.
+    """Read `refs`, float64, and `rads`, float32, both (H, W, 6) on `refs_grid`.
 
     `shape` is that of the 1 km grid. Missing is 0 on the 1 km grid and NaN on the 500 m grid.
     """
-    v = view[0]
-    fine = (2 * shape[0], 2 * shape[1])
+    v, fine = view[0], (2 * shape[0], 2 * shape[1])
     cosine = cosine_of_solar_zenith(folder, view, fine)
     detector = read_variable(folder / f"indices_a{v}.nc", f"detector_a{v}", fine)
     grid = (*(fine if refs_grid == "500m" else shape), len(REFLECTIVE))
-    refs, rads = np.empty(grid), np.empty(grid, np.float32)
+    scene = {"refs": np.empty(grid), "rads": np.empty(grid, np.float32)}
     for number, i in enumerate(REFLECTIVE):
         name, quality = f"S{i}_radiance_a{v}", folder / f"S{i}_quality_a{v}.nc"
         radiance = read_variable(folder / f"{name}.nc", name, fine)
@@ -367,11 +358,10 @@ def read_reflective(folder, view, shape, refs_grid):
             reflected = reflectance(radiance, irradiance, detector, cosine)
         except ValueError as error:
             raise UserError(f"S{i} cannot be used: {error}. Download the product again.") from error
-        for into, values in ((refs, reflected), (rads, radiance)):
-            if refs_grid == "1km":
-                values = np.nan_to_num(halved(values), nan=0)
-            into[..., number] = values
-    return refs, rads
+        for key, values in {"refs": reflected, "rads": radiance}.items():
+            on_grid = values if refs_grid == "500m" else np.nan_to_num(halved(values), nan=0)
+            scene[key][..., number] = on_grid
+    return scene
 
 
 def convert(path, output, view, refs_grid, positions, overwrite):
@@ -391,13 +381,12 @@ def convert(path, output, view, refs_grid, positions, overwrite):
     Raises:
         UserError: If the product cannot be read.
     """
-    with open_product(path) as (name, files, archive):
-        targets = {part: output / part / f"{name}.hdf" for part in ("day", "night")}
-        for target in targets.values():
-            if target.exists() and not overwrite:
-                return "skipped", f"{target} exists. Use --overwrite to convert it again."
-        with unpacked(files, archive, required_files(view, positions)) as folder:
-            scene, by_day = read_product(folder, view, refs_grid, positions)
+    name, files = list_product(path)
+    targets = {part: output / part / f"{name}.hdf" for part in ("day", "night")}
+    if existing := [target for target in targets.values() if target.exists() and not overwrite]:
+        return "skipped", f"{existing[0]} exists. Use --overwrite to convert it again."
+    with unpacked(path, files, required_files(view, positions)) as folder:
+        scene, by_day = read_product(folder, view, refs_grid, positions)
     part = "day" if by_day else "night"
     try:
         with replacing(targets[part]) as temporary, h5py.File(temporary, "w") as file:
@@ -418,12 +407,13 @@ def convert(path, output, view, refs_grid, positions, overwrite):
 # --- the command ----------------------------------------------------------------------------
 
 
-def attempt(work, verbose, path):
-    """Call work(path); an error becomes ("failed", text)."""
+def attempt(arguments, path):
+    """Convert a product as the command line says; an error becomes ("failed", text)."""
+    options = ("output", "view", "refs_grid", "positions", "overwrite")
     try:
-        return work(path)
+        return convert(path, **{name: getattr(arguments, name) for name in options})
     except Exception as error:
-        if verbose:
+        if arguments.verbose:
             traceback.print_exc()
         return "failed", f"{path}: {one_line(error)}"
 
@@ -477,9 +467,7 @@ def convert_all(arguments):
     if missing := [path for path in arguments.products if not path.exists()]:
         raise UserError(f"No product {missing[0]}. Give folders (PRODUCT.SEN3) or zip files.")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    options = ("output", "view", "refs_grid", "positions", "overwrite")
-    work = functools.partial(convert, **{name: getattr(arguments, name) for name in options})
-    work = functools.partial(attempt, work, arguments.verbose)
+    work = functools.partial(attempt, arguments)
     counts, total = {"converted": 0, "skipped": 0, "failed": 0}, len(arguments.products)
     for kind, text in parallel_map(work, arguments.products, arguments.jobs):
         counts[kind] += 1

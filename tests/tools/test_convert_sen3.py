@@ -591,12 +591,6 @@ def test_wrong_path_ends_in_one_line(capsys, arguments, reason):
     assert line.startswith("Error: ") and reason in line
 
 
-def test_number_of_jobs_is_checked(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        convert_sen3.main([".", "-o", ".", "--jobs", "0"])
-    assert "--jobs should be 1 or more, found 0" in capsys.readouterr().err
-
-
 def test_failed_write_leaves_the_existing_scene(day, tmp_path, monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(28, "Can't write data (file write failed: time = now\n, filename = x")
