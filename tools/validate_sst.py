@@ -142,8 +142,9 @@ def read_table(path, names, celsius):
 
 
 def _csv_columns(file, names):
-    reader = csv.DictReader(file, strict=True, skipinitialspace=True)
-    _check_names(names, reader.fieldnames or [])
+    reader = csv.DictReader(file, strict=True)
+    reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+    _check_names(names, reader.fieldnames)
     rows = list(reader)
     for n, row in enumerate(rows, 1):
         if None in row or None in row.values():
