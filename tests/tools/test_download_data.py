@@ -757,17 +757,6 @@ def test_missing_boto3_is_one_line_with_the_command_that_installs_it(download, m
     assert "boto3" in line and "pip install -r requirements-tools.txt" in line
 
 
-def test_help_imports_no_large_package():
-    code = (
-        "import sys; sys.path[:0] = ['.', 'tools']; from tools.download_data import main\n"
-        "try: main(['--help'])\n"
-        "finally: print({'tensorflow', 'keras', 'h5py', 'numpy', 'boto3'} & set(sys.modules))"
-    )
-    command = [sys.executable, "-c", code]
-    answer = subprocess.run(command, capture_output=True, text=True, cwd=PROGRAM.parents[1])
-    assert answer.stdout.endswith("set()\n"), answer.stderr
-
-
 def test_batch_log_has_progress_with_the_time_left(scenes, download, monkeypatch, capsys):
     monkeypatch.setattr(console, "LINE_SECONDS", 0)
     assert download() == 0
