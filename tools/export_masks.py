@@ -40,7 +40,7 @@ from harness.data.scene_files import PRODUCT_NAME, find_scenes, product_times
 from harness.files import replacing
 from harness.records.report.pictures import CLEAR, CLOUD, read_mask_and_label
 from harness.records.saved_runs import read_run
-from tools.lib.options import add_mask_options, command_parser
+from tools.lib.options import add_mask_arguments, command_parser
 
 MEANINGS = "clear cloud"  # of 0 and 1
 COLOURS = (CLEAR, CLOUD, (140, 140, 140))  # and no data; they differ in brightness
@@ -291,7 +291,7 @@ def main(argv=None):
     """Run the command and return its exit status."""
     parser = command_parser(__doc__)
     add = parser.add_argument
-    add_mask_options(add)
+    add_mask_arguments(add)
     add("--format", choices=WRITERS, required=True)
     add("-o", "--output", type=Path, help="folder for the files (default: RUN_DIR/export)")
     arguments = parser.parse_args(argv)

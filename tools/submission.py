@@ -149,7 +149,7 @@ def scene_faults(run):
 
 
 def reviewer_notes(runs, system):
-    """What MLCommons Science requires besides, or a reviewer will ask about."""
+    """What MLCommons Science also requires, and what a reviewer will ask about."""
     config, required = runs[0].results["config"], scene_faults(runs[0])
     if len(runs) < RUNS_REQUIRED:
         required.append(f"{RUNS_REQUIRED} runs of CloudMask, found {len(runs)}")

@@ -59,7 +59,7 @@ from harness.data.positions import check_geodetic, read_positions
 from harness.data.scene_files import day_or_night, find_scenes, product_times
 from harness.errors import UserError
 from harness.files import replacing, write_csv
-from tools.lib.options import add_mask_options, command_parser
+from tools.lib.options import add_mask_arguments, command_parser
 
 COLUMNS = (
     "time", "latitude", "longitude", "buoy_sst", "satellite_sst", "quality_level",
@@ -158,8 +158,6 @@ def _hdf5_columns(file, names):
     shapes = {name: dataset.shape for name, dataset in datasets.items()}
     if len(set(shapes.values())) > 1 or len(shapes[names["time"]]) != 1:
         raise ValueError(f"its columns should all have the same shape (N,), found {shapes}")
-    if not datasets[names["time"]].size:
-        raise ValueError("it has no rows")
     matchups = {"time": _hdf5_times(datasets[names["time"]])}
     others = {column: name for column, name in names.items() if column != "time"}
     return matchups | {column: unpack(open_numbers(file, name)) for column, name in others.items()}
@@ -490,7 +488,7 @@ def main(argv=None):
     """Run the command and return its exit status."""
     parser = command_parser(__doc__)
     add, lists = parser.add_argument, {"nargs": "+", "action": "extend", "default": []}
-    add_mask_options(add)
+    add_mask_arguments(add)
     add("table", type=Path, metavar="TABLE", help="match-ups, CSV or HDF5")
     add("-o", "--output", type=Path, help="folder for the files (default: RUN_DIR/sst)")
     add("--minutes", type=float, default=0.0, help="tolerance before and after a scene (default 0)")

@@ -15,16 +15,8 @@ WRONG_PATHS = {
     "validate_sst": ["nowhere", "nowhere.csv"],
 }
 HEAVY = {
-    "tensorflow",
-    "keras",
-    "scipy",
-    "matplotlib",
-    "rasterio",
-    "h5netcdf",
-    "PIL",
-    "onnx",
-    "boto3",
-}
+    "boto3", "h5netcdf", "keras", "matplotlib", "onnx", "PIL", "rasterio", "scipy", "tensorflow",
+}  # fmt: skip
 
 # Runs a command as a program and prints the packages that it imported.
 RUN = """
@@ -50,6 +42,19 @@ def run(command, arguments, folder):
 def test_help_and_usage_errors_import_no_heavy_package(tmp_path, command, option, expected):
     status, _, imported = run(command, [option], tmp_path)
     assert status == expected and not HEAVY & imported
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "reason"),
+    [
+        ("convert_sen3", [".", "-o", ".", "--jobs", "0"], "--jobs: expected 1 or more, found '0'"),
+        ("download_data", ["--scenes", "-1"], "--scenes: expected 1 or more, found '-1'"),
+        ("download_data", ["--verify", "--scenes", "1"], "omit --scenes"),
+    ],
+)
+def test_wrong_numbers_are_usage_errors(tmp_path, command, options, reason):
+    status, error, _ = run(command, options, tmp_path)
+    assert status == 2 and reason in error.splitlines()[-1]
 
 
 @pytest.mark.parametrize("command", WRONG_PATHS)

@@ -544,12 +544,13 @@ def with_units(units):
 def emptied(file):
     for column in GOOD[0]:
         replaced(column, np.zeros(0))(file)
+    with_units("seconds since 1981-01-01")(file)
 
 
 # How an HDF5 file is changed, and a part of the error.
 BAD_HDF5 = {
     "no column": (replaced("buoy_sst", None), "no column buoy_sst, found time, latitude"),
-    "no rows": (emptied, "it has no rows"),
+    "no rows": (emptied, "should hold 1 to"),
     "text": (replaced("buoy_sst", ["a", "b", "c"]), "should hold numbers"),
     "other length": (replaced("buoy_sst", [290.0] * 4), "same shape (N,)"),
     "matrix": (replaced("buoy_sst", [[290.0] * 3]), "same shape (N,)"),

@@ -1,4 +1,4 @@
-"""Command lines: the parser, and options that several commands share."""
+"""The parser and the arguments that several commands share."""
 
 import argparse
 from pathlib import Path
@@ -20,8 +20,8 @@ def positive(text):
     return int(text)
 
 
-def add_mask_options(add):
-    """Add the options that choose masks of a run and the folder of their scenes.
+def add_mask_arguments(add):
+    """Add the run's folder and the options that choose its masks and the folder of their scenes.
 
     Args:
         add: The add_argument of the command's parser.
