@@ -48,14 +48,14 @@ def test_batch_script_itself_is_one_rank():
 @pytest.mark.parametrize(
     ("visible", "on_node", "shared"), [(None, "4", True), ("0,1,2,3", "4", True), ("2", "4", False)]
 )
-def test_slurm_gpus_are_divided_where_all_everyonesee_all(visible, on_node, shared):
+def test_slurm_gpus_are_divided_where_each_rank_sees_all(visible, on_node, shared):
     environ = {**SLURM, "SLURM_GPUS_ON_NODE": on_node}
     if visible:
         environ["CUDA_VISIBLE_DEVICES"] = visible
     assert detect_launch(environ).shares_gpus is shared
 
 
-def test_everyoneof_jsrun_are_those_of_the_stand_in(tmp_path):
+def test_ranks_of_jsrun_are_those_of_the_stand_in(tmp_path):
     arguments = parse_arguments(["-n", "5", "-r", "3", "-g", "2", "--", "true"])
     launches = [
         detect_launch(environ) for environ in rank_environments(arguments, {}, tmp_path / "file")
@@ -100,7 +100,7 @@ def ranks(n, folder):
     return [Rendezvous(Launch(rank, n, job="x"), folder) for rank in range(n)]
 
 
-def test_everyoneexchange_their_announcements(tmp_path):
+def test_ranks_exchange_their_announcements(tmp_path):
     found = {}
 
     def take_part(rendezvous):
@@ -115,7 +115,7 @@ def test_everyoneexchange_their_announcements(tmp_path):
     assert found == {rank: [{"number": n} for n in range(4)] for rank in range(4)}
 
 
-def test_missing_everyoneare_named(tmp_path):
+def test_missing_ranks_are_named(tmp_path):
     everyone = ranks(5, tmp_path)
     for rank in (0, 3):
         everyone[rank].announce()

@@ -11,6 +11,7 @@ from keras import layers
 from data_loader import PatchBatches
 from harness.errors import UserError
 from harness.parallel.devices import open_devices
+from harness.parallel.rendezvous import SingleRank
 from harness.training.losses import LOSSES, cross_entropy
 from harness.training.trainer import Trainer, replace_tensorflow_errors
 from model import NETWORKS, unet
@@ -38,7 +39,7 @@ def trainer_and_feed(
     n_replicas, batch_size=11, micro_batch=2, policy="float32", build=small, loss=cross_entropy,
     **options,
 ):  # fmt: skip
-    devices = open_devices(cpu_devices=n_replicas, seed=5)
+    devices = open_devices(SingleRank(), cpu_devices=n_replicas, seed=5)
     trainer = Trainer(
         devices.strategy, lambda: build((P, P, 9), policy), loss, 1e-3,
         batch_size, devices.micro_batch(micro_batch, batch_size), 2, **options,
@@ -157,7 +158,7 @@ def test_first_step_with_a_loss_that_is_not_finite_is_found(n_replicas):
         return cross_entropy(label, probability) + tf.where(is_cloud, np.inf, 0.0)
 
     trainer, batches, _ = trainer_and_feed(n_replicas, loss=infinite_where_all_is_cloud)
-    elements = list(itertools.islice(iter(batches), 3 * n_replicas))
+    elements = list(itertools.islice(batches.batches(), 3 * n_replicas))
     steps = [elements[i : i + n_replicas] for i in range(0, len(elements), n_replicas)]
     trainer.train_step(distributed(trainer, steps[0]))
     assert trainer.first_bad_step() == 0
@@ -171,7 +172,7 @@ def test_first_step_with_a_loss_that_is_not_finite_is_found(n_replicas):
 
 
 def small_trainer(build, loss=cross_entropy, batch_size=4, micro_batch=4, learning_rate=1e-3):
-    devices = open_devices(seed=5)
+    devices = open_devices(SingleRank(), seed=5)
     return Trainer(devices.strategy, build, loss, learning_rate, batch_size, micro_batch)
 
 
@@ -307,7 +308,7 @@ def test_cloud_weight_weighs_cloud_pixels():
     elements = next(PatchBatches(range(7), scene, P, 4, 9, 4, seed=1).batches())
     losses = {}
     for weight in (1.0, 3.0):
-        devices = open_devices(seed=5)
+        devices = open_devices(SingleRank(), seed=5)
         trainer = Trainer(
             devices.strategy, lambda: small((P, P, 9)), cross_entropy, 1e-3, 4, 4,
             cloud_weight=weight,
