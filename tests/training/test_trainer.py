@@ -202,7 +202,7 @@ def test_patches_of_weight_0_have_no_influence(name):
     assert any((old != new).any() for old, new in zip(start, after[0], strict=False))
 
 
-def test_batch_without_patches_changes_no_weight():
+def test_first_batch_without_patches_changes_no_weight():
     trainer = small_trainer(lambda: small((P, P, 9)))
     before = trainer.model.get_weights()
     trainer.train_step(batch_of((0, 0, 0, 0)))
