@@ -1,13 +1,14 @@
 import json
 import os
 import threading
+import time
 
 import pytest
 from lsf_standin import parse_arguments, rank_environments
 
 from harness.errors import UserError
-from harness.parallel.launchers import Launch, detect_launch
-from harness.parallel.rendezvous import Rendezvous, reserve_port
+from harness.parallel.launchers import Launch, detect_launch, is_requeued, job_id
+from harness.parallel.rendezvous import LOST_SECONDS, RankError, Rendezvous, reserve_port
 
 # As seen by rank 3 of `srun --nodes=3 --ntasks=5` under Slurm 22.05
 SLURM = {
@@ -67,6 +68,38 @@ def test_ranks_of_jsrun_are_those_of_the_stand_in(tmp_path):
     assert not any(launch.shares_gpus for launch in launches)
 
 
+# As seen by rank 3 of `mpirun -np 4 --host n1:2,n2:2` under Open MPI 4
+MPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "OMPI_MCA_ess_base_jobid": "12:34",
+}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "job"), [({}, "mpi-12-34"), ({"LSB_JOBID": "9"}, "9-12-34"), (SLURM, "mpi-12-34")]
+)
+def test_rank_of_mpirun_also_below_a_scheduler(scheduler, job):
+    launch = detect_launch({**scheduler, **MPI})
+    assert (launch.rank, launch.n_ranks, launch.local_rank, launch.local_size) == (3, 4, 1, 2)
+    assert launch.job == job and launch.shares_gpus
+
+
+@pytest.mark.parametrize(
+    ("environ", "job", "requeued"),
+    [
+        ({}, None, False),
+        ({"LSB_JOBID": "9"}, "9", False),
+        ({"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "0"}, "77", False),
+        ({"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "1"}, "77", True),
+    ],
+)
+def test_job_of_the_scheduler(environ, job, requeued):
+    assert (job_id(environ), is_requeued(environ)) == (job, requeued)
+
+
 def test_open_mpi_without_a_job_is_rejected():
     with pytest.raises(UserError, match="PMIX_NAMESPACE"):
         detect_launch({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"})
@@ -80,6 +113,9 @@ def test_given_tf_config_is_used():
     launch = detect_launch(tf_config(2, worker=["a:1", "b:1", "b:2"]))
     assert (launch.rank, launch.n_ranks, launch.local_rank, launch.local_size) == (2, 3, 1, 2)
     assert launch.addresses == ("a:1", "b:1", "b:2") and launch.node == "b"
+    assert launch.shares_gpus
+    own_gpus = {**tf_config(2, worker=["a:1", "b:1", "b:2"]), "CUDA_VISIBLE_DEVICES": "1"}
+    assert not detect_launch(own_gpus).shares_gpus
     assert detect_launch(tf_config(0, worker=["a:1"])).n_ranks == 1
 
 
@@ -128,6 +164,38 @@ def test_failure_of_a_rank_ends_the_waiting(tmp_path):
     everyone[1].announce(error="no such directory")
     with pytest.raises(UserError, match="Rank 1 failed: no such directory"):
         everyone[0].wait_for_all(seconds=20)
+
+
+def test_reason_of_a_failing_rank_reaches_the_others(tmp_path):
+    first, second = ranks(2, tmp_path)
+    with pytest.raises(ValueError, match="no scenes"), second.translated_errors():
+        raise ValueError("no scenes")
+    with pytest.raises(RankError, match="Rank 1 failed: ValueError: no scenes"):
+        first.check()
+
+
+def test_rank_without_a_sign_of_life_is_lost_once_all_have_started(tmp_path):
+    everyone = ranks(3, tmp_path)
+    for rank in everyone:
+        rank.announce()
+    old = time.time() - LOST_SECONDS - 1
+    everyone[0].check()
+    everyone[0].wait_for_all(seconds=0)
+    everyone[0].check()
+    os.utime(everyone[0].folder / "rank-2.json", (old, old))
+    everyone[1].check()  # it still waits for the others
+    with pytest.raises(RankError, match="Lost contact with rank 2"):
+        everyone[0].check()
+
+
+def test_rank_renews_its_announcement(tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.parallel.rendezvous.HEARTBEAT_SECONDS", 0.01)
+    first, second = ranks(2, tmp_path)
+    second.announce()
+    os.utime(second.folder / "rank-1.json", (1, 1))
+    with second:
+        while 1 not in first.read():
+            time.sleep(0.01)
 
 
 def test_announcements_of_an_earlier_start_are_ignored(tmp_path):

@@ -211,6 +211,14 @@ def test_first_batch_without_patches_changes_no_weight():
     assert trainer.train_totals == [0, 0, 0] and trainer.first_bad_step() == 0
 
 
+def test_first_step_of_adam_moves_weights_by_the_learning_rate():
+    trainer = small_trainer(lambda: small((P, P, 9)), learning_rate=0.02)
+    before = trainer.model.get_weights()
+    trainer.train_step(batch_of((1, 1, 1, 1)))
+    steps = [abs(b - a).max() for a, b in zip(before, trainer.model.get_weights(), strict=True)]
+    assert steps == pytest.approx([0.02] * len(steps), rel=1e-3)
+
+
 def with_layer(layer):
     inputs = keras.Input((P, P, 9))
     x = layer(layers.Conv2D(4, 3, padding="same")(inputs))
@@ -374,7 +382,9 @@ def test_warm_up_traces_both_steps_and_changes_nothing():
     assert trainer.warm_up(batches.replica_batch, batches.replica_batch) > 0
     for old, variable in zip(before, variables, strict=True):
         np.testing.assert_array_equal(old, variable.numpy())
+    assert trainer.train_totals == [0, 0, 0]
     trainer.eval_step(next(feed))
+    assert trainer.pop_eval_metrics()["patches"] == 11
     trainer.train_step(next(feed))
     for step in (trainer.train_step, trainer.eval_step):
         assert step.experimental_get_tracing_count() == 1
