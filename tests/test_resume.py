@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import shutil
 import signal
@@ -491,6 +492,20 @@ def test_folder_that_is_no_run_is_one_error_line(tmp_path, content, capsys):
     assert resume(tmp_path) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "cannot be resumed" in line
+
+
+def test_run_that_cannot_begin_to_sample_is_aborted_and_resumes(copy_of_stopped, whole, capsys):
+    samples, handlers = copy_of_stopped / "samples.csv", logging.getLogger().handlers
+    samples.unlink()
+    samples.mkdir()
+    assert resume(copy_of_stopped) == 2
+    assert str(samples) in capsys.readouterr().err.splitlines()[-1]
+    found = results(copy_of_stopped)
+    assert found["status"] == "aborted" and str(samples) in found["error"]
+    assert not [handler for handler in handlers if isinstance(handler, logging.FileHandler)]
+    samples.rmdir()
+    assert resume(copy_of_stopped) == 0
+    assert_same_outcome(copy_of_stopped, whole)
 
 
 def test_run_that_is_in_use_is_rejected(copy_of_stopped, capsys):
