@@ -581,11 +581,12 @@ def test_batch_without_usable_patches_trains_nothing(with_and_without):
 
 
 @pytest.mark.parametrize("content", [None, b"no model"])
-def test_unreadable_model_is_named(settings, tmp_path, capsys, content):
+def test_unreadable_model_is_named(settings, tmp_path, capsys, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
     model = tmp_path / "m.keras"
     if content:
         model.write_bytes(content)
-    run = start(tmp_path, {**settings, "model_file": str(model)}, "--mode", "inference")
+    run = start(tmp_path, settings, "--mode", "inference", "--model", "m.keras")
     assert run.status == 2 and str(model) in capsys.readouterr().err
 
 
@@ -755,7 +756,7 @@ def test_verbose_shows_the_traceback(settings, tmp_path, capsys):
     assert run.status == 2 and "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EDQUOT])
 def test_output_folder_that_cannot_be_written_is_named(settings, tmp_path, capsys, number):
     output = tmp_path / "read-only"
 
