@@ -705,7 +705,9 @@ def test_option_model_is_for_inference_only(settings, tmp_path, capsys):
 def test_screen_shows_the_plan_progress_and_results(finished_run):
     lines = finished_run.screen.splitlines()
     # 7 scenes at 0.75: 5 to train on; 12 patches each.
-    assert any("5 scenes of 100 x 135, 60 patches of 32; 2 for validation" in line for line in lines)
+    assert any(
+        "5 scenes of 100 x 135, 60 patches of 32; 2 for validation" in line for line in lines
+    )
     assert any(line.split()[0] == "2/2" for line in lines)
     accuracy = f"{results(finished_run.folder)['inference']['accuracy']:.3f}"
     assert any(line.split()[:2] == ["accuracy", accuracy] for line in lines)
