@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from harness.config import Config, dump_config, load_config
+from harness.config import FOLDER_KEYS, Config, dump_config, load_config
 from harness.errors import UserError
 
 # The values of mlcommons/science v1.1, with its own spelling.
@@ -97,6 +97,9 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
         ("learning_rate: .nan", "learning_rate: "),
         ("train_split: 1.0", "train_split: "),
         ("no_cache: true\ncache_dir: /tmp/x", "contradict"),
+        ("gpu: 1\ncpu_devices: 2", "set gpu: 0"),
+        ("tensorboard: true\nprofile_steps: [3, 2]", "[3, 2] should be [first, last]"),
+        ("profile_steps: [2, 3]", "needs tensorboard: true"),
         ("run_name: ../../elsewhere", "run_name: should be a plain folder name"),
         ("run_name: .hidden", "run_name: should be a plain folder name"),
         ("model_file: model", "model_file model must end in .keras or .h5"),
@@ -187,6 +190,13 @@ def test_resolved_configuration_is_the_same_configuration(tmp_path):
     )
     again = load(tmp_path, dump_config(config, "x"))
     assert again == config.model_copy(update={"run_name": None})
+
+
+@pytest.mark.parametrize("key", FOLDER_KEYS)
+def test_resolved_configuration_has_absolute_folders(tmp_path, monkeypatch, key):
+    config = load(tmp_path, f"{key}: mine")
+    monkeypatch.chdir(tmp_path)
+    assert yaml.safe_load(dump_config(config, "x"))[key] == str(tmp_path / "mine")
 
 
 def test_model_file_may_be_outside_the_run_folder(tmp_path):

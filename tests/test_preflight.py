@@ -180,7 +180,8 @@ def test_skipped_scenes_are_used_nowhere(tmp_path, copy):
     assert "Skipped: " in (run.folder / "rank-0.log").read_text()
 
 
-def test_resumed_run_keeps_its_scenes(tmp_path, copy):
+@pytest.mark.parametrize("policy", ["skip", "stop"])
+def test_resumed_run_keeps_its_scenes(tmp_path, copy, policy):
     bad = train_scenes(copy)[2]
     whole = bad.read_bytes()
     truncate(bad)
@@ -188,7 +189,7 @@ def test_resumed_run_keeps_its_scenes(tmp_path, copy):
     before = results(run.folder)["training"]
     bad.write_bytes(whole)
     assert data_loader.check_scene(bad, SHAPE)
-    resumed = ["--resume", str(run.folder), "--set", "epochs=2"]
+    resumed = ["--resume", str(run.folder), "--set", "epochs=2", f"on_bad_scene={policy}"]
     assert slstr_cloud.main(resumed) == 0
     after = results(run.folder)
     assert after["training"]["epochs_run"] == 2
@@ -301,10 +302,16 @@ def test_free_space_of_a_missing_folder_is_that_of_its_parent(tmp_path):
 # --- --mode check
 
 
+def seconds(duration):
+    """The seconds of '4 min 10 s'."""
+    units = {"s": 1, "min": 60, "h": 3600}
+    return sum(float(n) * units[unit] for n, unit in re.findall(r"([\d.]+) (\w+)", duration))
+
+
 def test_mode_check_prints_what_it_finds_and_makes_no_run(tmp_path, copy, capsys):
     strange = train_scenes(copy)[0]
     rewrite(strange, compression="gzip")
-    checked = start(tmp_path / "out", copy, "--mode", "check")
+    checked = start(tmp_path / "out", {**copy, "epochs": 400}, "--mode", "check")
     assert checked.status == 0 and checked.folder is None
     lines = capsys.readouterr().out.splitlines()
     found = {line[:22].strip(): line[22:].strip() for line in lines}
@@ -313,7 +320,10 @@ def test_mode_check_prints_what_it_finds_and_makes_no_run(tmp_path, copy, capsys
     scenes = [data_loader.read_scene(path, SHAPE) for path in train_scenes(copy)]
     cloud = f"{np.mean([scene.cloud.mean() for scene in scenes]):.1%}"
     assert found["cloud"].split()[0] == cloud
-    assert any("per epoch" in line for line in lines) and any("free" in line for line in lines)
+    assert any("free" in line for line in lines)
+    (durations,) = re.findall("  (.*) per epoch, (.*) for 400 epochs", "\n".join(lines))
+    per_epoch, total = map(seconds, durations)
+    assert total > 100 * per_epoch  # both are rounded
 
 
 def test_mode_check_reports_bad_scenes(tmp_path, copy, capsys):

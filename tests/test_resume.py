@@ -2,10 +2,12 @@
 
 import errno
 import json
+import logging
 import os
 import shutil
 import signal
 import threading
+import time
 import typing
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -24,6 +26,7 @@ import slstr_cloud
 from harness.config import Config, load_config
 from harness.errors import UserError
 from harness.files import lock
+from harness.records import mlperf_log
 from harness.records.resume import find_requeued, load_resumed
 from harness.records.run_folder import make_folder
 from harness.training.checkpoints import Checkpoints
@@ -33,6 +36,8 @@ from harness.training.trainer import POLICIES, Trainer
 from model import unet
 
 WARM_UP = 1  # call of either step before the first epoch
+# Submission, hyperparameters, cache_clear, opt_name, eval_accuracy of each epoch, result
+N_EVENTS = len(mlperf_log.SUBMISSION) + len(mlperf_log.HYPERPARAMETERS) + 2 + EPOCHS + 1
 N_STEPS = 6  # of an epoch, and of its validation
 
 
@@ -114,6 +119,7 @@ MOMENTS = {
     "between epochs": before("run/results.json", when=lambda path: epochs_in(path) == 2),
     "between training and inference": at_event("start", 2 + 2 * EPOCHS + 1),  # inference_start
     "in inference": before("masks/*.h5", 2),
+    "after inference": at_event("event", N_EVENTS),  # result
 }
 
 
@@ -164,6 +170,8 @@ def count_steps(monkeypatch):
 
 
 def test_resumed_training_continues_at_the_next_step(copy_of_stopped, whole, monkeypatch):
+    (copy_of_stopped / "masks").mkdir()
+    (copy_of_stopped / "masks" / ".S3A.1-2.part.h5").touch()  # of a killed process
     steps = count_steps(monkeypatch)
     assert resume(copy_of_stopped) == 0
     assert len(steps) == WARM_UP + 3 * N_STEPS - (2 * N_STEPS + 3)  # the third step was finished
@@ -215,6 +223,8 @@ def copy_of_masked(masked, tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "chunk", "pipe", "older than its scene"])
 def test_unusable_masks_are_made_again_and_others_kept(copy_of_masked, whole, quick, damage):
     kept, damaged = sorted((copy_of_masked / "masks").glob("*.h5"))
+    with h5py.File(kept, "r+") as file:
+        file.attrs["row"] = json.dumps({**json.loads(file.attrs["row"]), "seconds": 10_000.0})
     before = kept.stat()
     (scene,) = Path(quick["inference_dir"]).rglob(f"{damaged.stem}.hdf")
     scene_time = scene.stat().st_mtime_ns
@@ -239,9 +249,8 @@ def test_unusable_masks_are_made_again_and_others_kept(copy_of_masked, whole, qu
             for name in ("mask", "probability"):
                 np.testing.assert_array_equal(ours[name][:], expected[name][:])
     assert rows_of(copy_of_masked / "scenes.csv") == rows_of(whole / "scenes.csv")
-    scenes = rows(copy_of_masked / "scenes.csv")
     inference = results(copy_of_masked)["inference"]
-    assert inference["seconds"] > float(scenes[0]["seconds"])  # with those of the first part
+    assert inference["seconds"] == pytest.approx(10_000, rel=0.1)  # with those of the first part
 
 
 def test_masks_of_another_model_are_made_again(copy_of_masked):
@@ -401,7 +410,9 @@ def test_failed_checkpoint_leaves_the_earlier_ones(tmp_path, quick, whole, monke
 
 
 def test_checkpoint_every_saves_less_often(tmp_path, quick):
-    run = start(tmp_path, {**quick, "checkpoint_every": 2}, "--mode", "train")
+    with at_file("checkpoints/epoch-00002-*", lambda: time.sleep(1)):
+        run = start(tmp_path, {**quick, "checkpoint_every": 2}, "--mode", "train")
+    assert results(run.folder)["parts"][0]["checkpoint_seconds"] > 1  # of all checkpoints
     names = [path.name for path in sorted((run.folder / "checkpoints").iterdir())]
     assert names == ["epoch-00002-step-0000000", "epoch-00003-step-0000000"]
 
@@ -493,6 +504,20 @@ def test_folder_that_is_no_run_is_one_error_line(tmp_path, content, capsys):
     assert "cannot be resumed" in line
 
 
+def test_run_that_cannot_begin_to_sample_is_aborted_and_resumes(copy_of_stopped, whole, capsys):
+    samples, handlers = copy_of_stopped / "samples.csv", logging.getLogger().handlers
+    samples.unlink()
+    samples.mkdir()
+    assert resume(copy_of_stopped) == 2
+    assert str(samples) in capsys.readouterr().err.splitlines()[-1]
+    found = results(copy_of_stopped)
+    assert found["status"] == "aborted" and str(samples) in found["error"]
+    assert not [handler for handler in handlers if isinstance(handler, logging.FileHandler)]
+    samples.rmdir()
+    assert resume(copy_of_stopped) == 0
+    assert_same_outcome(copy_of_stopped, whole)
+
+
 def test_run_that_is_in_use_is_rejected(copy_of_stopped, capsys):
     with lock(copy_of_stopped, "locked"):
         assert resume(copy_of_stopped) == 2
@@ -529,6 +554,8 @@ def test_requeued_job_finds_its_run(tmp_path, quick, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert find_requeued(config, "train") == folder
     assert find_requeued(config, "benchmark") is None
+    assert find_requeued(load_config(file, [f"run_name={folder.name}"]), "train") == folder
+    assert find_requeued(load_config(file, ["run_name=another"]), "train") is None
     assert find_requeued(load_config(file, ["seed=1"]), "train") is None
     monkeypatch.setenv("SLURM_JOB_ID", "78")
     assert find_requeued(config, "train") is None

@@ -25,12 +25,17 @@ def test_signal_ends_the_program_with_128_and_its_number():
     assert told.value.code == 143 and "SIGTERM" in str(told.value)
 
 
-def test_deferred_work_ends_first():
+@pytest.mark.parametrize(
+    ("always", "n_signals", "is_done"),
+    [(False, 1, True), (False, 2, False), (True, 1, True), (True, 2, True)],
+)
+def test_deferred_work_ends_first_unless_a_second_signal_interrupts(always, n_signals, is_done):
     done = []
-    with pytest.raises(Interrupted), deferred():
-        os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(Interrupted), deferred(always):
+        for _ in range(n_signals):
+            os.kill(os.getpid(), signal.SIGINT)
         done.append(True)
-    assert done
+    assert bool(done) == is_done
 
 
 def test_signal_that_python_dropped_in_a_destructor_is_not_lost(monkeypatch):

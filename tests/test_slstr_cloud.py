@@ -557,11 +557,12 @@ def test_batch_without_usable_patches_leaves_numbers_finite(dataset, settings, t
 
 
 @pytest.mark.parametrize("content", [None, b"no model"])
-def test_unreadable_model_is_named(settings, tmp_path, capsys, content):
+def test_unreadable_model_is_named(settings, tmp_path, capsys, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
     model = tmp_path / "m.keras"
     if content:
         model.write_bytes(content)
-    run = start(tmp_path, {**settings, "model_file": str(model)}, "--mode", "inference")
+    run = start(tmp_path, settings, "--mode", "inference", "--model", "m.keras")
     assert run.status == 2 and str(model) in capsys.readouterr().err
 
 
@@ -680,7 +681,9 @@ def test_option_model_is_for_inference_only(settings, tmp_path, capsys):
 def test_screen_shows_the_plan_progress_and_results(finished_run):
     lines = finished_run.screen.splitlines()
     # 7 scenes at 0.75: 5 to train on; 12 patches each.
-    assert any("5 scenes of 100 x 135, 60 patches of 32; 2 for validation" in line for line in lines)
+    assert any(
+        "5 scenes of 100 x 135, 60 patches of 32; 2 for validation" in line for line in lines
+    )
     assert any(line.split()[0] == "2/2" for line in lines)
     accuracy = f"{results(finished_run.folder)['inference']['accuracy']:.3f}"
     assert any(line.split()[:2] == ["accuracy", accuracy] for line in lines)
@@ -731,7 +734,7 @@ def test_verbose_shows_the_traceback(settings, tmp_path, capsys):
     assert run.status == 2 and "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EDQUOT])
 def test_output_folder_that_cannot_be_written_is_named(settings, tmp_path, capsys, number):
     output = tmp_path / "read-only"
 

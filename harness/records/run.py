@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import resource
+import sys
 import time
 
 from harness import REPOSITORY
@@ -363,11 +364,15 @@ class Run:
         self.results["parts"][-1]["sampling"] = results.sampling_results(ranks)
 
     def __enter__(self):
-        if self._config.sampling:
-            from harness.records.sampling import open_sampler  # which needs psutil
+        try:
+            if self._config.sampling:
+                from harness.records.sampling import open_sampler  # which needs psutil
 
-            name = "samples.csv" if self.is_chief else f"samples-rank-{self._devices.rank}.csv"
-            self._sampler = open_sampler(self.path(name), self._devices)
+                name = "samples.csv" if self.is_chief else f"samples-rank-{self._devices.rank}.csv"
+                self._sampler = open_sampler(self.path(name), self._devices)
+        except BaseException:  # then Python does not call __exit__ itself
+            self.__exit__(*sys.exc_info())
+            raise
         return self
 
     def __exit__(self, kind, error, traceback):

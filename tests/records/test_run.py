@@ -1,13 +1,16 @@
 import csv
 import json
 import logging
+import re
 import shutil
+import subprocess
 
 import pytest
 
 from harness.console import PlainFormatter, log_to_file, printable
 from harness.errors import UserError
 from harness.files import write_csv
+from harness.records import run_folder
 from harness.records.mlperf_log import open_mlperf_log
 from harness.records.resume import load_resumed
 
@@ -56,6 +59,26 @@ def test_mlperf_log_that_lost_bytes_is_refused_and_kept(tmp_path):
     with pytest.raises(UserError, match="has 10 bytes, the run had written 20"):
         open_mlperf_log(log, tmp_path, 20)
     assert log.read_text() == "ten bytes\n"
+
+
+def test_commit_says_whether_the_code_was_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "REPOSITORY", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert run_folder.git_commit() is None
+
+    def git(*arguments):
+        who = "-c", "user.name=Ada", "-c", "user.email=ada@example.org"
+        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True)
+
+    (tmp_path / "code.py").write_text("a")
+    git("init", "--quiet")
+    git("add", "code.py")
+    git("commit", "--quiet", "--message", "a")
+    git("tag", "v1")  # a tag must not replace the commit
+    commit = run_folder.git_commit()
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    (tmp_path / "code.py").write_text("b")
+    assert run_folder.git_commit() == f"{commit}-dirty"
 
 
 def test_edited_configuration_of_a_run_is_refused_with_both_values(finished, tmp_path, monkeypatch):

@@ -40,6 +40,7 @@ def test_samples_tell_of_processor_memory_and_reading(tmp_path):
     spans = [b - a for a, b in zip(times, times[1:], strict=False)]
     read_later = sum(row["read_rate"] * s for row, s in zip(found[1:], spans, strict=True))
     assert read_later <= totals["read_bytes"] * 1.01
+    assert max(row["read_rate"] for row in found) > max(row["write_rate"] for row in found)
     assert 0 < totals["sampling_cpu_seconds"] < totals["cpu_seconds"]
 
 

@@ -91,7 +91,7 @@ def test_speed_up_starts_at_the_fewest_replicas(tmp_path):
 
 def test_repeats_give_min_median_and_max(tmp_path):
     runs = [write_run(tmp_path / f"1-{i}", 1, speed) for i, speed in enumerate((9, 10, 14))]
-    runs += [write_run(tmp_path / "2", 2, 18)]
+    runs += [write_run(tmp_path / "2", 2, 18, epochs=2)]
     _, (one, two), _ = scale(tmp_path / "out", *runs)
     assert (one["min"], one["median"], one["max"], one["repeats"]) == (9, 10, 14, 3)
     assert (two["speed_up"], two["repeats"]) == (pytest.approx(1.8), 1)

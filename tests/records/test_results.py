@@ -1,0 +1,114 @@
+"""The numbers that a run reports, from rows and clocks with known values."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import HEIGHT, WIDTH
+
+import data_loader
+import slstr_cloud
+from harness.config import Config
+from harness.console import progress
+from harness.preflight import results_bytes
+from harness.records import results
+from harness.training.state import TrainingState
+
+
+def row_of_epoch(epoch, train_seconds=10.0):
+    numbers = dict.fromkeys(("loss", "accuracy", "val_loss", "val_accuracy"), 0.5)
+    return {
+        **numbers, "epoch": epoch, "seconds": train_seconds + 2, "train_seconds": train_seconds,
+        "input_seconds": 1.0, "patches_per_second": 60 / train_seconds,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock of slstr_cloud that stands still; a call moves it on and returns the value given."""
+
+    def wait(seconds, value=None):
+        wait.now += seconds
+        return value
+
+    wait.now = 100.0
+    monkeypatch.setattr(slstr_cloud, "time", SimpleNamespace(perf_counter=lambda: wait.now))
+    return wait
+
+
+def test_times_of_an_epoch_add_up_over_its_steps_and_parts(clock):
+    firsts = []
+    board = SimpleNamespace(profiled=lambda steps, first: firsts.append(first) or steps)
+    trainer = SimpleNamespace(train_step=lambda batch: clock(3.0), first_bad_step=lambda: 0)
+    feed = (clock(2.0) for _ in range(9))
+    # Resumed in the third epoch, after two of its five steps.
+    state = TrainingState([row_of_epoch(1), row_of_epoch(2)], 2, seconds=20.0, input_seconds=7.0)
+    slstr_cloud.train_epoch(
+        SimpleNamespace(board=board), trainer, SimpleNamespace(n_steps=5), feed, state
+    )
+    assert (state.step, state.seconds, state.input_seconds) == (5, 20 + 3 * 5, 7 + 3 * 2)
+    assert firsts == [2 * 5 + 2 + 1]  # the next step of the training, counted from 1
+
+
+def test_time_of_a_scene_is_split_into_its_parts(clock, settings):
+    (path, *_) = data_loader.find_scenes(settings["inference_dir"])
+    rows = []
+
+    class Predictor:
+        grid, device = SimpleNamespace(padding=((0, 0), (0, 0))), "CPU:0"
+
+        def __call__(self, channels):
+            return clock(5.0, (np.zeros((HEIGHT, WIDTH), np.float32), 4.0))
+
+    slstr_cloud.mask_scenes(
+        Config.model_validate({**settings, "IMAGE_H": HEIGHT, "IMAGE_W": WIDTH}),
+        SimpleNamespace(rank=0),
+        SimpleNamespace(mode="benchmark", part=0, model_file="model.keras"),
+        SimpleNamespace(take=iter, write=lambda path, mask, kept, row, model: rows.append(row)),
+        None,
+        [path],
+        Predictor(),
+    )
+    (row,) = rows
+    seconds = {key: value for key, value in row.items() if key.endswith("seconds")}
+    assert seconds == {
+        "seconds": 5, "read_seconds": 0, "network_seconds": 4, "stitch_seconds": 1,
+        "score_seconds": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("seconds", "speed"), [((10.0, 2.0, 3.0), 24), ((10.0,), 6)])
+def test_speed_of_training_ignores_the_first_of_several_epochs(seconds, speed):
+    state = TrainingState([row_of_epoch(n, s) for n, s in enumerate(seconds, 1)])
+    assert results.training_results(state, {"patches_train": 60})["patches_per_second"] == speed
+
+
+def test_line_of_an_epoch_ends_with_the_time_of_the_remaining_ones():
+    history = [row_of_epoch(1), row_of_epoch(2), row_of_epoch(3)]  # 12 s each
+    assert results.epoch_line(history, 5).endswith("  24.0 s")
+    assert results.epoch_line(history, 3).split()[-1] == "6.0"  # patches/s
+
+
+def test_summary_gives_energy_in_kilowatt_hours():
+    whole = {"training": None, "inference": None, "bad_scenes": [], "seconds": 5.0, "peak_rss": 1}
+    (line,) = results.summary({**whole, "sampling": {"energy_joules": 7.2e6}})
+    assert line.split(", ")[-1] == "2.000 kWh"
+    (line,) = results.summary({**whole, "sampling": {"energy_joules": None}})
+    assert "kWh" not in line
+
+
+def test_progress_of_a_batch_job_gives_the_remaining_time(monkeypatch, caplog):
+    now = iter(range(0, 1000, 100))  # each item takes 100 s
+    monkeypatch.setattr("harness.console.time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+    caplog.set_level("INFO")
+    assert list(progress("abc", "Masking", 3)) == ["a", "b", "c"]
+    # The first item is given out after 100 s of this clock.
+    assert caplog.messages == ["Masking: 1 of 3, 400 s left", "Masking: 2 of 3, 150 s left"]
+
+
+def test_probabilities_need_four_bytes_per_pixel():
+    pixels = 100 * 1200 * 1500
+    masks, both = (results_bytes((1200, 1500, 9), 100, keep) for keep in (False, True))
+    assert both - masks == pytest.approx(4 * pixels, rel=1e-6)
+    assert masks - results_bytes((1200, 1500, 9), 0, False) == pytest.approx(pixels / 7, rel=1e-5)
