@@ -24,19 +24,12 @@ MAX_NUMBER = 1e100  # squares and differences of larger numbers overflow
 
 @dataclass(frozen=True)
 class Measure:
-    """A number that runs are compared by.
+    """A number that runs are compared by."""
 
-    Attributes:
-        label: Name in tables for people.
-        show: Function that formats a value for people.
-        meaning: A short explanation.
-        place: Keys that lead to it in results.json; empty if `measures` calculates it.
-    """
-
-    label: str
-    show: Callable[[float], str]
+    label: str  # name in tables for people
+    show: Callable[[float], str]  # formats a value for people
     meaning: str
-    place: tuple = ()
+    place: tuple = ()  # keys that lead to it in results.json; empty if `measures` calculates it
 
 
 MEASURES = {  # in the order of all tables
@@ -237,14 +230,7 @@ def circumstances(run):
 
 
 def differences(runs):
-    """The circumstances that differ between runs.
-
-    Args:
-        runs: Runs.
-
-    Returns:
-        {place in results.json, for example 'config.epochs': [value of each run, None if absent]}.
-    """
+    """The circumstances that differ between runs: {place: [value of each run, None if absent]}."""
     all_of = [circumstances(run) for run in runs]
     names = dict.fromkeys(name for each in all_of for name in each)
     values = {name: [each.get(name) for each in all_of] for name in names}
@@ -252,15 +238,10 @@ def differences(runs):
 
 
 def repeats(runs, ignored=()):
-    """Group runs that repeat one another: finished with success in equal circumstances.
-
-    Args:
-        runs: Runs.
-        ignored: Circumstances that may differ, for example 'config.seed'.
+    """Group runs that repeat one another: successful, in equal circumstances except the ignored.
 
     Returns:
-        Lists of Runs, each in its order, in the order of their first; a run without success is
-        alone in its list.
+        Lists of Runs, in the order of their first; a run without success is alone in its list.
     """
     groups = []
     for run in runs:
