@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import threading
@@ -63,6 +64,7 @@ def test_exit_while_a_reader_hangs_keeps_the_output_and_the_status():
     run = subprocess.run(
         [sys.executable, "-c", EXITS],
         capture_output=True, text=True, timeout=120, check=False, cwd=REPOSITORY,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"},
     )  # fmt: skip
     assert (run.returncode, run.stdout) == (3, "the last line\n")
 
