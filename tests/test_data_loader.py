@@ -64,7 +64,7 @@ def test_split_is_that_of_sklearn_with_seed_42(n, share):
     assert len(train) == int(n * share) and sorted(train + test) == paths
 
 
-@pytest.mark.parametrize(("n", "share"), [(1, 0.8), (3, 0.1)])
+@pytest.mark.parametrize(("n", "share"), [(1, 0.8), (3, 0.1), (2, 1.0)])
 def test_split_with_an_empty_set_is_an_error(n, share):
     with pytest.raises(SceneError, match=f"of {n} scenes"):
         data_loader.split_scenes(list(range(n)), share)
@@ -113,6 +113,38 @@ def test_500_m_reflectances_are_averaged_without_the_missing(tmp_path, arrays):
         cell = fine[2 * row : 2 * row + 2, 2 * col : 2 * col + 2].reshape(4, 6)
         expected = 0 if np.isnan(cell).all() else np.nanmean(cell, axis=0)
         np.testing.assert_allclose(refs[row, col], expected, atol=1e-6)
+
+
+def test_500_m_patches_are_the_rectangles_of_the_scene(tmp_path, arrays):
+    fine = np.random.default_rng(0).random((200, 270, 6))
+    path = tmp_path / "S3A_x.hdf"
+    write_scene(path, {**arrays, "refs": fine})
+    scene, patches = data_loader.read_scene(path, SHAPE), empty_patches([5])
+    data_loader.read_patches(path, patches, SHAPE, 32)
+    # The second patch of the second row: 2 + 32 rows and 3 + 32 columns are before it.
+    np.testing.assert_array_equal(patches[5][0], scene.channels[34:66, 35:67])
+
+
+@pytest.mark.parametrize(
+    ("name", "possible", "outside"),
+    [("refs", (-0.49, 9.9), (-0.51, 10.1)), ("bts", (150.5, 349.5), (149.5, 350.5))],
+)
+def test_only_impossible_numbers_are_out_of_range(tmp_path, arrays, name, possible, outside):
+    changed = arrays[name].copy()
+    changed[50, 60:62, 1] = possible
+    write_scene(tmp_path / "S3A_x.hdf", {**arrays, name: changed})
+    assert data_loader.read_scene(tmp_path / "S3A_x.hdf", SHAPE).out_of_range == 0
+    changed[50, 60:62, 1] = outside
+    write_scene(tmp_path / "S3A_x.hdf", {**arrays, name: changed})
+    assert data_loader.read_scene(tmp_path / "S3A_x.hdf", SHAPE).out_of_range == 2
+
+
+def test_numbers_too_large_for_float32_are_missing(tmp_path, arrays):
+    refs = arrays["refs"].copy()
+    refs[50, 60, 1] = 1e39
+    write_scene(tmp_path / "S3A_x.hdf", {**arrays, "refs": refs})
+    scene = data_loader.read_scene(tmp_path / "S3A_x.hdf", SHAPE)
+    assert scene.channels[50, 60, 1] == -0.5 and scene.out_of_range == 0
 
 
 def test_padding_surrounds_only_the_channels(path):
@@ -244,6 +276,14 @@ def test_epochs_differ_and_repeat_with_the_seed():
     )
     np.testing.assert_array_equal(first, again)
     assert (first != second).any() and (first != other).any()
+
+
+def test_scenes_and_patches_have_another_order_in_every_epoch():
+    steps = [data_loader.epoch_steps(16, 20, 8, 1, seed=1, epoch=epoch) for epoch in range(2)]
+    first, second = (step.reshape(-1, 2) for step in steps)  # one lane: 320 patches
+    assert (first[::20, 0] != second[::20, 0]).any()
+    patches = [epoch[epoch[:, 0] == 3, 1].tolist() for epoch in (first, second)]
+    assert patches[0] != patches[1] != list(range(20))
 
 
 def test_ranks_read_their_own_scenes_in_every_epoch():
@@ -385,6 +425,23 @@ def test_scenes_out_of_range_are_logged_once_each(caplog):
     told = [record.getMessage() for record in caplog.records]
     assert sorted(told) == [
         f"{i} holds 4 numbers that are no reflectance or brightness temperature." for i in (1, 3, 5)
+    ]
+
+
+def test_at_most_10_scenes_out_of_range_are_logged(caplog):
+    with make_batches(paths=range(12), read=lambda path, patches: 1) as source:
+        for _ in itertools.islice(source.batches(), source.n_steps):
+            pass
+    assert len(caplog.records) == 10
+
+
+def test_scenes_of_a_step_are_those_of_its_patches():
+    with make_batches(paths=[f"scene {i}" for i in range(7)]) as source:
+        found = [source.scenes_of(1, step) for step in range(source.n_steps)]
+    steps = data_loader.epoch_steps(7, 6, 11, 8, 3, epoch=1)  # the last has 9 patches for 11 slots
+    assert found == [
+        [f"scene {i}" for i in sorted({scene for scene in step[:, 0].tolist() if scene >= 0})]
+        for step in steps
     ]
 
 

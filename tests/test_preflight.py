@@ -262,7 +262,10 @@ def test_patches_of_a_skipped_scene_have_weight_0_and_others_are_unchanged(copy)
 
 
 def test_more_than_half_of_the_scenes_turning_bad_is_an_error(tmp_path):
-    handle = BadScenes(tmp_path, "skip").handler("training", ["a", "b", "c", "d"])
+    bad = BadScenes(tmp_path, "skip")
+    for phase in ("start", "validation"):
+        bad.record(tmp_path / "a", "a scene of another phase", phase)
+    handle = bad.handler("training", ["a", "b", "c", "d"])
     for name in ("a", "a", "b"):
         handle(tmp_path / name, SceneError(f"{name} is bad."))
     with pytest.raises(SceneError, match="3 of 4 scenes for training can no longer be read"):

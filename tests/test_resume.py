@@ -366,7 +366,7 @@ def test_loss_scale_of_float16_is_restored(tmp_path):
     for seed in range(3):
         ours.train_step(batch(seed))
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(TrainingState(step=3), ours, tmp_path / "model.keras")
+    checkpoints.save(TrainingState(step=3), ours.train_totals, ours, tmp_path / "model.keras")
     resumed = trainer()
     checkpoints.restore(checkpoints.newest()[0], resumed)
     for one in (ours, resumed):

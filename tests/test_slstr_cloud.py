@@ -538,46 +538,22 @@ def test_loss_that_is_not_finite_names_epoch_step_and_scenes(
     assert results(run.folder)["status"] == "aborted"
 
 
-@pytest.fixture(scope="module")
-def with_and_without(tmp_path_factory, dataset, settings):
-    """Trainings on a good and a bad scene, and on the good one alone: folders of the runs."""
-    good, bad, other = sorted((dataset / "one-day").rglob("S3A*.hdf"))[:3]
-
-    def trained(training, train_split):
-        folder = tmp_path_factory.mktemp("batches")
-        paths = [folder / "data" / f"S3A_{i}.hdf" for i in range(1 + len(training))]
-        first, second = train_test_split(paths, train_size=train_split, random_state=42)
-        (folder / "data").mkdir()
-        for source, path in zip([*training, other], [*first, *second], strict=True):
-            shutil.copy(source, path)
-        if bad in training:
-            spoil(first[training.index(bad)])
-        changed = {
-            **scene_by_scene(settings), "train_dir": str(folder / "data"),
-            "train_split": train_split, "on_bad_scene": "skip", "learning_rate": 0.001,
-        }  # fmt: skip
-        run = start(folder, changed, "--mode", "train")
-        assert run.status == 0
-        return run.folder
-
-    return trained([good, bad], 0.67), trained([good], 0.5)
-
-
-def test_batch_without_usable_patches_leaves_numbers_finite(with_and_without):
-    folder, _ = with_and_without
-    (skipped,) = results(folder)["bad_scenes"]
+def test_batch_without_usable_patches_leaves_numbers_finite(dataset, settings, tmp_path):
+    train_dir = copy_of_training_scenes(dataset, tmp_path)
+    changed = {
+        **scene_by_scene(settings), "train_dir": str(train_dir), "on_bad_scene": "skip",
+        "learning_rate": 0.001,
+    }  # fmt: skip
+    spoil(split(changed)[0][0])
+    run = start(tmp_path / "out", changed, "--mode", "train")
+    assert run.status == 0
+    (skipped,) = results(run.folder)["bad_scenes"]
     assert skipped["during"] == "training"
-    for row in rows(folder / "history.csv"):
-        assert np.isfinite([float(row["loss"]), float(row["val_loss"])]).all()
-    weights = keras.models.load_model(folder / "model.keras").get_weights()
+    history = rows(run.folder / "history.csv")
+    losses = [float(row[name]) for row in history for name in ("loss", "val_loss")]
+    assert len(history) == 2 and np.isfinite(losses).all()
+    weights = keras.models.load_model(run.folder / "model.keras").get_weights()
     assert all(np.isfinite(weight).all() for weight in weights)
-
-
-@pytest.mark.xfail(strict=True, reason="Adam's momentum moves the weights in an empty step too")
-def test_batch_without_usable_patches_trains_nothing(with_and_without):
-    for a, b in zip(*(rows(folder / "history.csv") for folder in with_and_without), strict=True):
-        for name in ("loss", "val_loss"):
-            assert float(a[name]) == pytest.approx(float(b[name]), abs=1e-4)
 
 
 @pytest.mark.parametrize("content", [None, b"no model"])

@@ -11,16 +11,16 @@ log = logging.getLogger("tools")
 
 
 def exit_status(work, verbose=False, when_stopped=""):
-    """Do the work of a program in tools/; an error is told in one line.
+    """Do the work of a command; an error is printed as one line.
 
     Args:
         work: Function without arguments.
-        verbose: Whether tracebacks are shown.
-        when_stopped: What is said besides, of a program that heeds signals (harness.signals).
+        verbose: Whether tracebacks are printed.
+        when_stopped: Added to the message of a command that handles signals (harness.signals).
 
     Returns:
-        0; 2 for the user's mistake, a missing package too; 130 after SIGINT; 143 after SIGTERM of a
-        program that heeds it; 1 for the rest.
+        0; 2 for an error that the user can fix, also a missing package; 130 after SIGINT; 143 after
+        SIGTERM in a command that handles it; 1 for any other error.
     """
     from harness.errors import INSTALL_TOOLS, is_user_error, one_line
     from harness.signals import Interrupted
@@ -37,7 +37,7 @@ def exit_status(work, verbose=False, when_stopped=""):
         if verbose:
             traceback.print_exc()
         if isinstance(error, ModuleNotFoundError):
-            log.error("Error: the package %s is missing. Type: %s", error.name, INSTALL_TOOLS)
+            log.error("Error: the package %s is missing. Install it: %s", error.name, INSTALL_TOOLS)
             return 2
         log.error("Error: %s", one_line(error))
         return 2 if is_user_error(error) else 1

@@ -24,7 +24,6 @@ product has no `bayes_in`, the scene has no `bayes`: it can be masked, but not s
 Existing scenes are skipped; a product that cannot be read is reported, and the rest is converted.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import functools
@@ -54,6 +53,7 @@ from harness.data.scene_files import PRODUCT_NAME
 from harness.errors import Failure, UserError, one_line
 from harness.files import replacing
 from harness.signals import Interrupted, install_handlers
+from tools.lib.options import command_parser, positive
 
 REFLECTIVE, THERMAL = range(1, 7), range(7, 10)  # channels S1 to S6, S7 to S9
 MAX_BYTES = 4_000_000_000  # of the files read from a zip file; a product needs 0.5 GB
@@ -76,58 +76,32 @@ def required_files(view, positions):
     ]
 
 
-def product_name(path):
-    """Name of a product without .SEN3: the name of its folder, which may be in a zip file.
+def list_product(path):
+    """The name of a product without .SEN3, and its files by name: paths or entries of the zip file.
 
     Raises:
-        UserError: If it is not an SLSTR Level-1 product.
+        UserError: If it is not an SLSTR Level-1 product, or the zip file is damaged.
     """
     if path.is_dir():
-        folder = Path(os.path.abspath(path))
+        folder, files = Path(os.path.abspath(path)), {file.name: file for file in path.iterdir()}
     else:
         with _open_zip(path) as archive:
-            folder = _folder_in(archive)
+            entries = {PurePosixPath(entry.filename): entry for entry in archive.infolist()}
+        folders = {file.parent for file in entries if file.suffix == ".nc"}
+        if len(folders) != 1:
+            raise UserError(
+                "expected the NetCDF files of one product in one folder of the zip file, found "
+                f"{len(folders)} folders. Download it again, or unpack it."
+            )
+        (folder,) = folders
+        files = {file.name: entry for file, entry in entries.items() if file.parent == folder}
     name = folder.name.removesuffix(".SEN3")
     if not PRODUCT_NAME.fullmatch(name):
         raise UserError(
             "expected an SLSTR Level-1 product named S3A_SL_1_RBT____... (or S3B, S3C), found "
             f"{folder.name!r}. Remove it from the command, or restore its name."
         )
-    return name
-
-
-@contextlib.contextmanager
-def unzipped(path, names):
-    """Give the folder that holds these files of a product; for a zip file, a temporary one.
-
-    Raises:
-        UserError: If a file is missing, or the zip file is damaged.
-    """
-    if path.is_dir():
-        _check_complete(names, lambda name: (path / name).is_file())
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="sen3-") as temporary:
-        with _open_zip(path) as archive:
-            folder = _folder_in(archive)
-            found = {info.filename: info for info in archive.infolist()}
-            _check_complete(names, lambda name: str(folder / name) in found)
-            members = {name: found[str(folder / name)] for name in names}
-            if (size := sum(info.file_size for info in members.values())) > MAX_BYTES:
-                raise ValueError(f"unpacked it would have {size} bytes, limit {MAX_BYTES}")
-            # Only these files, under our own names: other names in the archive do no harm.
-            for name, info in members.items():
-                with archive.open(info) as source, Path(temporary, name).open("wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 20)
-        yield Path(temporary)
-
-
-def _check_complete(names, exists):
-    if missing := [name for name in names if not exists(name)]:
-        more = f" and {len(missing) - 4} others" if missing[4:] else ""
-        raise UserError(
-            f"missing in the product: {', '.join(missing[:4])}{more}. Download it again."
-        )
+    return name, files
 
 
 @contextlib.contextmanager
@@ -147,16 +121,31 @@ def _open_zip(path):
         ) from error
 
 
-def _folder_in(archive):
-    """Folder of an archive that holds its NetCDF files, as a PurePosixPath."""
-    paths = [PurePosixPath(name) for name in archive.namelist()]
-    folders = {path.parent for path in paths if path.suffix == ".nc"}
-    if len(folders) != 1:
+@contextlib.contextmanager
+def unpacked(path, files, names):
+    """Give the folder with some files of `list_product`; for a zip file, a temporary one.
+
+    Raises:
+        UserError: If a file is missing, or the zip file is damaged.
+    """
+    if missing := [name for name in names if name not in files]:
+        more = f" and {len(missing) - 4} others" if missing[4:] else ""
         raise UserError(
-            "expected the NetCDF files of one product in one folder of the zip file, found "
-            f"{len(folders)} folders. Download it again, or unpack it."
+            f"missing in the product: {', '.join(missing[:4])}{more}. Download it again."
         )
-    return folders.pop()
+    if path.is_dir():
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="sen3-") as temporary:
+        with _open_zip(path) as archive:
+            if (size := sum(files[name].file_size for name in names)) > MAX_BYTES:
+                raise ValueError(f"unpacked it would have {size} bytes, limit {MAX_BYTES}")
+            # Only these files, under our own names: other names in the archive do no harm.
+            for name in names:
+                with archive.open(files[name]) as source:
+                    with Path(temporary, name).open("wb") as target:
+                        shutil.copyfileobj(source, target, 1 << 20)
+        yield Path(temporary)
 
 
 def _reading(path):
@@ -164,15 +153,10 @@ def _reading(path):
 
 
 def read_variable(path, name, shape):
-    """Read a variable as float64, unpacked, with NaN where missing.
-
-    Args:
-        path: NetCDF-4 file.
-        name: Name of the variable.
-        shape: Its expected shape, None for any length.
+    """Read a variable of a NetCDF-4 file as float64, unpacked, with NaN where missing.
 
     Raises:
-        UserError: If it cannot be read.
+        UserError: If it cannot be read or has another shape, in which None is any length.
     """
     with _reading(path) as file:
         return unpack(open_numbers(file, name, shape))
@@ -347,7 +331,7 @@ def read_product(folder, view, refs_grid, positions):
         cloud["bayes"] = np.logical_or.reduce(list(bayes.values()))
     scene |= {name: 255.0 * mask[..., None] for name, mask in cloud.items()}
 
-    scene["refs"], scene["rads"] = read_reflective(folder, view, shape, refs_grid)
+    scene |= read_reflective(folder, view, shape, refs_grid)
     if positions:
         for name in ("latitude", "longitude"):
             degrees = read_variable(folder / f"geodetic_i{v}.nc", f"{name}_i{v}", shape)
@@ -357,16 +341,15 @@ def read_product(folder, view, refs_grid, positions):
 
 
 def read_reflective(folder, view, shape, refs_grid):
-    """Reflectances, float64, and radiances, float32, of S1 to S6: (H, W, 6) on `refs_grid`.
+    """Read `refs`, float64, and `rads`, float32, both (H, W, 6) on `refs_grid`.
 
     `shape` is that of the 1 km grid. Missing is 0 on the 1 km grid and NaN on the 500 m grid.
     """
-    v = view[0]
-    fine = (2 * shape[0], 2 * shape[1])
+    v, fine = view[0], (2 * shape[0], 2 * shape[1])
     cosine = cosine_of_solar_zenith(folder, view, fine)
     detector = read_variable(folder / f"indices_a{v}.nc", f"detector_a{v}", fine)
     grid = (*(fine if refs_grid == "500m" else shape), len(REFLECTIVE))
-    refs, rads = np.empty(grid), np.empty(grid, np.float32)
+    scene = {"refs": np.empty(grid), "rads": np.empty(grid, np.float32)}
     for number, i in enumerate(REFLECTIVE):
         name, quality = f"S{i}_radiance_a{v}", folder / f"S{i}_quality_a{v}.nc"
         radiance = read_variable(folder / f"{name}.nc", name, fine)
@@ -375,11 +358,10 @@ def read_reflective(folder, view, shape, refs_grid):
             reflected = reflectance(radiance, irradiance, detector, cosine)
         except ValueError as error:
             raise UserError(f"S{i} cannot be used: {error}. Download the product again.") from error
-        for into, values in ((refs, reflected), (rads, radiance)):
-            if refs_grid == "1km":
-                values = np.nan_to_num(halved(values), nan=0)
-            into[..., number] = values
-    return refs, rads
+        for key, values in {"refs": reflected, "rads": radiance}.items():
+            on_grid = values if refs_grid == "500m" else np.nan_to_num(halved(values), nan=0)
+            scene[key][..., number] = on_grid
+    return scene
 
 
 def convert(path, output, view, refs_grid, positions, overwrite):
@@ -399,11 +381,11 @@ def convert(path, output, view, refs_grid, positions, overwrite):
     Raises:
         UserError: If the product cannot be read.
     """
-    name = product_name(path)
+    name, files = list_product(path)
     targets = {part: output / part / f"{name}.hdf" for part in ("day", "night")}
     if existing := [target for target in targets.values() if target.exists() and not overwrite]:
         return "skipped", f"{existing[0]} exists. Use --overwrite to convert it again."
-    with unzipped(path, required_files(view, positions)) as folder:
+    with unpacked(path, files, required_files(view, positions)) as folder:
         scene, by_day = read_product(folder, view, refs_grid, positions)
     part = "day" if by_day else "night"
     try:
@@ -425,12 +407,13 @@ def convert(path, output, view, refs_grid, positions, overwrite):
 # --- the command ----------------------------------------------------------------------------
 
 
-def attempt(work, verbose, path):
-    """Call work(path); an error becomes ("failed", text)."""
+def attempt(arguments, path):
+    """Convert a product as the command line says; an error becomes ("failed", text)."""
+    options = ("output", "view", "refs_grid", "positions", "overwrite")
     try:
-        return work(path)
+        return convert(path, **{name: getattr(arguments, name) for name in options})
     except Exception as error:
-        if verbose:
+        if arguments.verbose:
             traceback.print_exc()
         return "failed", f"{path}: {one_line(error)}"
 
@@ -479,37 +462,12 @@ def _exit_with_parent():
     os._exit(1)
 
 
-def parse_arguments(argv):
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("products", type=Path, nargs="+", metavar="PRODUCT.SEN3", help="folder or zip file")
-    add("-o", "--output", type=Path, required=True, metavar="DIR", help="for day/ and night/")
-    add(
-        "--view", choices=("nadir", "oblique"), default="nadir",
-        help="oblique images are 900 pixels wide: set IMAGE_W (default nadir)",
-    )  # fmt: skip
-    add("--refs-grid", choices=("1km", "500m"), default="1km", help="grid of refs and rads")
-    add("--positions", action="store_true", help="add latitude and longitude, for export_masks.py")
-    add("--overwrite", action="store_true", help="convert existing scenes again")
-    add("--jobs", type=int, default=1, metavar="N", help="processes, with 1.3 GB of memory each")
-    add("--verbose", action="store_true", help="show tracebacks")
-    arguments = parser.parse_args(argv)
-    if arguments.jobs < 1:
-        parser.error(f"--jobs should be 1 or more, found {arguments.jobs}")
-    return arguments
-
-
 def convert_all(arguments):
     """Convert the products that the command line names."""
     if missing := [path for path in arguments.products if not path.exists()]:
         raise UserError(f"No product {missing[0]}. Give folders (PRODUCT.SEN3) or zip files.")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    options = ("output", "view", "refs_grid", "positions", "overwrite")
-    work = functools.partial(convert, **{name: getattr(arguments, name) for name in options})
-    work = functools.partial(attempt, work, arguments.verbose)
+    work = functools.partial(attempt, arguments)
     counts, total = {"converted": 0, "skipped": 0, "failed": 0}, len(arguments.products)
     for kind, text in parallel_map(work, arguments.products, arguments.jobs):
         counts[kind] += 1
@@ -523,7 +481,19 @@ def convert_all(arguments):
 
 def main(argv=None):
     """Run the command and return its exit status."""
-    arguments = parse_arguments(argv)
+    parser = command_parser(__doc__)
+    add = parser.add_argument
+    add("products", type=Path, nargs="+", metavar="PRODUCT.SEN3", help="folder or zip file")
+    add("-o", "--output", type=Path, required=True, metavar="DIR", help="for day/ and night/")
+    add(
+        "--view", choices=("nadir", "oblique"), default="nadir",
+        help="oblique images are 900 pixels wide: set IMAGE_W (default nadir)",
+    )  # fmt: skip
+    add("--refs-grid", choices=("1km", "500m"), default="1km", help="grid of refs and rads")
+    add("--positions", action="store_true", help="add latitude and longitude, for export_masks.py")
+    add("--overwrite", action="store_true", help="convert existing scenes again")
+    add("--jobs", type=positive, default=1, metavar="N", help="processes, 1.3 GB of memory each")
+    arguments = parser.parse_args(argv)
     log_to_screen(arguments.verbose)
     install_handlers()
     return exit_status(

@@ -20,14 +20,12 @@ N >= 2. They are ordered by the SHA-256 of their names: the same N gives the sam
 larger N adds to them.
 """
 
-import argparse
 import contextlib
 import csv
 import errno
 import hashlib
 import logging
 import os
-import random
 import re
 import shutil
 import sys
@@ -43,6 +41,7 @@ from harness.console import format_bytes, log_to_screen, progress, table
 from harness.errors import Failure, UserError, one_line
 from harness.files import file_sha256, lock, walk_files, write_csv
 from harness.signals import deferred, install_handlers
+from tools.lib.options import command_parser, positive
 
 ENDPOINT = "https://s3.echo.stfc.ac.uk"
 BUCKET = "sciml-datasets"
@@ -171,8 +170,7 @@ def retry(work, what):
         except Exception as error:
             if pause is None or is_permanent(error):
                 raise
-            pause *= random.uniform(0.5, 1)
-            log.warning("%s: %s. Retrying in %.1f s.", what, reason(error), pause)
+            log.warning("%s: %s. Retrying in %d s.", what, reason(error), pause)
             time.sleep(pause)
 
 
@@ -235,13 +233,14 @@ def plan(files, dest, manifest):
     """
     columns, missing, disks = defaultdict(Counter), [], defaultdict(list)
     for file in files:
-        path, row, kind = dest / file.key, manifest.get(file.key, {}), "to download"
-        if is_of_size(path, file.size):
-            is_known = (row.get("size"), row.get("etag")) == (file.size, file.etag)
-            kind = "present" if is_known else "to check"
-        else:
+        path, row = dest / file.key, manifest.get(file.key, {})
+        if not is_of_size(path, file.size):
+            kind = "to download"
             folder = next(folder for folder in path.parents if folder.exists())
             disks[folder.stat().st_dev].append((folder, file.size))
+        else:
+            is_known = (row.get("size"), row.get("etag")) == (file.size, file.etag)
+            kind = "present" if is_known else "to check"
         if kind != "present":
             missing.append(file)
         columns[file.key.split("/")[0]].update({"files": 1, "size": file.size, kind: file.size})
@@ -298,27 +297,26 @@ def has_etag(path, file, bucket):
     return compute_etag(path, part_size, n_parts) == file.etag if fits(part_size) else None
 
 
-def fetch(bucket, file, dest, bar):
-    """Check a RemoteFile that is present, or download it; `bar` is a tqdm bar of bytes.
+def fetch(bucket, file, dest):
+    """Check a RemoteFile that is present, or download it.
 
     Returns:
         (path of the complete file, still hidden if it is new; its sha256; True if its ETag was
         verified, None if it cannot be). Raises the error of the last attempt.
     """
-    path, n_received = dest / file.key, 0
+    path = dest / file.key
     partial = path.with_name(PARTIAL.format(path.name))
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    def count(n_bytes):  # negative before boto3 repeats a request
-        nonlocal n_received
-        n_received += n_bytes
-        with bar.get_lock():
-            bar.update(n_bytes)
-        if n_received > file.size:  # an endless answer must not fill the disk
-            raise Damaged(f"more than the expected {file.size} bytes were received")
-
     def attempt():
-        count(-n_received)  # of the attempt before
+        n_received = 0
+
+        def count(n_bytes):  # negative before boto3 repeats a request
+            nonlocal n_received
+            n_received += n_bytes
+            if n_received > file.size:  # an endless answer must not fill the disk
+                raise Damaged(f"more than the expected {file.size} bytes were received")
+
         with partial.open("wb") as target:
             bucket.client.download_fileobj(
                 bucket.name, file.source, target, Callback=count, Config=bucket.transfer
@@ -334,7 +332,6 @@ def fetch(bucket, file, dest, bar):
 
     try:
         if is_of_size(path, file.size) and has_etag(path, file, bucket):
-            count(file.size)
             return path, file_sha256(path), True
         return retry(attempt, file.key)
     except Exception:
@@ -384,23 +381,18 @@ def download_all(bucket, files, dest, manifest, n_threads):
     Raises:
         OSError: If the disk is full or read-only, so that the next file would fail too.
     """
-    from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     def work(file):
         try:
-            return file, fetch(bucket, file, dest, bar), None
+            return file, fetch(bucket, file, dest), None
         except Exception as error:
             return file, None, error
 
-    failed, n_bytes = {}, sum(file.size for file in files)
-    options = {"unit": "B", "unit_scale": True, "leave": False, "dynamic_ncols": True}
-    bar = tqdm(desc="Downloading", total=n_bytes, disable=None, **options)  # None: on a terminal
-    with logging_redirect_tqdm(), bar, ThreadPool(n_threads) as pool:  # its threads are daemons
+    failed = {}
+    with logging_redirect_tqdm(), ThreadPool(n_threads) as pool:  # its threads are daemons
         results = pool.imap_unordered(work, files)
-        if bar.disable:  # one line per minute
-            results = progress(results, "Downloading", len(files))
-        for file, fetched, error in results:
+        for file, fetched, error in progress(results, "Downloading", len(files)):
             try:
                 if error:
                     raise error
@@ -413,7 +405,6 @@ def download_all(bucket, files, dest, manifest, n_threads):
                     error.filename = error.filename or str(dest / file.key)
                     raise
                 failed[file.key] = reason(error)
-                log.error("%s: %s", file.key, failed[file.key])
     return failed
 
 
@@ -504,18 +495,9 @@ def find_fault(dest, row):
     return None if found == row["sha256"] else f"expected sha256 {row['sha256']}, found {found}"
 
 
-def positive(text):
-    """A number of the command line, 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, found {text!r}")
-    return int(text)
-
-
 def main(argv=None):
     """Run the command and return its exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("--set", choices=(*SETS, "all"), default="all", help="which scenes (default all)")
     add("--scenes", type=positive, metavar="N", help="a sample of N scenes of each set")
@@ -525,7 +507,6 @@ def main(argv=None):
     add("--endpoint", default=ENDPOINT, help=f"default {ENDPOINT}")
     add("--bucket", default=BUCKET, help=f"default {BUCKET}")
     add("--prefix", default=PREFIX, help=f"folder of the sets in the bucket (default {PREFIX})")
-    add("--verbose", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
     if arguments.verify and arguments.scenes:
         parser.error("--verify compares all files of the manifest: omit --scenes")

@@ -19,7 +19,6 @@ temperatures; NetCDF and GeoTIFF contain the run's mask there too. Scene files a
 them positions and pixels without data are unknown. Existing files are replaced.
 """
 
-import argparse
 import logging
 import shlex
 import sys
@@ -41,7 +40,7 @@ from harness.data.scene_files import PRODUCT_NAME, find_scenes, product_times
 from harness.files import replacing
 from harness.records.report.pictures import CLEAR, CLOUD, read_mask_and_label
 from harness.records.saved_runs import read_run
-from tools.lib.options import add_mask_options
+from tools.lib.options import add_mask_arguments, command_parser
 
 MEANINGS = "clear cloud"  # of 0 and 1
 COLOURS = (CLEAR, CLOUD, (140, 140, 140))  # and no data; they differ in brightness
@@ -261,20 +260,6 @@ WRITERS = {"netcdf": write_netcdf, "geotiff": write_geotiff, "png": write_png}
 # --- the command ----------------------------------------------------------------------------
 
 
-def parse_arguments(argv):
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("run", type=Path, metavar="RUN_DIR", help="folder of the run")
-    add("--format", choices=WRITERS, required=True)
-    add("-o", "--output", type=Path, help="folder for the files (default: RUN_DIR/export)")
-    add_mask_options(add)
-    add("--verbose", action="store_true", help="show tracebacks")
-    return parser.parse_args(argv)
-
-
 def export(arguments, command):
     """Export the masks of a run."""
     config = load_config(arguments.run / "config.yaml")
@@ -292,19 +277,24 @@ def export(arguments, command):
             config.inference_dir,
         )
         scenes = {}
-    folder = arguments.output or arguments.run / "export"
-    n_positioned = 0
+    folder, positioned = arguments.output or arguments.run / "export", 0
     for path in progress(masks, "Exporting", len(masks)):
         scene = read_masked_scene(path, scenes, arguments.geodetic, about_run)
         WRITERS[arguments.format](scene, folder)
-        n_positioned += bool(scene.positions)
-    counts = len(masks), n_positioned
-    log.info("Scenes exported: %d, of which %d with positions. Files: %s", *counts, folder)
+        positioned += bool(scene.positions)
+    log.info(
+        "Scenes exported: %d, of which %d with positions. Files: %s", len(masks), positioned, folder
+    )
 
 
 def main(argv=None):
     """Run the command and return its exit status."""
-    arguments = parse_arguments(argv)
+    parser = command_parser(__doc__)
+    add = parser.add_argument
+    add_mask_arguments(add)
+    add("--format", choices=WRITERS, required=True)
+    add("-o", "--output", type=Path, help="folder for the files (default: RUN_DIR/export)")
+    arguments = parser.parse_args(argv)
     log_to_screen(arguments.verbose)
     command = shlex.join(["export_masks.py", *(argv or sys.argv[1:])])
     return exit_status(lambda: export(arguments, command), arguments.verbose)

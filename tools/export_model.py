@@ -15,7 +15,6 @@ difference is printed. Above the tolerance the exit status is 1 and no file is w
 file is never replaced.
 """
 
-import argparse
 import contextlib
 import logging
 import os
@@ -30,6 +29,7 @@ from harness.config import load_config
 from harness.console import log_to_screen
 from harness.errors import Failure, UserError
 from harness.files import file_sha256, write_json
+from tools.lib.options import command_parser
 
 OPSET = 18  # of ONNX: the newest that tf2onnx writes; onnxruntime reads it since 1.14
 SIZES = ((64, 64), (64, 192), (128, 64))  # of the images compared; any U-Net accepts them
@@ -184,25 +184,14 @@ def export(source, kind, output):
     log.info("Wrote %s: %s.", output, summary)
 
 
-# --- the command ----------------------------------------------------------------------------
-
-
-def parse_arguments(argv):
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv=None):
+    """Run the command and return its exit status: 1 if the exported model differs from Keras."""
+    parser = command_parser(__doc__)
     add = parser.add_argument
     add("model", type=Path, metavar="RUN_DIR_or_MODEL", help="a run's folder, a .keras or .h5 file")
     add("--format", choices=FORMATS, required=True)
     add("-o", "--output", type=Path, required=True, help="ONNX file, or folder of the SavedModel")
-    add("--verbose", action="store_true", help="show tracebacks and TensorFlow's messages")
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    """Run the command and return its exit status: 1 if the exported model differs from Keras."""
-    arguments = parse_arguments(argv)
+    arguments = parser.parse_args(argv)
     log_to_screen(arguments.verbose)
     logging.getLogger("tf2onnx").setLevel(logging.INFO if arguments.verbose else logging.ERROR)
     return exit_status(

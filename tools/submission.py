@@ -46,6 +46,7 @@ from harness.inference.scores import TARGET_ACCURACY
 from harness.records.saved_runs import MEASURES, Measure, differences, measures, read_run
 from tools.lib.log_check import CHECKS, log_file, read_events
 from tools.lib.markdown import markdown, markdown_table
+from tools.lib.options import command_parser
 
 TEMPLATES = Path(__file__).parent / "lib" / "submission_files"
 RUNS_REQUIRED = 10  # of CloudMask, policy.adoc, 'Benchmark Results'
@@ -148,7 +149,7 @@ def scene_faults(run):
 
 
 def reviewer_notes(runs, system):
-    """What MLCommons Science requires besides, or a reviewer will ask about."""
+    """What MLCommons Science also requires, and what a reviewer will ask about."""
     config, required = runs[0].results["config"], scene_faults(runs[0])
     if len(runs) < RUNS_REQUIRED:
         required.append(f"{RUNS_REQUIRED} runs of CloudMask, found {len(runs)}")
@@ -195,7 +196,7 @@ def describe_system(run, system, given):
         "framework": f"TensorFlow {versions['tensorflow']}, Keras {versions['keras']}",
         "other_software_stack": versions,
         "operating_system": ", ".join(
-            filter(None, map(machine.get, ("operating_system", "kernel")))
+            machine[key] for key in ("operating_system", "kernel") if machine.get(key)
         ),
         "hw_notes": f"as the run detected it: {devices['description']}",
         "sw_notes": f"CloudMask, commit {results['git_commit']}",
@@ -256,27 +257,6 @@ def time_to_train(run):
     return times["eval_stop"] - times["run_start"]
 
 
-def measurement_rows(measured, references):
-    """Rows of the table of measurements, and differences from the references of accuracies.
-
-    Args:
-        measured: {measurement: number or None} of each run.
-        references: {measurement: reference value}.
-    """
-    rows, deltas = [], []
-    for name, measure in MEASUREMENTS.items():
-        values, reference = [values[name] for values in measured], references.get(name)
-        if None in values:
-            continue
-        mean = statistics.mean(values)
-        spread = f" ± {measure.show(statistics.stdev(values))}" if len(values) > 1 else ""
-        shown = NONE if reference is None else measure.show(reference)
-        rows.append([name, shown, measure.show(mean) + spread, measure.meaning])
-        if reference is not None and name.endswith("accuracy"):  # the same unit
-            deltas.append(mean - reference)
-    return rows, deltas
-
-
 def readme_text(runs, system, references, notes, scripts):
     """README.md of the submission.
 
@@ -288,7 +268,17 @@ def readme_text(runs, system, references, notes, scripts):
         scripts: Names of the files of --script.
     """
     measured = [measures(run) | {"time_to_train": time_to_train(run)} for run in runs]
-    rows, deltas = measurement_rows(measured, references)
+    rows, deltas = [], []  # deltas: differences of accuracies from their references
+    for name, measure in MEASUREMENTS.items():
+        values, reference = [values[name] for values in measured], references.get(name)
+        if None in values:
+            continue
+        mean = statistics.mean(values)
+        spread = f" ± {measure.show(statistics.stdev(values))}" if len(values) > 1 else ""
+        shown = NONE if reference is None else measure.show(reference)
+        rows.append([name, shown, measure.show(mean) + spread, measure.meaning])
+        if reference is not None and name.endswith("accuracy"):
+            deltas.append(mean - reference)
     heads = ["measurement", "reference value", "submitted value", "meaning"]
     columns = ("accuracy", "epochs", "time_to_train")
     run_rows = [
@@ -338,29 +328,6 @@ def reference_value(text):
     )
 
 
-def parse_arguments(argv):
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add, several = parser.add_argument, {"nargs": "+", "default": [], "action": "extend"}
-    add("runs", type=Path, nargs="+", metavar="RUN_DIR", help="folder of a run")
-    add("--system", type=plain_name, required=True, metavar="NAME", help="name of the system")
-    add("-o", "--output", type=Path, required=True, metavar="DIR", help="folder to write below")
-    add(
-        "--descriptor", type=plain_name, default="experiment-1", metavar="NAME",
-        help="name of the experiment (default experiment-1)",
-    )  # fmt: skip
-    add("--system-json", type=Path, metavar="FILE", help='{"field": "text", ...} not in the runs')
-    add("--script", type=Path, **several, metavar="FILE", help="files to copy next to run.sh")
-    add(
-        "--reference", type=reference_value, **several, metavar="MEASUREMENT=VALUE",
-        help="reference values for the table, for example of your runs of the reference",
-    )  # fmt: skip
-    add("--verbose", action="store_true", help="show tracebacks")
-    return parser.parse_args(argv)
-
-
 def submit(arguments):
     """Check runs and write their submission."""
     given = read_system_json(arguments.system_json) if arguments.system_json else {}
@@ -404,7 +371,22 @@ def submit(arguments):
 
 def main(argv=None):
     """Run the program and return its exit status."""
-    arguments = parse_arguments(argv)
+    parser = command_parser(__doc__)
+    add, several = parser.add_argument, {"nargs": "+", "default": [], "action": "extend"}
+    add("runs", type=Path, nargs="+", metavar="RUN_DIR", help="folder of a run")
+    add("--system", type=plain_name, required=True, metavar="NAME", help="name of the system")
+    add("-o", "--output", type=Path, required=True, metavar="DIR", help="folder to write below")
+    add(
+        "--descriptor", type=plain_name, default="experiment-1", metavar="NAME",
+        help="name of the experiment (default experiment-1)",
+    )  # fmt: skip
+    add("--system-json", type=Path, metavar="FILE", help='{"field": "text", ...} not in the runs')
+    add("--script", type=Path, **several, metavar="FILE", help="files to copy next to run.sh")
+    add(
+        "--reference", type=reference_value, **several, metavar="MEASUREMENT=VALUE",
+        help="reference values for the table, for example of your runs of the reference",
+    )  # fmt: skip
+    arguments = parser.parse_args(argv)
     log_to_screen(arguments.verbose)
     return exit_status(lambda: submit(arguments), arguments.verbose)
 

@@ -36,7 +36,6 @@ matchups.csv      those on pixels with data; cloudmask (ours) and bayes are 1 fo
 differences.png   histograms of satellite - buoy
 """
 
-import argparse
 import collections
 import csv
 import logging
@@ -60,7 +59,7 @@ from harness.data.positions import check_geodetic, read_positions
 from harness.data.scene_files import day_or_night, find_scenes, product_times
 from harness.errors import UserError
 from harness.files import replacing, write_csv
-from tools.lib.options import add_mask_options
+from tools.lib.options import add_mask_arguments, command_parser
 
 COLUMNS = (
     "time", "latitude", "longitude", "buoy_sst", "satellite_sst", "quality_level",
@@ -143,27 +142,23 @@ def read_table(path, names, celsius):
 
 
 def _csv_columns(file, names):
-    reader = csv.reader(file, strict=True)
-    header = [name.strip() for name in next(reader, [])]
-    _check_names(names, header)
-    texts = {column: [] for column in names}
-    for row in filter(None, reader):
-        if len(row) != len(header):
-            raise ValueError(f"line {reader.line_num} has {len(row)} fields, not {len(header)}")
-        for column, name in names.items():
-            texts[column].append(row[header.index(name)])
-    return {column: _parse(values, column) for column, values in texts.items()}
+    reader = csv.DictReader(file, strict=True)
+    reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+    _check_names(names, reader.fieldnames)
+    rows = list(reader)
+    for n, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            raise ValueError(f"row {n} should have {len(reader.fieldnames)} fields, as the header")
+    return {column: _parse([row[name] for row in rows], column) for column, name in names.items()}
 
 
 def _hdf5_columns(file, names):
-    datasets = {column: open_dataset(file, name) for column, name in names.items()}
-    _check_names(names, [names[column] for column in names if datasets[column] is not None])
-    shapes = {names[column]: dataset.shape for column, dataset in datasets.items()}
-    if len(set(shapes.values())) > 1 or len(datasets["time"].shape) != 1:
+    datasets = {name: open_dataset(file, name) for name in names.values()}
+    _check_names(names, [name for name in datasets if datasets[name] is not None])
+    shapes = {name: dataset.shape for name, dataset in datasets.items()}
+    if len(set(shapes.values())) > 1 or len(shapes[names["time"]]) != 1:
         raise ValueError(f"its columns should all have the same shape (N,), found {shapes}")
-    if not datasets["time"].size:
-        raise ValueError("it has no rows")
-    matchups = {"time": _hdf5_times(datasets["time"])}
+    matchups = {"time": _hdf5_times(datasets[names["time"]])}
     others = {column: name for column, name in names.items() if column != "time"}
     return matchups | {column: unpack(open_numbers(file, name)) for column, name in others.items()}
 
@@ -367,15 +362,16 @@ def unit_vectors(latitude, longitude):
 
 def make_rows(matchups, pixels, scenes):
     """The rows of matchups.csv: n match-ups, their pixels, PIXEL (n,), and paths of scene files."""
-    names = ("row", "col", "cloudmask", "bayes")
-    columns = {name: values.tolist() for name, values in matchups.items()}
-    columns |= {name: pixels[name].astype(int).tolist() for name in names}
-    columns |= {f"pixel_{name}": pixels[name].tolist() for name in ("latitude", "longitude")}
-    columns["difference"] = (matchups["satellite_sst"] - matchups["buoy_sst"]).tolist()
-    times = (datetime.fromtimestamp(time, timezone.utc) for time in columns["time"])
-    columns["time"] = [time.isoformat().replace("+00:00", "Z") for time in times]
-    columns["scene"] = [path.stem for path in scenes]
-    columns["day_night"] = [day_or_night(path) for path in scenes]
+    times = (datetime.fromtimestamp(time, timezone.utc) for time in matchups["time"].tolist())
+    columns = {
+        **{name: values.tolist() for name, values in matchups.items()},
+        **{name: pixels[name].astype(int) for name in ("row", "col", "cloudmask", "bayes")},
+        **{f"pixel_{name}": pixels[name].tolist() for name in ("latitude", "longitude")},
+        "difference": (matchups["satellite_sst"] - matchups["buoy_sst"]).tolist(),
+        "time": [time.isoformat().replace("+00:00", "Z") for time in times],
+        "scene": [path.stem for path in scenes],
+        "day_night": [day_or_night(path) for path in scenes],
+    }
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
@@ -437,31 +433,6 @@ def draw(differences, path):
 # --- the command ----------------------------------------------------------------------------
 
 
-def parse_arguments(argv):
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("run", type=Path, metavar="RUN_DIR", help="folder of the run")
-    add("table", type=Path, metavar="TABLE", help="match-ups, CSV or HDF5")
-    add("-o", "--output", type=Path, help="folder for the files (default: RUN_DIR/sst)")
-    add_mask_options(add)
-    add("--minutes", type=float, default=0.0, help="tolerance before and after a scene (default 0)")
-    lists = {"nargs": "+", "action": "extend", "default": []}
-    add("--column", metavar="OURS=THEIRS", **lists, help="names that the table has for our columns")
-    add("--celsius", choices=TEMPERATURES, **lists, help="columns that the table has in Celsius")
-    add("--verbose", action="store_true", help="show tracebacks")
-    arguments = parser.parse_args(argv)
-    if not 0 <= arguments.minutes < math.inf:
-        parser.error(f"--minutes should be 0 or more, found {arguments.minutes}")
-    names = dict(text.partition("=")[::2] for text in arguments.column)
-    if unknown := [ours for ours in names if ours not in COLUMNS or not names[ours]]:
-        parser.error(f"--column should be OURS=THEIRS, OURS of {', '.join(COLUMNS)}: {unknown[0]}")
-    arguments.names = {column: names.get(column, column) for column in COLUMNS}
-    return arguments
-
-
 def validate(arguments):
     """Validate the masks of a run."""
     config = load_config(arguments.run / "config.yaml")
@@ -515,7 +486,21 @@ def validate(arguments):
 
 def main(argv=None):
     """Run the command and return its exit status."""
-    arguments = parse_arguments(argv)
+    parser = command_parser(__doc__)
+    add, lists = parser.add_argument, {"nargs": "+", "action": "extend", "default": []}
+    add_mask_arguments(add)
+    add("table", type=Path, metavar="TABLE", help="match-ups, CSV or HDF5")
+    add("-o", "--output", type=Path, help="folder for the files (default: RUN_DIR/sst)")
+    add("--minutes", type=float, default=0.0, help="tolerance before and after a scene (default 0)")
+    add("--column", metavar="OURS=THEIRS", **lists, help="names that the table has for our columns")
+    add("--celsius", choices=TEMPERATURES, **lists, help="columns that the table has in Celsius")
+    arguments = parser.parse_args(argv)
+    if not 0 <= arguments.minutes < math.inf:
+        parser.error(f"--minutes should be 0 or more, found {arguments.minutes}")
+    names = dict(text.partition("=")[::2] for text in arguments.column)
+    if unknown := [ours for ours in names if ours not in COLUMNS or not names[ours]]:
+        parser.error(f"--column should be OURS=THEIRS, OURS of {', '.join(COLUMNS)}: {unknown[0]}")
+    arguments.names = {column: names.get(column, column) for column in COLUMNS}
     log_to_screen(arguments.verbose)
     return exit_status(lambda: validate(arguments), arguments.verbose)
 

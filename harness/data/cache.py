@@ -54,8 +54,7 @@ def _load(path, patch):
     except FileNotFoundError:
         return False
     except (EOFError, OSError) as error:
-        log.warning("Removed the damaged cache file %s: %s", path, error)
-        path.unlink(missing_ok=True)
+        log.warning("The cache file %s is damaged and is written again: %s", path, error)
         return False
 
 

@@ -87,8 +87,8 @@ class MaskFolder:
         rows = [self._row(path) for path in paths]
         if lost := [path.stem for path, row in zip(paths, rows, strict=True) if row is None]:
             raise OSError(
-                f"{len(lost)} masks are missing or damaged, for example that of {lost[0]}. "
-                "Continue with --resume to make them again."
+                f"The masks of {len(lost)} of {len(paths)} scenes are missing or damaged, for "
+                f"example that of {lost[0]}. Continue with --resume to make them again."
             )
         shutil.rmtree(self._locks)
         return sorted(rows, key=lambda row: row["scene"])

@@ -119,13 +119,18 @@ def predictor_that_fits(model, device, height, width, policy="float32", xla=Fals
     )
 
 
-def free_memory():
-    """Bytes that this process can still take, by the system and by its control groups."""
+def free_memory(own_groups="/proc/self/cgroup", all_groups="/sys/fs/cgroup"):
+    """Bytes that this process can still allocate, by the system and by its control groups.
+
+    Args:
+        own_groups: File that names the control group of this process.
+        all_groups: Folder of all control groups, version 2.
+    """
     free = [psutil.virtual_memory().available]
     with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        lines = Path(own_groups).read_text(encoding="utf-8").splitlines()
         group = next(line[3:] for line in lines if line.startswith("0::"))
-        folder = Path("/sys/fs/cgroup", group.lstrip("/"))
+        folder = Path(all_groups, group.lstrip("/"))
         for level in (folder, *folder.parents):
             with contextlib.suppress(OSError, ValueError):  # no limit, or not readable
                 limit = int((level / "memory.max").read_text(encoding="utf-8"))

@@ -245,9 +245,10 @@ class Run:
         return state.stop_reason(config.epochs, config.target_accuracy, config.patience)
 
     def _save_checkpoint(self, trainer, state):
+        totals = trainer.train_totals  # added up over all ranks, so all of them have to ask
         if self.is_chief:
             begin = time.perf_counter()
-            self._checkpoints.save(state, trainer, self.model_file)
+            self._checkpoints.save(state, totals, trainer, self.model_file)
             self.results["parts"][-1]["checkpoint_seconds"] += time.perf_counter() - begin
         self._saved = len(state.history), state.step
 

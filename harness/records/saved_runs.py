@@ -1,9 +1,11 @@
 """Runs as the report and tools/ read them: finished or not, on any machine, without TensorFlow."""
 
+import contextlib
 import csv
 import functools
 import io
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,24 +18,18 @@ from harness.inference.scores import MEAN_SCORES
 PARTS = ("config", "devices", "versions", "training", "inference", "sampling")
 # Keys of the configuration that say where the files of a run are and do not change what it does.
 PLACES = {"run_name", "output_dir", "log_file", "mlperf_logfile"}
+TEXT_COLUMNS = {"scene", "day_night"}  # of history.csv, scenes.csv and samples.csv
 MAX_NUMBER = 1e100  # squares and differences of larger numbers overflow
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number that runs are compared by.
+    """A number that runs are compared by."""
 
-    Attributes:
-        label: Name in tables for people.
-        show: Function that formats a value for people.
-        meaning: A short explanation.
-        place: Keys that lead to it in results.json; empty if `measures` calculates it.
-    """
-
-    label: str
-    show: Callable[[float], str]
+    label: str  # name in tables for people
+    show: Callable[[float], str]  # formats a value for people
     meaning: str
-    place: tuple = ()
+    place: tuple = ()  # keys that lead to it in results.json; empty if `measures` calculates it
 
 
 MEASURES = {  # in the order of all tables
@@ -71,15 +67,42 @@ MEASURES = {  # in the order of all tables
 }  # fmt: skip
 
 
+def _numbers(*names):
+    return dict.fromkeys(names, float)
+
+
+KINDS = {  # of the fields of results.json that are calculated with: numbers, lists, dictionaries
+    **_numbers("seconds", "peak_rss"),
+    "parts": [_numbers("seconds", "checkpoint_seconds")],
+    "peak_gpu_memory": [float],
+    "bad_scenes": [{}],
+    "network": {},
+    "devices": _numbers("replicas"),
+    "training": {
+        **_numbers("seconds", "epochs_run", "best_epoch", "patches_per_second", "warm_up_seconds"),
+        **_numbers("val_loss", "val_accuracy"),
+        **{f"{part}seconds_per_epoch": [float] for part in ("", "train_", "input_")},
+    },
+    "inference": {
+        **_numbers("seconds", "seconds_per_scene", *MEAN_SCORES),
+        "seconds_per_scene_parts": _numbers("read", "network", "stitch", "score", "write"),
+    },
+    "sampling": {
+        **_numbers("energy_joules", "cpu_energy_joules", "gpu_energy_joules"),
+        **_numbers("cpu_seconds", "read_bytes", "written_bytes"),
+    },
+}
+
+
 @dataclass(frozen=True)
 class Run:
-    """The files of a run.
+    """The files of a run; where one has no usable value, the value is None, NaN in tables.
 
     Attributes:
         folder: Its folder.
         name: The folder's name.
-        results: results.json; those of PARTS that are absent or null are empty dictionaries.
-        history: A dictionary for each row of history.csv, with numbers; empty without the file.
+        results: results.json, of KINDS; those of PARTS that are absent are empty dictionaries.
+        history: A dictionary for each row of history.csv; empty without the file.
         scenes: The same of scenes.csv.
     """
 
@@ -96,22 +119,15 @@ class Run:
 
     @functools.cached_property
     def samples(self):
-        """Rows of samples.csv, read on first use, without a last line that a crash cut off.
-
-        Raises:
-            UserError: If the file is damaged in another way.
-        """
+        """Rows of samples.csv, read on first use, without a last line that a crash cut off."""
         return _read_rows(self.folder / "samples.csv", may_be_cut=True)
 
 
 def read_run(folder):
     """Read a run of any status.
 
-    Args:
-        folder: The run's folder.
-
     Raises:
-        UserError: If it is not the folder of a run, or a file in it is damaged.
+        UserError: If the folder is not that of a run, or a file in it is damaged.
     """
     folder = Path(folder)
     file = folder / "results.json"
@@ -128,16 +144,39 @@ def read_run(folder):
             "Name the folder of a run."
         ) from None
     tables = (_read_rows(folder / f"{name}.csv") for name in ("history", "scenes"))
-    return Run(folder, folder.resolve().name, results, *tables)
+    return Run(folder, folder.resolve().name, _of_kind(results, KINDS), *tables)
+
+
+def _of_kind(value, kind):
+    """The value, in which everything that is not of its kind is None, or empty if a container."""
+    if isinstance(kind, dict):
+        value = value if isinstance(value, dict) else {}
+        return value | {key: _of_kind(value[key], k) for key, k in kind.items() if key in value}
+    if isinstance(kind, list):
+        return [_of_kind(v, kind[0]) for v in value] if isinstance(value, list) else []
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and abs(value) <= MAX_NUMBER else None
+
+
+def clean_row(row):
+    """A row of a table: texts in TEXT_COLUMNS, elsewhere numbers, NaN for anything else."""
+    return {
+        column: str(value) if column in TEXT_COLUMNS else _parse_number(value)
+        for column, value in row.items()
+    }
+
+
+def _parse_number(value):
+    for kind in (int, float) if isinstance(value, str) else ():
+        with contextlib.suppress(ValueError):
+            value = kind(value)
+            break
+    number = _of_kind(value, float)
+    return math.nan if number is None else number
 
 
 def _read_rows(path, may_be_cut=False):
-    """The rows of a CSV file, numbers as numbers; none if there is no file.
-
-    Args:
-        path: Path.
-        may_be_cut: Whether to ignore what follows the last end of a line.
-    """
+    """The rows of a CSV file, cleaned by `clean_row`; none if there is no file."""
     try:
         content = path.read_bytes()
         if may_be_cut:
@@ -154,17 +193,7 @@ def _read_rows(path, may_be_cut=False):
                 f"{path} has {len(reader.fieldnames)} columns, but row {n} has another number of "
                 "values. Copy it from the run again."
             )
-    return [{column: _parse_number(text) for column, text in row.items()} for row in rows]
-
-
-def _parse_number(text):
-    """A number if the text is one, else the text."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
+    return list(map(clean_row, rows))
 
 
 def labels(runs):
@@ -175,25 +204,15 @@ def labels(runs):
 
 def measures(run):
     """The status and the MEASURES of a run; None for a number that it does not have."""
-    values = {name: _number_at(run.results, measure.place) for name, measure in MEASURES.items()}
-    seconds, epochs = _number_at(run.results, ("training", "seconds")), values["epochs"]
+    values = {}
+    for name, measure in MEASURES.items():
+        *parts, key = measure.place or (name,)
+        values[name] = (run.results[parts[0]] if parts else run.results).get(key)
+    seconds, epochs = run.results["training"].get("seconds"), values["epochs"]
     values["seconds_per_epoch"] = seconds / epochs if seconds and epochs else None
-    peaks = run.results.get("peak_gpu_memory")
-    peaks = map(number, peaks if isinstance(peaks, list) else [])
-    values["peak_gpu_memory"] = max((peak for peak in peaks if peak is not None), default=None)
+    peaks = [peak for peak in run.results.get("peak_gpu_memory", []) if peak is not None]
+    values["peak_gpu_memory"] = max(peaks, default=None)
     return {"status": run.status, **values}
-
-
-def _number_at(results, place):
-    for key in place:
-        results = results.get(key) if isinstance(results, dict) else None
-    return number(results)
-
-
-def number(value):
-    """A number that can be calculated with and drawn; None for anything else in a file."""
-    is_one = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_one and abs(value) <= MAX_NUMBER else None
 
 
 def circumstances(run):
@@ -211,14 +230,7 @@ def circumstances(run):
 
 
 def differences(runs):
-    """The circumstances that differ between runs.
-
-    Args:
-        runs: Runs.
-
-    Returns:
-        {place in results.json, for example 'config.epochs': [value of each run, None if absent]}.
-    """
+    """The circumstances that differ between runs: {place: [value of each run, None if absent]}."""
     all_of = [circumstances(run) for run in runs]
     names = dict.fromkeys(name for each in all_of for name in each)
     values = {name: [each.get(name) for each in all_of] for name in names}
@@ -226,15 +238,10 @@ def differences(runs):
 
 
 def repeats(runs, ignored=()):
-    """Group runs that repeat one another: finished with success in equal circumstances.
-
-    Args:
-        runs: Runs.
-        ignored: Circumstances that may differ, for example 'config.seed'.
+    """Group runs that repeat one another: successful, in equal circumstances except the ignored.
 
     Returns:
-        Lists of Runs, each in its order, in the order of their first; a run without success is
-        alone in its list.
+        Lists of Runs, in the order of their first; a run without success is alone in its list.
     """
     groups = []
     for run in runs:

@@ -30,11 +30,12 @@ class Checkpoints:
     def __init__(self, folder):
         self.folder = Path(folder)
 
-    def save(self, state, trainer, model_file):
+    def save(self, state, totals, trainer, model_file):
         """Write a checkpoint; then delete all but the last two.
 
         Args:
             state: TrainingState.
+            totals: The trainer's `train_totals`.
             trainer: Trainer.
             model_file: Path of the best model so far; copied if an epoch has been completed.
         """
@@ -47,7 +48,7 @@ class Checkpoints:
             _write_weights(trainer, temporary / "weights")
             if state.best:
                 shutil.copyfile(model_file, temporary / f"{BEST_MODEL}{model_file.suffix}")
-            values = {"state": asdict(state), "totals": trainer.train_totals}
+            values = {"state": asdict(state), "totals": totals}
             (temporary / STATE).write_text(json.dumps(values), encoding="utf-8")
             files = sorted(temporary.iterdir())
             lines = [f"{file_sha256(file)}  {file.name}\n" for file in files]

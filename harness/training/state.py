@@ -53,7 +53,11 @@ class TrainingState:
         if target_accuracy and last["val_accuracy"] >= target_accuracy:
             return f"Reached target_accuracy {target_accuracy}."
         if patience and last["epoch"] - self.best["epoch"] >= patience:
-            return f"No lower validation loss for {patience} epochs."
+            return f"No lower validation loss for {_epochs(patience)}."
         if last["epoch"] >= epochs:
-            return f"Trained {last['epoch']} epochs."
+            return f"Trained {_epochs(last['epoch'])}."
         return None
+
+
+def _epochs(n):
+    return f"{n} epoch{'s' if n > 1 else ''}"

@@ -35,6 +35,9 @@ class Trainer:
     depend on the number of micro-batches and are not part of checkpoints. Networks with such
     layers are rejected; LayerNormalization and frozen BatchNormalization work.
 
+    A step whose patches all have weight 0 is still a step of Adam: its gradients are 0, and the
+    momentum of the steps before it moves the weights.
+
     Args:
         strategy: tf.distribute.Strategy.
         build_model: Function that returns the keras.Model.
@@ -96,7 +99,7 @@ class Trainer:
         n_patches, loss = tf.unstack(context.all_reduce("sum", share))
         self._count_step(loss)
         # Gradients are means over `batch_size` patches; a smaller batch counts by its true size.
-        # Without any patch of weight 1 they become 0.
+        # Without any patch of weight 1 they are 0, and stay 0.
         correction = tf.math.divide_no_nan(float(self.batch_size), n_patches)
         gradients = [g * correction for g in gradients]
         if self._loss_scaling:

@@ -85,6 +85,18 @@ def test_cache_that_cannot_be_written_is_no_error(scene, tmp_path, caplog):
     assert len(source.calls) == 2 and "Could not write the cache file" in caplog.text
 
 
+def test_cache_file_that_cannot_be_replaced_is_no_error(scene, tmp_path, caplog):
+    """Such as a damaged file of another user; here a folder, as root may replace any file."""
+    read = cached(source := Reader(), tmp_path / "cache", "a")
+    fill(read, scene)
+    (copy,) = (tmp_path / "cache").glob("*-1.raw")
+    copy.unlink()
+    copy.mkdir()
+    fill(read, scene)
+    assert source.calls == [[0, 1, 2], [1]] and "Could not write the cache file" in caplog.text
+    assert len(list((tmp_path / "cache").iterdir())) == 3  # no temporary file remains
+
+
 def test_missing_scene_is_left_to_the_reader(tmp_path):
     with pytest.raises(FileNotFoundError):
         fill(cached(Reader(), tmp_path / "cache", "a"), tmp_path / "absent")

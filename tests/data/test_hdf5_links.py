@@ -25,9 +25,10 @@ def add(path, name, what):
         file[name] = what
 
 
-def add_external(path, target):
+def add_external(path, target, n_files=1):
+    shape, places = (n_files, *NUMBERS.shape), [(str(target), 0, NUMBERS.nbytes)] * n_files
     with h5py.File(path, "r+") as file:
-        file.create_dataset("e", NUMBERS.shape, "f8", external=[(str(target), 0, NUMBERS.nbytes)])
+        file.create_dataset("e", shape if n_files > 1 else NUMBERS.shape, "f8", external=places)
 
 
 def add_virtual(path, source, source_name="x", n_sources=1):
@@ -125,6 +126,13 @@ def test_external_storage_elsewhere_is_an_error(path, target):
     with pytest.raises(ValueError, match="'/e' should have its numbers in this file") as error:
         read(path, "e")
     assert repr(target) in str(error.value)
+
+
+def test_number_of_external_files_is_limited(path):
+    NUMBERS.tofile(path.parent / "e.bin")
+    add_external(path, path.parent / "e.bin", n_files=MAX_PLACES + 1)
+    with pytest.raises(ValueError, match="1001 files"):
+        read(path, "e")
 
 
 def test_name_too_long_for_h5py_is_an_error(path):

@@ -174,6 +174,28 @@ def test_chunks_at_the_edges_may_pass_no_filter(path, numbers):
         np.testing.assert_array_equal(read(file["x"]), numbers)
 
 
+def test_chunks_that_do_not_shrink_are_read(path):
+    """Random bytes grow in gzip, by 11 bytes here, and HDF5 stores them so."""
+    block = np.random.default_rng(0).integers(0, 2**63, CHUNKS).view(np.float64)
+    create(path, filters=["deflate"])
+    data = zlib.compress(block.tobytes(), 0)
+    assert len(data) > CHUNK_BYTES
+    write_chunk(path, data)
+    with h5py.File(path) as file:
+        np.testing.assert_array_equal(read(file["x"])[16:32, 20:40, :3], block)
+
+
+def test_chunk_with_a_checksum_may_skip_gzip(path, numbers):
+    write(path, numbers, chunks=CHUNKS, fletcher32=True)
+    with h5py.File(path) as file:
+        _, data = file["x"].id.read_direct_chunk((16, 20, 0))
+    create(path, filters=["deflate", "fletcher32"])
+    write_chunk(path, data, filter_mask=0b01)
+    with h5py.File(path) as file:
+        found = read(file["x"])[16:32, 20:40, :3]
+    np.testing.assert_array_equal(found, numbers[16:32, 20:40, :3])
+
+
 def test_small_chunks_are_read_in_small_blocks(path):
     """HDF5 allocates 6 kB for each: a file of 5 MB took 2 GB."""
     write(path, np.arange(100 * 60 * 6.0).reshape(100, 60, 6), chunks=(1, 2, 1))  # 180 per row

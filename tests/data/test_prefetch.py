@@ -47,13 +47,33 @@ def test_timeout_that_a_read_raises_is_passed_on():
         list(pool.prefetch(read, [1], 1))
 
 
+EXITS = """
+import threading
+from harness.data.prefetch import ReaderPool, exit_process
+print("the last line")
+try:
+    with ReaderPool(1, 0.1) as pool:
+        list(pool.prefetch(lambda item: threading.Event().wait(), ["one"], 1))
+except TimeoutError:
+    exit_process(3)
+"""
+
+
+def test_exit_while_a_reader_hangs_keeps_the_output_and_the_status():
+    run = subprocess.run(
+        [sys.executable, "-c", EXITS],
+        capture_output=True, text=True, timeout=120, check=False, cwd=REPOSITORY,
+    )  # fmt: skip
+    assert (run.returncode, run.stdout) == (3, "the last line\n")
+
+
 HANGS = """
 import sys, time
-import slstr_cloud, data_loader
+import slstr_cloud, harness.build
 from harness.data.prefetch import exit_process
 def hang(path, patches, **how):
     time.sleep(1000)
-data_loader.read_patches = hang
+harness.build.read_patches = hang
 exit_process(slstr_cloud.main(sys.argv[1:]))
 """
 

@@ -15,8 +15,9 @@ def make(folder, *names):
 
 def test_scenes_are_found_in_one_order_below_day_and_night(tmp_path):
     make(tmp_path, "night/S3A_b.hdf", "day/S3A_c.hdf", "day/deep/S3B_a.hdf", "day/other.hdf")
+    make(tmp_path, "day-2/S3D_a.hdf", "day/S3E_a.hdf")  # '-' is less than '/': no order of texts
     found = [str(path.relative_to(tmp_path)) for path in find_scenes(tmp_path)]
-    assert found == ["day/S3A_c.hdf", "day/deep/S3B_a.hdf", "night/S3A_b.hdf"]
+    assert found == ["day/S3A_c.hdf", "day/deep/S3B_a.hdf", "day-2/S3D_a.hdf", "night/S3A_b.hdf"]
 
 
 @pytest.mark.parametrize("name", ["absent", "empty", "empty/file"])

@@ -50,6 +50,18 @@ def test_one_pass_equals_the_model_on_the_padded_scene():
     np.testing.assert_allclose(probability, model(padded[None])[0, 3:53, 1:71, 0], atol=1e-4)
 
 
+def test_normalisation_uses_its_moving_averages():
+    inputs = keras.Input((None, None, 9))
+    x = keras.layers.Conv2D(1, 1)(keras.layers.BatchNormalization()(inputs))
+    model = with_strong_weights(keras.Model(inputs, x))
+    grid = PatchGrid(40, 40, 32, 8)
+    padded = padded_scene(grid, 40, 40)
+    probability, _ = Predictor(model, "/CPU:0", grid, 4)(padded)
+    (above, below), (left, right) = grid.padding
+    expected = model(padded[None], training=False)[0, above:-below, left:-right, 0]
+    np.testing.assert_allclose(probability, expected, atol=1e-4)
+
+
 def strided(shape):
     """Another multiple (4) than the U-Net's, and a receptive field that is wider than high."""
     inputs = x = keras.Input(shape)
@@ -108,6 +120,21 @@ def test_memory_error_of_the_device_leads_to_strips(monkeypatch):
 
 def test_free_memory_is_positive_and_below_the_machine():
     assert 0 < prediction.free_memory() <= psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [((9000, "max"), 9000 - 700), (("max", 5000), 5000 - 700), (("max", "max"), None)],
+)
+def test_free_memory_follows_the_control_groups(tmp_path, limits, expected):
+    """The memory in use, without cached files, counts in a group and in those that contain it."""
+    for folder, limit in zip(("a", "a/b"), limits, strict=True):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / folder / "memory.stat").write_text("anon 700\nfile 4000\n")
+    (tmp_path / "cgroup").write_text("1:name=systemd:/x\n0::/a/b\n")
+    found = prediction.free_memory(tmp_path / "cgroup", tmp_path)
+    assert found == expected if expected else found > 10_000
 
 
 def test_network_that_is_not_local_is_rejected_for_whole_scenes():

@@ -77,12 +77,15 @@ def test_weights_are_shared_and_the_model_stays_as_it_was(tmp_path):
         (layers.UpSampling2D((2, 2)), layers.Conv2D(4, 5, padding="same")),
         (layers.UpSampling2D((2, 2)), layers.Conv2D(4, 3, padding="same", dilation_rate=2)),
         (layers.UpSampling2D((2, 2)), layers.Conv2D(4, 3, padding="valid")),
+        (layers.UpSampling2D((2, 2)), layers.Conv2D(4, 3, strides=2, padding="same")),
+        (layers.UpSampling2D((2, 2)), layers.Conv2D(4, 3, padding="same", groups=2)),
+        (layers.UpSampling2D((4, 4)), layers.Conv2D(4, 3, padding="same")),
         (layers.Conv2DTranspose(3, 2, strides=2), layers.Conv2D(4, 3, padding="same")),
     ],
 )
 def test_other_layers_are_left_alone(doubling, convolution):
     inputs = keras.Input((16, 16, 3))
-    small = layers.MaxPool2D(2)(inputs)
+    small = layers.MaxPool2D(getattr(doubling, "size", 2))(inputs)
     output = convolution(layers.Concatenate()([doubling(small), inputs]))
     model = keras.Model(inputs, output)
     fast = without_upsampling(model)
@@ -100,6 +103,14 @@ def test_convolution_without_bias_and_with_activation_is_doubled():
     assert kinds(fast).count("DoublingConvolution") == 1
     x = images(1, 16, 16, 3)
     np.testing.assert_allclose(fast(x), model(x), atol=1e-6)
+
+
+def test_images_joined_side_by_side_are_left_alone():
+    inputs = keras.Input((16, 16, 3))
+    doubled = layers.UpSampling2D(2)(layers.MaxPool2D(2)(inputs))
+    convolution = layers.Conv2D(4, 3, padding="same")
+    model = keras.Model(inputs, convolution(layers.Concatenate(axis=2)([doubled, inputs])))
+    assert kinds(without_upsampling(model)) == kinds(model)
 
 
 def test_skip_that_comes_first_is_left_alone():

@@ -61,6 +61,12 @@ SMALL = {
     "cropping": (
         chain(conv(3), lambda: layers.ZeroPadding2D(3), lambda: layers.Cropping2D(3)), 1, 1,
     ),
+    "shifted": (  # by two pixels; the even kernel sees one before and two after
+        chain(
+            lambda: layers.ZeroPadding2D(((2, 0), (2, 0))),
+            lambda: layers.Cropping2D(((0, 2), (0, 2))), conv(4),
+        ), 2 + 1, 1,
+    ),
     "pool": (chain(lambda: layers.MaxPool2D(2), lambda: layers.UpSampling2D(2)), 1, 2),
     "overlapping pool": (
         chain(lambda: layers.AveragePooling2D(3, 2, "same"), lambda: layers.UpSampling2D(2)), 2, 2,
@@ -186,6 +192,13 @@ class Own(layers.Layer):
         return x
 
 
+class Rescaling(layers.Layer):
+    """Has the name of a layer of Keras, but looks at the whole image."""
+
+    def call(self, x):
+        return x - keras.ops.mean(x)
+
+
 def squeeze(shape):
     inputs = keras.Input(shape)
     x = layers.Conv2D(2, 3, padding="same")(inputs)
@@ -198,6 +211,15 @@ def squeeze(shape):
     [
         (squeeze, r"layer mean \(GlobalAveragePooling2D\)"),
         (chain(lambda: Own(name="own")), r"layer own \(Own\)"),
+        (chain(lambda: Rescaling(name="own")), r"layer own \(Rescaling\)"),
+        (
+            chain(lambda: layers.UpSampling2D(2, interpolation="bicubic", name="up")),
+            "layer up",
+        ),
+        (
+            chain(lambda: layers.Conv2DTranspose(2, 3, 2, "same", output_padding=1, name="up")),
+            "layer up",
+        ),
         (chain(lambda: layers.GroupNormalization(1, name="norm")), r"layer norm"),
         (chain(lambda: layers.LayerNormalization(axis=(1, 2), name="norm")), r"layer norm"),
         (chain(lambda: layers.MaxPool2D(2)), "another size"),

@@ -1,8 +1,10 @@
+from types import SimpleNamespace
+
 import pytest
 import tensorflow as tf
 
 from harness.errors import UserError
-from harness.parallel.devices import open_devices
+from harness.parallel.devices import Devices, open_devices
 from harness.parallel.launchers import Launch
 from harness.parallel.rendezvous import Rendezvous, SingleRank
 
@@ -45,9 +47,13 @@ class Chosen(Exception):
 
 
 @pytest.mark.parametrize(
-    ("local_rank", "local_size", "gpus"), [(0, 3, "ab"), (1, 3, "cd"), (2, 3, "ef"), (1, 2, "def")]
-)
-def test_ranks_of_a_node_divide_its_gpus(tmp_path, monkeypatch, local_rank, local_size, gpus):
+    ("gpu", "local_rank", "local_size", "gpus"),
+    [
+        ("auto", 0, 3, "ab"), ("auto", 1, 3, "cd"), ("auto", 2, 3, "ef"), ("auto", 1, 2, "def"),
+        ("auto", 0, 1, "abcdef"), (2, 0, 1, "ab"), (0, 0, 1, ""), (0, 1, 2, ""),
+    ],
+)  # fmt: skip
+def test_ranks_of_a_node_divide_its_gpus(tmp_path, monkeypatch, gpu, local_rank, local_size, gpus):
     def choose(devices, kind):
         raise Chosen("".join(devices))
 
@@ -57,7 +63,7 @@ def test_ranks_of_a_node_divide_its_gpus(tmp_path, monkeypatch, local_rank, loca
         0, 1, local_rank=local_rank, local_size=local_size, shares_gpus=True, node="a", job="x"
     )
     with pytest.raises(Chosen) as chosen:
-        open_devices(Rendezvous(launch, tmp_path))
+        open_devices(Rendezvous(launch, tmp_path), gpu)
     assert str(chosen.value) == gpus
 
 
@@ -75,6 +81,31 @@ def test_virtual_replicas_are_numbered_and_described():
     assert devices.accelerators_per_node == 0 and devices.gather(2.5) == [2.5]
 
 
-@pytest.mark.parametrize(("wanted", "batch", "found"), [("auto", 32, 4), ("auto", 6, 2), (9, 6, 2)])
-def test_micro_batch_is_a_share_at_most(wanted, batch, found):
-    assert open_devices(SingleRank(), cpu_devices=3).micro_batch(wanted, batch) == found
+def test_xla_on_gpus_is_rejected_if_runs_must_repeat(monkeypatch):
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["a"])
+    monkeypatch.setattr(tf.config, "set_visible_devices", lambda devices, kind: None)
+    monkeypatch.setattr(tf.config.experimental, "set_memory_growth", lambda device, on: None)
+    with pytest.raises(UserError, match="deterministic: true and xla: true"):
+        open_devices(SingleRank(), deterministic=True, xla=True)
+
+
+@pytest.mark.parametrize(("kind", "n_gpus", "per_node"), [("GPU", 8, 4), ("CPU", 0, 0)])
+def test_devices_of_all_ranks_are_counted(kind, n_gpus, per_node):
+    """Rank 2 of two nodes with two ranks each, of two devices each."""
+    devices = Devices(
+        SimpleNamespace(num_replicas_in_sync=8), (f"/{kind}:0", f"/{kind}:1"), kind,
+        SingleRank(Launch(rank=2, n_ranks=4)), tuple(card(node) for node in "aabb"), True,
+    )  # fmt: skip
+    assert list(devices.replicas) == [4, 5] and not devices.is_chief
+    assert (devices.n_nodes, devices.n_gpus, devices.accelerators_per_node) == (2, n_gpus, per_node)
+    if kind == "CPU":
+        assert devices.describe().startswith("2 nodes, 4 ranks, 8 CPU replicas (")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "batch", "replicas", "found"),
+    [("auto", 32, None, 4), ("auto", 6, None, 2), (9, 6, None, 2), (9, 7, None, 3), (9, 6, 1, 6)],
+)
+def test_micro_batch_is_a_share_at_most(wanted, batch, replicas, found):
+    devices = open_devices(SingleRank(), cpu_devices=3)
+    assert devices.micro_batch(wanted, batch, replicas) == found

@@ -147,7 +147,7 @@ def test_scene_tables_show_every_score(run):
 def test_times_add_up_to_the_duration_of_the_run(run):
     training = results(run)["training"]
     change(run, training=training | {"input_seconds_per_epoch": [0.25, 0.125]}, seconds=50.0)
-    text = page_of(run).text.split("Times The run ")[1].split("One scene")[0]
+    text = page_of(run).text.split("The run part time ")[1].split("One scene")[0]
     names = ("waiting for data", "steps", "validation", "checkpoints", "writing", "inference")
     shown = [float(s) for s in re.findall(r"(-?[\d.]+(?:e-\d+)?) s\b", text)]
     assert "training: waiting for data 0.375 s" in text and all(name in text for name in names)

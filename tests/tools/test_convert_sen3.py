@@ -314,13 +314,6 @@ def pack(product, path):
     return path
 
 
-def test_zip_file_gives_the_same_scene(day, tmp_path):
-    folder = tmp_path / "from_zip"
-    (zipped,) = convert(folder, pack(day[0], tmp_path / "any name.zip"))
-    (plain,) = convert(tmp_path / "from_folder", day[0])
-    assert zipped.name == plain.name and zipped.read_bytes() == plain.read_bytes()
-
-
 def test_positions_have_the_names_that_export_masks_reads(day, tmp_path):
     (path,) = convert(tmp_path, day[0], "--positions")
     positions = read_positions(path, None, path.stem, SHAPE)
@@ -330,13 +323,13 @@ def test_positions_have_the_names_that_export_masks_reads(day, tmp_path):
         np.testing.assert_allclose(degrees, day[1][f"{name}_nadir"], atol=1e-5)
 
 
-def test_parallel_conversion_gives_the_same_scenes(day, night, tmp_path):
-    products = (day[0], night[0])
-    one, other = convert(tmp_path / "one", *products), tmp_path / "two"
-    two = convert(other, *products, "--jobs", "2")
+def test_zip_files_and_parallel_jobs_give_the_same_scenes(day, night, tmp_path):
+    one = convert(tmp_path / "one", day[0], night[0])
+    zipped = pack(day[0], tmp_path / "any name.zip")
+    two = convert(tmp_path / "two", zipped, night[0], "--jobs", "2")
     assert len(one) == 2
     for a, b in zip(one, two, strict=True):
-        assert a.relative_to(tmp_path / "one") == b.relative_to(other)
+        assert a.relative_to(tmp_path / "one") == b.relative_to(tmp_path / "two")
         assert a.read_bytes() == b.read_bytes()
 
 
@@ -582,25 +575,6 @@ def test_unusable_product_ends_in_one_line(product, tmp_path, capsys, what):
     assert line.startswith(f"1 of 1, failed: {path}: ") and reason in line
     assert last == "Error: 0 converted, 0 skipped, 1 failed. The lines above give the reasons."
     assert not list(tmp_path.rglob("outside*"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        (["nowhere.SEN3", "-o", "x"], "No product nowhere.SEN3"),
-        ([".", "-o", "/dev/null"], "/dev/null"),
-    ],
-)
-def test_wrong_path_ends_in_one_line(capsys, arguments, reason):
-    assert convert_sen3.main(arguments) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("Error: ") and reason in line
-
-
-def test_number_of_jobs_is_checked(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        convert_sen3.main([".", "-o", ".", "--jobs", "0"])
-    assert "--jobs should be 1 or more, found 0" in capsys.readouterr().err
 
 
 def test_failed_write_leaves_the_existing_scene(day, tmp_path, monkeypatch, capsys):

@@ -750,15 +750,6 @@ def test_full_disk_ends_the_download_with_one_line(scenes, download, small_disk,
 # --- the command line and the screen ------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "options", [["--scenes", "0"], ["--transfers", "x"], ["--verify", "--scenes", "1"]]
-)
-def test_wrong_options_exit_with_status_2(download, options):
-    with pytest.raises(SystemExit) as ended:
-        download(*options)
-    assert ended.value.code == 2
-
-
 def test_missing_boto3_is_one_line_with_the_command_that_installs_it(download, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "boto3", None)
     assert download() == 2
@@ -766,30 +757,11 @@ def test_missing_boto3_is_one_line_with_the_command_that_installs_it(download, m
     assert "boto3" in line and "pip install -r requirements-tools.txt" in line
 
 
-def test_help_imports_no_large_package():
-    code = (
-        "import sys; sys.path[:0] = ['.', 'tools']; from tools.download_data import main\n"
-        "try: main(['--help'])\n"
-        "finally: print({'tensorflow', 'keras', 'h5py', 'numpy', 'boto3'} & set(sys.modules))"
-    )
-    command = [sys.executable, "-c", code]
-    answer = subprocess.run(command, capture_output=True, text=True, cwd=PROGRAM.parents[1])
-    assert answer.stdout.endswith("set()\n"), answer.stderr
-
-
 def test_batch_log_has_progress_with_the_time_left(scenes, download, monkeypatch, capsys):
     monkeypatch.setattr(console, "LINE_SECONDS", 0)
     assert download() == 0
     lines = re.findall(r"^Downloading: (\d) of 5, \S+ .*left$", capsys.readouterr().err, re.M)
     assert lines == ["1", "2", "3", "4"]
-
-
-def test_terminal_has_a_bar_of_bytes(scenes, download, monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    download.proxy.faults[DAY[0]].append(cut(300_000))
-    assert download("--transfers", "1") == 0
-    download.assert_complete()
-    assert re.search(r"Downloading: +\d+%.*/7.50M \[\d+:\d+<", capsys.readouterr().err)
 
 
 # --- verification -------------------------------------------------------------------------------

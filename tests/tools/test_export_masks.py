@@ -331,15 +331,3 @@ def test_unusable_input_ends_in_one_line(run, scenes, tmp_path, capsys, damage, 
     (line,) = (s for s in capsys.readouterr().err.splitlines() if s.startswith("Error: "))
     assert reason in line
     assert not list(run.rglob("*.part*"))
-
-
-@pytest.mark.parametrize(
-    ("kind", "package"), [("netcdf", "h5netcdf"), ("geotiff", "rasterio"), ("png", "PIL")]
-)
-def test_missing_package_is_reported_with_the_install_command(
-    run, monkeypatch, capsys, kind, package
-):
-    monkeypatch.setitem(sys.modules, package, None)
-    assert export_masks.main([str(run), "--format", kind]) == 2
-    error = capsys.readouterr().err
-    assert package in error and "pip install -r requirements-tools.txt" in error

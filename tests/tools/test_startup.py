@@ -14,7 +14,9 @@ WRONG_PATHS = {
     "export_model": ["nowhere", "--format", "onnx", "-o", "out"],
     "validate_sst": ["nowhere", "nowhere.csv"],
 }
-HEAVY = {"tensorflow", "keras", "scipy", "matplotlib", "rasterio", "h5netcdf", "PIL", "onnx"}
+HEAVY = {
+    "boto3", "h5netcdf", "keras", "matplotlib", "onnx", "PIL", "rasterio", "scipy", "tensorflow",
+}  # fmt: skip
 
 # Runs a command as a program and prints the packages that it imported.
 RUN = """
@@ -35,11 +37,24 @@ def run(command, arguments, folder):
     return done.returncode, done.stderr, set(json.loads(done.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("command", ["make_scenes", *WRONG_PATHS])
+@pytest.mark.parametrize("command", ["download_data", "make_scenes", *WRONG_PATHS])
 @pytest.mark.parametrize(("option", "expected"), [("--help", 0), ("--unknown", 2)])
 def test_help_and_usage_errors_import_no_heavy_package(tmp_path, command, option, expected):
     status, _, imported = run(command, [option], tmp_path)
     assert status == expected and not HEAVY & imported
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "reason"),
+    [
+        ("convert_sen3", [".", "-o", ".", "--jobs", "0"], "--jobs: expected 1 or more, found '0'"),
+        ("download_data", ["--scenes", "-1"], "--scenes: expected 1 or more, found '-1'"),
+        ("download_data", ["--verify", "--scenes", "1"], "omit --scenes"),
+    ],
+)
+def test_wrong_numbers_are_usage_errors(tmp_path, command, options, reason):
+    status, error, _ = run(command, options, tmp_path)
+    assert status == 2 and reason in error.splitlines()[-1]
 
 
 @pytest.mark.parametrize("command", WRONG_PATHS)

@@ -159,13 +159,9 @@ def test_readme_has_reference_and_submitted_values(submitted, made):
     digest = hashlib.sha256((submitted / "result-1.txt").read_bytes()).hexdigest()
     assert rows["result-1.txt"][1:3] == [f"{accuracy:.4f}", "2"]
     assert rows["result-1.txt"][-1] == digest
-
-
-def test_time_to_train_is_that_of_the_log(submitted, made):
     times = {event["key"]: event["time_ms"] for event in read_log(made)}
     seconds = (times["eval_stop"] - times["run_start"]) / 1000
-    row = table_rows((submitted / "README.md").read_text())["time_to_train"]
-    assert row[1] == f"{seconds:.1f} ± 0.0"
+    assert rows["time_to_train"][1] == f"{seconds:.1f} ± 0.0"
 
 
 def test_given_reference_counts_too(made, run, tmp_path):
@@ -472,17 +468,15 @@ def test_edited_config_file_is_named(run, values, text):
 
 
 @pytest.mark.parametrize(
-    ("config", "text"),
+    ("key", "value"),
     [
-        ({"organisation": "unknown"}, "organisation is 'unknown'"),
-        ({"organisation": ".."}, "organisation is '..'"),
-        ({"division": "ajar"}, "division is 'ajar'"),
-        ({"benchmark": "earthquake"}, "benchmark is 'earthquake'"),
+        ("organisation", "unknown"), ("organisation", ".."), ("division", "ajar"),
+        ("benchmark", "earthquake"),
     ],
-)
-def test_configuration_that_cannot_be_submitted_is_named(made, tmp_path, config, text):
-    folder = copy(made, tmp_path / "a", config=config)
-    assert any(text in fault for fault in faults(folder))
+)  # fmt: skip
+def test_configuration_that_cannot_be_submitted_is_named(made, tmp_path, key, value):
+    folder = copy(made, tmp_path / "a", config={key: value})
+    assert any(f"{key} is '{value}'" in fault for fault in faults(folder))
 
 
 def test_closed_division_requires_the_reference_workload(made, tmp_path):
@@ -554,24 +548,22 @@ def test_existing_submission_is_not_changed(submitted, tmp_path, capsys):
     assert submit(tmp_path / "a", to=tmp_path / "out", descriptor="experiment-2") == 0
 
 
-@pytest.mark.parametrize("option", ["system", "descriptor"])
-@pytest.mark.parametrize("name", ["", "a b", "../x", ".x", "é", "a/b"])
-def test_name_outside_the_folder_is_rejected(run, tmp_path, option, name, capsys):
-    assert submit(run, to=tmp_path / "out", **{option: name}) == 2
-    assert f"--{option}" in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("content", ["{", "[1]", '{"coolling": "air"}', '{"system_name": "x"}'])
-def test_invalid_system_json_is_rejected(run, tmp_path, content, capsys):
-    (tmp_path / "system.json").write_text(content)
-    status = submit(run, to=tmp_path / "out", **{"system-json": tmp_path / "system.json"})
-    assert status == 2 and "system.json" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("text", ["accuracy", "accuracy=high", "accuracy=nan", "speed=1"])
-def test_invalid_reference_is_rejected(run, tmp_path, text, capsys):
-    assert submit(run, to=tmp_path / "out", reference=text) == 2
-    assert "--reference" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("system", ["", "a b", "../x", ".x", "é", "a/b"]),
+        ("descriptor", ["", "a b", "../x", ".x", "é", "a/b"]),
+        ("system-json", ["{", "[1]", '{"coolling": "air"}', '{"system_name": "x"}']),
+        ("reference", ["accuracy", "accuracy=high", "accuracy=nan", "speed=1"]),
+    ],
+)
+def test_invalid_value_of_an_option_is_rejected(run, tmp_path, option, values, capsys):
+    for value in values:
+        if option == "system-json":
+            (tmp_path / "system-json").write_text(value)
+            value = tmp_path / "system-json"
+        assert submit(run, to=tmp_path / "out", **{option: value}) == 2
+        assert option in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("names", [["nowhere.sh"], ["run.sh"], ["x/job.sh", "y/job.sh"]])

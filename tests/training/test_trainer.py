@@ -202,13 +202,21 @@ def test_patches_of_weight_0_have_no_influence(name):
     assert any((old != new).any() for old, new in zip(start, after[0], strict=False))
 
 
-def test_batch_without_patches_changes_no_weight():
+def test_first_batch_without_patches_changes_no_weight():
     trainer = small_trainer(lambda: small((P, P, 9)))
     before = trainer.model.get_weights()
     trainer.train_step(batch_of((0, 0, 0, 0)))
     for a, b in zip(before, trainer.model.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
     assert trainer.train_totals == [0, 0, 0] and trainer.first_bad_step() == 0
+
+
+def test_first_step_of_adam_moves_weights_by_the_learning_rate():
+    trainer = small_trainer(lambda: small((P, P, 9)), learning_rate=0.02)
+    before = trainer.model.get_weights()
+    trainer.train_step(batch_of((1, 1, 1, 1)))
+    steps = [abs(b - a).max() for a, b in zip(before, trainer.model.get_weights(), strict=True)]
+    assert steps == pytest.approx([0.02] * len(steps), rel=1e-3)
 
 
 def with_layer(layer):
@@ -374,7 +382,9 @@ def test_warm_up_traces_both_steps_and_changes_nothing():
     assert trainer.warm_up(batches.replica_batch, batches.replica_batch) > 0
     for old, variable in zip(before, variables, strict=True):
         np.testing.assert_array_equal(old, variable.numpy())
+    assert trainer.train_totals == [0, 0, 0]
     trainer.eval_step(next(feed))
+    assert trainer.pop_eval_metrics()["patches"] == 11
     trainer.train_step(next(feed))
     for step in (trainer.train_step, trainer.eval_step):
         assert step.experimental_get_tracing_count() == 1

@@ -63,9 +63,8 @@ def value_faults(run):
     logged = {event_name(event): event.value["value"] for event in read_events(run)[0]}
     # The log may have more epochs than history.csv, and it may hide that the run was resumed.
     expected |= {name: None for name in logged if name.startswith("eval_accuracy")}
-    expected |= {
-        f"eval_accuracy of epoch {row['epoch']}": row["val_accuracy"] for row in run.history
-    }
+    for row in run.history:
+        expected[f"eval_accuracy of epoch {row['epoch']}"] = row["val_accuracy"]
     expected["last resumed"] = run.results["resumed"]
     logged["last resumed"] = max((logged[n] for n in logged if n.startswith("resumed")), default=0)
     return [
@@ -79,15 +78,11 @@ def time_faults(run):
     """Compare the times in the log with those that the run measured."""
     events = read_events(run)[0]
     times = {event_name(event): event.timestamp / 1000 for event in events}
-    spans = [
-        (
-            f"epoch_start of epoch {row['epoch']}",
-            f"eval_stop of epoch {row['epoch']}",
-            row["seconds"],
-        )
-        for row in run.history
-        if f"resumed of epoch {row['epoch']}" not in times  # which the log shows too short
-    ]
+    spans = []
+    for row in run.history:
+        epoch = f"of epoch {row['epoch']}"
+        if f"resumed {epoch}" not in times:  # the log shows an epoch that was resumed too short
+            spans.append((f"epoch_start {epoch}", f"eval_stop {epoch}", row["seconds"]))
     if not run.results["resumed"]:
         spans.append(("inference_start", "inference_stop", run.results["inference"]["seconds"]))
     faults = []

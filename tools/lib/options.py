@@ -1,14 +1,32 @@
-"""Command-line options that several commands share."""
+"""The parser and the arguments that several commands share."""
 
+import argparse
 from pathlib import Path
 
 
-def add_mask_options(add):
-    """Add the options that choose masks of a run and the folder of their scenes.
+def command_parser(description):
+    """A parser with a module's docstring as --help, and with the option --verbose."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--verbose", action="store_true", help="show tracebacks")
+    return parser
+
+
+def positive(text):
+    """Type of an option: a number, 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, found {text!r}")
+    return int(text)
+
+
+def add_mask_arguments(add):
+    """Add the run's folder and the options that choose its masks and the folder of their scenes.
 
     Args:
         add: The add_argument of the command's parser.
     """
+    add("run", type=Path, metavar="RUN_DIR", help="folder of the run")
     add("--data", type=Path, help="folder of the scene files (default: the run's inference_dir)")
     add(
         "--geodetic", metavar="PATH", type=Path,

@@ -15,8 +15,16 @@ from harness.files import write_text
 from harness.inference.scores import SCORES, TARGET_ACCURACY
 from harness.records.report import pictures
 from harness.records.report.charts import chart
-from harness.records.report.one_run import cell, describe_run, numbers, scene_folder, setting, table
-from harness.records.saved_runs import MEASURES, differences, labels, measures, number, read_run
+from harness.records.report.one_run import (
+    BASELINES,
+    cell,
+    column,
+    describe_run,
+    scene_folder,
+    setting,
+    table,
+)
+from harness.records.saved_runs import MEASURES, differences, labels, measures, read_run
 
 
 def make_report(run_folder, data=None, output=None):
@@ -34,37 +42,16 @@ def make_report(run_folder, data=None, output=None):
         UserError: If the folder is not that of a run, or a file in it is damaged.
     """
     run = read_run(run_folder)
-    output = output or run.folder / "report.html"
-    return write_page(output, describe_run(run, data))
+    return write_page(output or run.folder / "report.html", describe_run(run, data))
 
 
 def make_comparison(run_folders, output):
-    """Make one page of several runs.
-
-    Args:
-        run_folders: Folders of runs.
-        output: File to write.
-
-    Returns:
-        Path of the page.
-
-    Raises:
-        UserError: As `make_report`.
-    """
-    runs = [read_run(folder) for folder in run_folders]
-    return write_page(output, describe_runs(runs))
+    """Make one page of several runs and return its path; raises UserError as `make_report`."""
+    return write_page(output, describe_runs(list(map(read_run, run_folders))))
 
 
 def write_pictures(run_folder, output, data=None):
-    """Write the pictures of each masked scene as PNG.
-
-    Args:
-        run_folder: The run's folder.
-        output: Folder to write to.
-        data: As in `make_report`.
-
-    Returns:
-        Number of pictures.
+    """Write the pictures of each masked scene as PNG to a folder; returns how many.
 
     Raises:
         UserError: If there is no mask, or a scene file is missing or differs from the one masked.
@@ -78,13 +65,14 @@ def write_pictures(run_folder, output, data=None):
             f"{len(missing)} of {len(masks)} masked scenes are not in {folder}, for example "
             f"{missing[0]}. Name the folder of the scene files with --data."
         )
-    accuracies = {str(row.get("scene")): number(row.get("accuracy")) for row in run.scenes}
+    accuracies = {row.get("scene"): row.get("accuracy") for row in run.scenes}
     for path in progress(masks, "Drawing", len(masks)):
         scene = pictures.read_masked_scene(path, scenes[path.stem])
-        accuracy = accuracies.get(path.stem)
-        facts = f"run {run.name}" + ("" if accuracy is None else f", accuracy {accuracy:.4f}")
+        _, accuracy = cell(accuracies.get(path.stem), SCORES["accuracy"].show)
         png = Path(output) / f"{path.stem}.png"
-        pictures.write_png(png, path.stem, facts, pictures.panels(scene))
+        pictures.write_png(
+            png, path.stem, f"run {run.name}, accuracy {accuracy}", pictures.panels(scene)
+        )
     return len(masks)
 
 
@@ -92,21 +80,20 @@ def describe_runs(runs):
     """Everything that the page shows of several runs; its charts name runs by number."""
     measured = {str(n): measures(run) for n, run in enumerate(runs, 1)}
     columns = [key for key in MEASURES if any(m[key] is not None for m in measured.values())]
-    compared = ["accuracy", *(key for key, score in SCORES.items() if score.kind == "baseline")]
+    numbers = range(1, len(runs) + 1)
     accuracies = {
-        SCORES[key].label: ([m[key] for _, m in known], [int(n) for n, _ in known])
-        for key in compared
-        if (known := [(n, m) for n, m in measured.items() if m[key] is not None])
+        SCORES[key].label: ([m[key] for m in measured.values()], numbers)
+        for key in ("accuracy", *BASELINES)
+        if key in columns
     }
     found = []
     if accuracies:
-        ticks = range(1, len(runs) + 1)
-        accuracies[f"target {TARGET_ACCURACY}"] = ([TARGET_ACCURACY] * len(runs), ticks)
-        options = {"height": 1.2 + 0.3 * len(runs), "yticks": ticks, "points": True}
+        accuracies[f"target {TARGET_ACCURACY}"] = ([TARGET_ACCURACY] * len(runs), numbers)
+        options = {"height": 1.2 + 0.3 * len(runs), "yticks": numbers, "points": True}
         found.append(chart("Accuracy and baselines", "accuracy", "run", accuracies, **options))
     for key in ("val_loss", "val_accuracy"):
         lines = {
-            str(n): tuple(numbers([row.get(k) for row in run.history]) for k in ("epoch", key))
+            str(n): (column(run.history, "epoch"), column(run.history, key))
             for n, run in enumerate(runs, 1)
             if run.history
         }

@@ -91,10 +91,7 @@ def thin(values):
     Args:
         values: (n,) or (n, columns).
     """
-    values = np.asarray(values, float)
+    values = np.ma.masked_invalid(np.asarray(values, float))
     step = max(1, -(-len(values) // MAX_POINTS))
-    starts = np.arange(0, len(values), step)
-    known = np.isfinite(values)
-    count = np.add.reduceat(known, starts, dtype=float)
-    total = np.add.reduceat(np.where(known, values, 0), starts)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    parts = [values[i : i + step].mean(axis=0) for i in range(0, len(values), step)]
+    return np.ma.stack(parts).filled(np.nan)

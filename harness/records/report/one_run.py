@@ -10,15 +10,16 @@ from harness.config import Config, load_config
 from harness.console import format_bytes, format_duration, progress
 from harness.data.mask_files import mask_files
 from harness.errors import UserError
-from harness.inference.scores import SCORES, TARGET_ACCURACY
+from harness.inference.scores import MEAN_SCORES, SCORES
 from harness.records.report import pictures
 from harness.records.report.charts import chart
-from harness.records.saved_runs import MEASURES, PLACES, measures, number
+from harness.records.saved_runs import MEASURES, PLACES, measures
 
 BINS = 1000  # of probability
 RELIABILITY_BINS = 20
 MIN_PIXELS = 100  # of a point in the reliability diagram
 MAX_GAP = 30.0  # [s] between two samples in a chart; a resumed run may have waited for days
+BASELINES = [key for key, score in SCORES.items() if score.kind == "baseline"]
 SCORE_COLUMNS = {score.label: score.meaning for score in SCORES.values()}
 SCENE_PARTS = {
     "read": "reading, in parallel with the network", "network": "network", "stitch": "stitching",
@@ -26,27 +27,25 @@ SCENE_PARTS = {
 }  # fmt: skip
 
 
-def numbers(values):
-    """Numbers of what should be a list of them, NaN for anything else."""
-    known = map(number, values if isinstance(values, list) else [])
-    return [math.nan if value is None else value for value in known]
-
-
 def mean(values):
-    """Mean of the numbers among the values; None without any."""
-    known = [value for value in map(number, values) if value is not None]
-    return sum(known) / len(known) if known else None
+    """Mean of the numbers among the values; NaN without any."""
+    known = [value for value in values if not is_missing(value)]
+    return sum(known) / len(known) if known else math.nan
 
 
-def dictionaries(values):
-    """The dictionaries in what should be a list of them."""
-    return [value for value in (values if isinstance(values, list) else []) if type(value) is dict]
+def is_missing(value):
+    """Whether a value of a run is no number."""
+    return value is None or math.isnan(value)
+
+
+def column(rows, key):
+    """The numbers of a column, NaN where there is none: float (n,)."""
+    return np.array([row.get(key, math.nan) for row in rows], float)
 
 
 def cell(value, show):
     """A number in a table: its value, by which rows are sorted, and its text."""
-    value = number(value)
-    return (None, "–") if value is None else (value, show(value))
+    return (None, "–") if is_missing(value) else (value, show(value))
 
 
 def table(name, columns, rows, sort=None, is_long=False):
@@ -74,13 +73,13 @@ def describe_run(run, data=None):
     Raises:
         UserError: If a table or mask of the run is damaged.
     """
-    results, inference = run.results, run.results["inference"]
+    results = run.results
     notes = [f"Error: {results['error']}"] if results.get("error") else []
     if run.status in ("running", "starting"):
         notes.append("The run had not ended when this page was made, or it was killed.")
     masks, rows = mask_files(run.folder), run.scenes
     if masks and not rows:  # the run was stopped before it wrote scenes.csv
-        rows = dictionaries([pictures.read_row(path) for path in masks.values()])
+        rows = [pictures.read_row(path) for path in masks.values()]
         notes.append(f"Inference did not finish: scores are those of the {len(rows)} masks so far.")
     folder = scene_folder(run, data)
     scenes = pictures.scenes_by_name(folder) if masks else {}
@@ -98,13 +97,13 @@ def describe_run(run, data=None):
     scene_columns = {"scene": "", "kind": "", **SCORE_COLUMNS, "seconds": "Inference."}
     bad_scenes = [
         [str(bad.get(key, "")) for key in ("path", "reason", "during")]
-        for bad in dictionaries(results.get("bad_scenes"))
+        for bad in results.get("bad_scenes", [])
     ]
     return {
         "name": run.name,
         "status": run.status,
         "notes": notes,
-        "cards": cards(run, rows),
+        "headline": headline(run, rows),
         "sections": {
             "What ran where": {
                 "facts": facts(run),
@@ -114,7 +113,7 @@ def describe_run(run, data=None):
                 ) + table("Bad scenes", ("file", "reason", "during"), bad_scenes),
             },
             "Training": {"charts": training_charts(run)},
-            "Times": {"bars": times_of_run(run) + times_of_scene(inference)},
+            "Times": {"tables": times(run)},
             "Pictures": {"pictures": chosen},
             "Scores": {
                 "charts": score_charts,
@@ -146,72 +145,38 @@ def scene_folder(run, data=None):
         return Path(str(run.results["config"].get("inference_dir", "unknown")))
 
 
-def cards(run, rows):
-    """The metrics in large type: the accuracy with its baselines, and the two speeds."""
-    values, inference = measures(run), run.results["inference"]
-    for key in SCORES:  # a run that was stopped has them in the rows alone
-        mean_of_rows = mean([row.get(key) for row in rows])
-        values[key] = mean_of_rows if number(inference.get(key)) is None else inference[key]
-    texts = {
-        key: None if values[key] is None else m.show(values[key]) for key, m in MEASURES.items()
-    }
-    baselines = [key for key, score in SCORES.items() if score.kind == "baseline"]
+def headline(run, rows):
+    """The metrics in large type and the accuracies next to the target: texts, bars and n_scenes."""
+    values = measures(run)
+    for key in MEAN_SCORES:  # a run that was stopped has them in the rows alone
+        if values[key] is None:
+            values[key] = mean([row.get(key) for row in rows])
+    texts = {key: m.show(values[key]) for key, m in MEASURES.items() if not is_missing(values[key])}
     bars = [
-        (MEASURES[key].label, values[key], texts[key], MEASURES[key].meaning)
-        for key in ("accuracy", "valid_accuracy", *baselines, "val_accuracy")
-        if texts[key]
+        (MEASURES[key], values[key], texts[key])
+        for key in ("accuracy", "valid_accuracy", *BASELINES, "val_accuracy")
+        if key in texts
     ]
-
-    def card(title, key, note, missing, bars=()):
-        text = texts[key]
-        return {
-            "title": title,
-            "text": text or "–",
-            "note": note if text else missing,
-            "bars": bars,
-        }
-
-    return [
-        card(
-            "Accuracy", "accuracy",
-            "Agreement with the Bayesian mask, mean over scenes. "
-            f"Dashed: the target, {TARGET_ACCURACY}.",
-            "The scenes have no labels." if rows else "No scenes were masked.", bars,
-        ),
-        card(
-            "Seconds per scene", "seconds_per_scene",
-            "Inference, wall time: reading, network, stitching, scoring, writing.",
-            "Inference did not finish.",
-        ),
-        card(
-            "Training patches per second", "patches_per_second",
-            "All replicas together, without the first epoch. "
-            f"{texts['epochs']} epochs, {texts['seconds_per_epoch']} s per epoch.",
-            "Nothing was trained.",
-        ),
-    ]  # fmt: skip
+    return {"texts": texts, "bars": bars, "n_scenes": len(rows)}
 
 
 def facts(run):
     """What ran where, {name: text}."""
-    results, training, inference = run.results, run.results["training"], run.results["inference"]
-    devices, config, sampling = results["devices"], results["config"], results["sampling"]
-    parts, network, peaks = (
-        dictionaries(results.get("parts")),
-        results.get("network"),
-        measures(run),
-    )
-    if isinstance(network, dict):
-        network = ", ".join(f"{key} {value}" for key, value in network.items())
+    results, training, sampling = run.results, run.results["training"], run.results["sampling"]
+    devices, config, peaks = results["devices"], results["config"], measures(run)
+    parts = results.get("parts", [])
 
     def shown(show, value):
-        return None if number(value) is None or value < 0 else show(value)
+        return show(value) if value and value > 0 else None
 
     def counted(part, **words):
         return ", ".join(f"{part[key]} {word}" for key, word in words.items() if part.get(key))
 
+    def listed(values):
+        return ", ".join(f"{name} {value}" for name, value in values.items())
+
     def energy(name):
-        return shown(lambda joules: f"{joules / 3.6e6:.3g} kWh", sampling.get(name) or None)
+        return shown(lambda joules: f"{joules / 3.6e6:.3g} kWh", sampling.get(name))
 
     found = {
         "Devices": devices.get("description"),
@@ -219,21 +184,20 @@ def facts(run):
         "Organisation": config.get("organisation"),
         "Start": str(results.get("start") or "").replace("T", " ").replace("+00:00", " UTC"),
         "Duration": shown(format_duration, results.get("seconds")),
-        "Parts": ", ".join(
+        "Parts": len(parts) > 1 and ", ".join(
             f"{part.get('status')} after {shown(format_duration, part.get('seconds'))}"
             for part in parts
-            if len(parts) > 1
         ),
         "Mode": results.get("mode"),
         "Job": results.get("job"),
-        "Network": network,
+        "Network": listed(results.get("network", {})),
         "Loss": config.get("loss"),
         "Training": counted(
             training, scenes_train="scenes", patches_train="patches", epochs_run="epochs"
         ),
         "Best epoch": training.get("best_epoch"),
         "Validation": counted(training, scenes_test="scenes", patches_test="patches"),
-        "Inference": counted(inference, scenes="scenes"),
+        "Inference": counted(results["inference"], scenes="scenes"),
         "Precision": config.get("precision"),
         "Deterministic": {"True": "yes", "False": "no"}.get(str(devices.get("deterministic"))),
         "Peak memory": shown(format_bytes, peaks["peak_rss"]),
@@ -245,9 +209,9 @@ def facts(run):
         "Read, with cache": shown(format_bytes, sampling.get("read_bytes")),
         "Written, with cache": shown(format_bytes, sampling.get("written_bytes")),
         "Commit": results.get("git_commit"),
-        "Versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
-    }
-    return {name: str(value) for name, value in found.items() if value not in (None, "")}
+        "Versions": listed(results["versions"]),
+    }  # fmt: skip
+    return {name: str(value) for name, value in found.items() if value}
 
 
 def changed_settings(config):
@@ -272,64 +236,56 @@ def training_charts(run):
     """Charts of loss, accuracy and seconds of each epoch; none without training."""
     if not run.history:
         return []
-    training, epochs = run.results["training"], numbers([row.get("epoch") for row in run.history])
+    training, epochs = run.results["training"], column(run.history, "epoch")
     found = []
     for key in ("loss", "accuracy"):
-        names = {"validation": f"val_{key}", "training": key}
         lines = {
-            name: (epochs, numbers([row.get(column) for row in run.history]))
-            for name, column in names.items()
+            name: (epochs, column(run.history, start + key))
+            for name, start in {"validation": "val_", "training": ""}.items()
         }
-        best = number(training.get("best_epoch"))
+        best = training.get("best_epoch")
         found.append(chart(f"Training and validation {key}", "epoch", key, lines, best=best))
-    names = {"epoch": "", "training": "train_", "waiting for data": "input_"}
+    starts = {"epoch": "", "training": "train_", "waiting for data": "input_"}
     lines = {
         name: (range(1, len(seconds) + 1), seconds)
-        for name, start in names.items()
-        if (seconds := numbers(training.get(f"{start}seconds_per_epoch")))
+        for name, start in starts.items()
+        if (seconds := training.get(f"{start}seconds_per_epoch"))
     }
     return [*found, chart("Seconds per epoch", "epoch", "seconds", lines, ylim=(0, None))]
 
 
-def times_of_run(run):
-    """How long the parts of a run took, with the remainder at the end, as `bars`."""
-    results, training = run.results, run.results["training"]
-    trained, waited, both = (
-        float(np.nansum(numbers(training.get(f"{part}seconds_per_epoch"))))
-        for part in ("train_", "input_", "")
+def times(run):
+    """Tables of how long the parts of the run took, and those of masking a scene on average."""
+    results, training, inference = run.results, run.results["training"], run.results["inference"]
+    waited, trained, both = (
+        sum(s or 0 for s in training.get(f"{part}seconds_per_epoch", []))
+        for part in ("input_", "train_", "")
     )
-    parts = dictionaries(results.get("parts"))
+    parts = results.get("parts", [])
     last = " (last part)" if len(parts) > 1 else ""  # unknown for earlier parts
-    times = {
-        f"setup: tracing, compiling{last}": number(training.get("warm_up_seconds")),
+    of_run = {
+        f"setup: tracing, compiling{last}": training.get("warm_up_seconds"),
         "training: waiting for data": waited,
         "training: steps": trained - waited,
         "validation": both - trained,
-        "checkpoints": np.nansum(numbers([part.get("checkpoint_seconds") for part in parts])),
-        f"inference{last}": number(results["inference"].get("seconds")),
+        "checkpoints": sum(part.get("checkpoint_seconds") or 0 for part in parts),
+        f"inference{last}": inference.get("seconds"),
     }
-    times = {name: float(seconds) for name, seconds in times.items() if seconds}
-    rest = (number(results.get("seconds")) or 0) - sum(times.values())
-    rest = {"other: start, scene checks, writing": rest} if times and rest > 0 else {}
-    return bars("The run", times | rest)
+    rest = (results.get("seconds") or 0) - sum(s or 0 for s in of_run.values())
+    if any(of_run.values()) and rest > 0:
+        of_run["other: start, scene checks, writing"] = rest
+    of_scene = inference.get("seconds_per_scene_parts", {})
+    of_scene = {word: of_scene.get(key) for key, word in SCENE_PARTS.items()}
+    return times_table("The run", of_run) + times_table("One scene, on average", of_scene)
 
 
-def times_of_scene(inference):
-    """How long the parts of masking a scene took on average, as `bars`."""
-    parts = inference.get("seconds_per_scene_parts")
-    parts = parts if isinstance(parts, dict) else {}
-    times = {word: parts[key] for key, word in SCENE_PARTS.items() if number(parts.get(key))}
-    return bars("One scene, on average", times)
+def times_table(title, seconds):
+    """A table of durations, in a list; without those that are 0 or unknown."""
 
+    def show(s):
+        return format_duration(s) if s >= 10 else f"{s:.3g} s"
 
-def bars(title, times):
-    """A group of bars, title and [(name, share of the longest, text)], in a list; or none."""
-    longest = max(times.values(), default=0)
-    members = [
-        (name, s / longest, format_duration(s) if s >= 10 else f"{s:.3g} s")
-        for name, s in times.items()
-    ]
-    return [(title, members)] if members else []
+    return table(title, ("part", "time"), [[k, cell(s, show)] for k, s in seconds.items() if s])
 
 
 # --- scenes ---------------------------------------------------------------------------------
@@ -343,41 +299,47 @@ def score_cells(values):
 def scene_rows(rows):
     """Rows of the table of scenes, those with the lowest accuracy first."""
     shown = [
-        [str(row.get("scene", "")), str(row.get("day_night", "")), *score_cells(row)]
+        [row.get("scene", ""), row.get("day_night", ""), *score_cells(row)]
         + [cell(row.get("seconds"), "{:.2f}".format)]
         for row in rows
     ]
     return sorted(shown, key=lambda row: math.inf if row[2][0] is None else row[2][0])
 
 
+def by_kind(rows):
+    """Rows of scenes by day_night, sorted."""
+    groups = {}
+    for row in sorted(rows, key=lambda row: row.get("day_night", "")):
+        groups.setdefault(row.get("day_night", ""), []).append(row)
+    return groups
+
+
 def means(rows):
     """Rows of means over day, night and all scenes; none if all are of one kind."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(str(row.get("day_night", "")), []).append(row)
-    groups = dict(sorted(groups.items())) | {"all": rows} if len(groups) > 1 else {}
+    groups = by_kind(rows)
     return [
         [kind, (len(group), str(len(group)))]
         + score_cells({key: mean([row.get(key) for row in group]) for key in SCORES})
-        for kind, group in groups.items()
+        for kind, group in (groups | {"all": rows}).items()
+        if len(groups) > 1
     ]
 
 
 def scene_chart(rows):
     """A list of the chart of accuracies; empty without any."""
-    groups = {}
-    for row in rows:
-        point = number(row.get("all_cloud_accuracy")), number(row.get("accuracy"))
-        kind = row.get("day_night") if row.get("day_night") in ("day", "night") else "unknown"
-        if None not in point:
-            groups.setdefault(kind, []).append(point)
-    if not groups:
+    keys = ("all_cloud_accuracy", "accuracy")
+    known = [
+        row for row in rows
+        if row.get("day_night") in ("day", "night")  # a chart has no text from files
+        and not any(is_missing(row.get(key)) for key in keys)
+    ]  # fmt: skip
+    if not known:
         return []
+    points = {kind: [column(group, key) for key in keys] for kind, group in by_kind(known).items()}
     return [
         chart(
-            "Accuracy of each scene", "share of cloud in the label", "accuracy",
-            {kind: tuple(zip(*groups[kind], strict=True)) for kind in sorted(groups)}, points=True,
-            diagonal="all cloud", height=3.2,
+            "Accuracy of each scene", "share of cloud in the label", "accuracy", points,
+            points=True, diagonal="all cloud", height=3.2,
             note="A mask above the dotted line is better than calling every pixel cloud.",
         )
     ]  # fmt: skip
@@ -440,14 +402,14 @@ def chosen_scenes(rows, pairs, problems):
     Returns:
         Dictionaries with `title`, `name` and `images`, pairs of a Panel and its address.
     """
-    rows = [row for row in rows if str(row.get("scene")) in pairs]
-    scored = [row for row in rows if number(row.get("accuracy")) is not None]
+    rows = [row for row in rows if row.get("scene") in pairs]
+    scored = [row for row in rows if not is_missing(row.get("accuracy"))]
     rows = sorted(scored, key=lambda row: row["accuracy"]) or rows
     # Of two scenes the second is the best, not the median.
     places = {0: "Worst scene", len(rows) // 2: "Median scene", len(rows) - 1: "Best scene"}
     found = []
     for place, title in places.items() if rows else ():
-        row, name = rows[place], str(rows[place]["scene"])
+        row, name = rows[place], rows[place]["scene"]
         try:
             panels = pictures.panels(pictures.read_masked_scene(*pairs[name]), pictures.MAX_COLS)
         except UserError as error:
@@ -465,35 +427,34 @@ def chosen_scenes(rows, pairs, problems):
 
 def machine_charts(run):
     """Charts of the samples over time: CPU, memory, files, GPUs and power; none without samples."""
-    samples = [row for row in run.samples if number(row.get("time")) is not None]
+    samples = [row for row in run.samples if not is_missing(row.get("time"))]
     if len(samples) < 2:
         return []
-    times = np.array([row["time"] for row in samples], float)
     # Minutes of running: gaps between the parts of a resumed run are cut to MAX_GAP.
-    running = np.append(0, np.cumsum(np.clip(np.diff(times), 0, MAX_GAP))) / 60
-    gpus = sorted({str(key).partition("_")[0] for key in samples[0] if str(key).startswith("gpu")})
+    steps = np.clip(np.diff(column(samples, "time")), 0, MAX_GAP)
+    running = np.append(0, np.cumsum(steps)) / 60
+    gpus = sorted({key.partition("_")[0] for key in samples[0] if key.startswith("gpu")})
 
-    def columns(*names, unit=1):
-        return np.array([numbers([row.get(name) for name in names]) for row in samples]) / unit
+    def of_gpus(name):
+        return [f"{gpu}_{name}" for gpu in gpus]
 
-    def of_gpus(name, unit=1):
-        return columns(*(f"{gpu}_{name}" for gpu in gpus), unit=unit)
-
-    plans = {
-        "CPU [cores]": {"CPU": columns("cpu_percent", unit=100)},
-        "memory [GB]": {"memory": columns("memory", unit=1e9)},
-        "files [MB/s]": {
-            "read": columns("read_rate", unit=1e6), "written": columns("write_rate", unit=1e6),
-        },
-        "GPU [%]": {"each GPU": of_gpus("percent")},
-        "GPU memory [GB]": {"each GPU": of_gpus("memory", 1e9)},
-        "power [W]": {"CPUs": columns("cpu_watts"), "each GPU": of_gpus("watts")},
-    }  # fmt: skip
+    plans = {  # label: unit, {name of the line: columns}
+        "CPU [cores]": (100, {"CPU": ["cpu_percent"]}),
+        "memory [GB]": (1e9, {"memory": ["memory"]}),
+        "files [MB/s]": (1e6, {"read": ["read_rate"], "written": ["write_rate"]}),
+        "GPU [%]": (1, {"each GPU": of_gpus("percent")}),
+        "GPU memory [GB]": (1e9, {"each GPU": of_gpus("memory")}),
+        "power [W]": (1, {"CPUs": ["cpu_watts"], "each GPU": of_gpus("watts")}),
+    }
     found = []
-    for label, lines in plans.items():
-        lines = {name: (running, y) for name, y in lines.items() if np.isfinite(y).any()}
-        top = 1.1 * max((np.nanmax(y) for _, y in lines.values()), default=0)
+    for label, (unit, names) in plans.items():
+        lines = {
+            name: (running, np.transpose([column(samples, key) for key in keys]) / unit)
+            for name, keys in names.items()
+        }
+        lines = {name: line for name, line in lines.items() if np.isfinite(line[1]).any()}
         if lines:
+            top = 1.1 * max(np.nanmax(y) for _, y in lines.values())
             title = f"{label} over time"
             found.append(chart(title, "minutes", label, lines, ylim=(0, top or 1)))
     return found

@@ -17,7 +17,7 @@ from harness.data.mask_files import measured_pixels, read_mask
 from harness.data.scene_files import walk_scenes
 from harness.errors import UserError
 from harness.files import replacing
-from harness.records.saved_runs import number
+from harness.records.saved_runs import clean_row
 
 CLEAR, CLOUD = (8, 48, 107), (255, 255, 255)  # of a mask
 DIFFERENCES = {  # neighbours in brightness have a contrast of at least 3, WCAG 2
@@ -34,36 +34,22 @@ PNG_DPI = 200
 
 @dataclass(frozen=True)
 class MaskedScene:
-    """A mask and its scene.
+    """A mask and its scene, rows and columns (H, W)."""
 
-    Attributes:
-        mask: bool (H, W), True is cloud.
-        label: bool (H, W), the Bayesian mask; None if the scene has none.
-        reflectances: float32 (H, W, 3) of S3, S2 and S1, NaN where missing; None by night.
-        temperatures: float32 (H, W, 3) of S7 to S9 [K], NaN where missing.
-    """
-
-    mask: np.ndarray
-    label: np.ndarray | None
-    reflectances: np.ndarray | None
-    temperatures: np.ndarray
+    mask: np.ndarray  # bool, True is cloud
+    label: np.ndarray | None  # bool, the Bayesian mask; None if the scene has none
+    reflectances: np.ndarray | None  # float32 (H, W, 3), S3, S2, S1; NaN if missing; None by night
+    temperatures: np.ndarray  # float32 (H, W, 3), S7 to S9 [K]; NaN if missing
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture.
-
-    Attributes:
-        title: What it shows.
-        note: How to read it.
-        pixels: uint8 (h, w, 3).
-        lossless: Whether lossy compression would blur it: it has only a few plain colours.
-    """
+    """One picture."""
 
     title: str
-    note: str
-    pixels: np.ndarray
-    lossless: bool = True
+    note: str  # how to read it
+    pixels: np.ndarray  # uint8 (h, w, 3)
+    lossless: bool = True  # whether lossy compression would blur it: it has a few plain colours
 
 
 def scenes_by_name(folder):
@@ -72,15 +58,15 @@ def scenes_by_name(folder):
 
 
 def read_row(mask_path):
-    """Read the row of scenes.csv in a mask file."""
+    """Read the row of scenes.csv in a mask file, see `clean_row`; empty if there is none."""
     with open_hdf5(mask_path) as file:
-        return json.loads(file.attrs["row"])
+        return clean_row(dict(json.loads(file.attrs.get("row", "{}"))))
 
 
 def read_mask_and_label(mask_path, scene_path):
     """Read a mask and the label of its scene, and check that it is the scene that was masked.
 
-    The accuracy that the mask file records tells; of a scene without label, the file size.
+    The accuracy that the mask file records identifies it; a scene without a label, its size.
 
     Returns:
         Mask and Bayesian mask, bool (H, W), the latter None if the scene has none.
@@ -88,21 +74,21 @@ def read_mask_and_label(mask_path, scene_path):
     Raises:
         UserError: If it is another scene, or a file is damaged.
     """
+    accuracy = read_row(mask_path).get("accuracy", np.nan)
     with open_hdf5(mask_path) as file:
         mask = read_mask(file) != 0
-        row = json.loads(file.attrs.get("row", "{}"))
-        accuracy = number(row.get("accuracy")) if type(row) is dict else None
         size = int(file.attrs.get("scene_bytes", -1))
     with open_hdf5(scene_path) as file:
         label = open_numbers(file, "bayes", (*mask.shape, None), optional=True)
         label = None if label is None else np.nan_to_num(label[..., 0]) != 0
-    if label is not None and accuracy is not None:
+    if label is not None and np.isfinite(accuracy):
         is_same = abs(np.mean(mask == label) - accuracy) < 1e-6
     else:
         is_same = size in (-1, scene_path.stat().st_size)
     if not is_same:
         raise UserError(
-            f"{scene_path} is not the file that was masked. Name the folder of that with --data."
+            f"{scene_path} is not the file that was masked. Name the folder of the masked files "
+            "with --data."
         )
     return mask, label
 
@@ -161,14 +147,11 @@ def _nan_where_missing(values):
 
 
 def panels(scene, max_cols=None):
-    """Draw a scene.
+    """Draw a scene: five panels, or three without a label.
 
     Args:
         scene: MaskedScene.
         max_cols: In wider pictures only every n-th row and column is kept; None for all.
-
-    Returns:
-        Panels in the order to be shown: five, or three without a label.
     """
     step = -(-scene.mask.shape[1] // max_cols) if max_cols else 1
     kept = np.s_[step // 2 :: step, step // 2 :: step]
@@ -228,14 +211,7 @@ def data_uri(panel):
 
 
 def write_png(path, name, facts, shown):
-    """Write the pictures of a scene as one PNG with titles and legend.
-
-    Args:
-        path: File to write.
-        name: Of the scene.
-        facts: A line of text below the name.
-        shown: Of `panels`.
-    """
+    """Write the `panels` of a scene as one PNG, below its name and a line of facts."""
     from matplotlib.figure import Figure  # without pyplot, as in charts.py
     from matplotlib.patches import Patch
 

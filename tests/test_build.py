@@ -1,0 +1,105 @@
+"""From keys of the configuration to batches and patches."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import HEIGHT, PATCH, WIDTH
+
+import data_loader
+from harness import build
+from harness.config import load_config
+from harness.errors import UserError
+from harness.training.augmentation import AUGMENTATIONS
+from model import unet
+
+DEVICES = SimpleNamespace(
+    n_replicas=1, n_ranks=1, replicas=range(1), micro_batch=lambda wanted, batch_size: 4
+)
+
+
+@pytest.fixture
+def configure(settings, tmp_path):
+    """A function from changed keys to a Config."""
+
+    def change(**keys):
+        file = tmp_path / "input.yaml"
+        file.write_text(json.dumps({**settings, **keys}))
+        return load_config(file)
+
+    return change
+
+
+def first_batch(config, validate=False):
+    paths = sorted(Path(config.train_dir).rglob("S3A*.hdf"))
+    with build.open_batches(config, DEVICES, paths, validate) as batches:
+        return next(batches.batches())
+
+
+def test_board_shows_patches_of_the_middle_row(configure):
+    config = configure()
+    path = min(Path(config.train_dir).rglob("S3A*.hdf"))
+    channels, cloud = build.board_patches(config, path)
+    scene = data_loader.read_scene(path, config.scene_shape)
+    # 3 x 4 patches begin at row (100 - 96) // 2 and column (135 - 128) // 2.
+    top, left = (HEIGHT - 3 * PATCH) // 2 + PATCH, (WIDTH - 4 * PATCH) // 2
+    for i in range(4):
+        part = np.s_[top : top + PATCH, left + i * PATCH : left + (i + 1) * PATCH]
+        np.testing.assert_array_equal(channels[i], scene.channels[part])
+        np.testing.assert_array_equal(cloud[i], scene.cloud[part])
+
+
+def test_cache_keeps_patches_of_each_size(configure, tmp_path):
+    for size in (32, 16):
+        cached = first_batch(configure(PATCH_SIZE=size, cache_dir=str(tmp_path / "cache")))
+        for ours, plain in zip(cached, first_batch(configure(PATCH_SIZE=size)), strict=True):
+            np.testing.assert_array_equal(ours, plain)
+
+
+def test_augment_changes_training_patches_alone(configure):
+    plain, flipped = (first_batch(configure(augment=name))[0] for name in ("none", "flips"))
+    assert (plain != flipped).any()
+    np.testing.assert_array_equal(np.sort(plain.ravel()), np.sort(flipped.ravel()))
+    plain, flipped = (first_batch(configure(augment=name), True)[0] for name in ("none", "flips"))
+    np.testing.assert_array_equal(plain, flipped)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"network": "unett"}, "Unknown network 'unett'. Choose one of unet"),
+        ({"network": "absent.keras"}, "absent.keras. Set network"),
+        ({"loss": "squared"}, "Unknown loss 'squared'. Choose one of cross_entropy"),
+        ({"augment": "noise"}, f"Choose one of {', '.join(AUGMENTATIONS)}"),
+        ({"batch_size": 2}, "there are 3. Set it to at least 3"),
+        ({"batch_size": 3}, None),
+    ],
+)
+def test_unusable_keys_of_training_are_rejected(configure, keys, words):
+    devices = SimpleNamespace(n_replicas=3)
+    if words is None:
+        build.check_training(configure(**keys), devices)
+        return
+    with pytest.raises(UserError) as error:
+        build.check_training(configure(**keys), devices)
+    assert words in str(error.value)
+
+
+def test_reference_predictor_takes_patches_in_float32(configure):
+    shares = []
+
+    def micro_batch(wanted, batch_size, replicas):
+        shares.append(replicas)
+        return 4
+
+    config = configure(inference_mode="scene", precision="bfloat16")
+    devices, model = SimpleNamespace(micro_batch=micro_batch), unet(config.patch_shape)
+    reference = build.open_reference_predictor(config, devices, model, "/CPU:0")
+    plain = build.open_predictor(configure(inference_mode="patches"), devices, model, "/CPU:0")
+    assert shares == [1, 1]  # a device masks scenes alone
+    shape = (HEIGHT, WIDTH, 9)
+    scene = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    scene = np.pad(scene, (*plain.grid.padding, (0, 0)))
+    np.testing.assert_array_equal(reference(scene)[0], plain(scene)[0])
