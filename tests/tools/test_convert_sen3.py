@@ -254,12 +254,18 @@ def test_tie_points_may_increase_or_decrease(day, product, tmp_path, axis):
     np.testing.assert_allclose(contents(path)["refs"], expected, rtol=1e-5)
 
 
-def test_pixels_far_from_the_tie_points_have_no_reflectance(product, tmp_path):
+def test_pixels_more_than_a_step_outside_the_tie_points_have_no_reflectance(product, tmp_path):
+    with h5py.File(product / "cartesian_tx.nc") as file:
+        ties = np.sort(file["x_tx"][0])
+    step = np.diff(ties).max()
+    places = (ties[0] - 1.1 * step, ties[-1] + 1.1 * step, ties[0] - 0.9 * step, ties[-1] + step)
     with h5py.File(product / "cartesian_an.nc", "a") as file:
-        file["x_an"][:, 40], file["x_an"][:, 50] = 2_000_000_000, -2_000_000_000  # [mm]
+        for column, place in zip((40, 50, 60, 70), places, strict=True):
+            file["x_an"][:, column] = place
     (path,) = convert(tmp_path / "out", product, "--refs-grid", "500m")
     refs = contents(path)["refs"]
-    assert np.isnan(refs[:, [40, 50]]).all() and np.isfinite(refs[:, 41]).any()
+    assert np.isnan(refs[:, [40, 50]]).all()
+    assert all(np.isfinite(refs[:, column]).any() for column in (41, 60, 70))
 
 
 def test_flags_follow_the_masks_and_meanings_of_the_file(day, product, tmp_path):
