@@ -23,7 +23,7 @@ import data_loader
 from harness import REPOSITORY
 from harness.config import load_config
 from harness.networks.fused_upsampling import without_upsampling
-from tools.lib.bench.rows import Row, alternate, is_wanted, make_row, per_second, timed
+from tools.lib.bench.rows import Plan, Row, alternate, is_wanted, make_row, rate
 from tools.make_scenes import make_scene, product_name, write_scene
 
 GEMM_SIZE = {"CPU": 3072, "GPU": 16384}  # rows of the matrices; 2048 was 5 % slower on two cores
@@ -108,6 +108,21 @@ class Bench:
             self.gemm_rates[precision] += measured[f"gemm/{precision}"]
         return measured
 
+    def rows(self, plans, seconds=math.inf):
+        """Measure plans in turn, {name: Plan}; their rows. Limits are measured with them."""
+        precisions = list(dict.fromkeys(plan.precision for plan in plans.values()))
+        precisions = [precision for precision in precisions if precision]
+        functions = {name: plan.function for name, plan in plans.items()}
+        measured = self.alternate(functions, seconds, precisions)
+        for name, plan in plans.items():
+            values, share = measured[name], None
+            if plan.precision:
+                share = limit_share(measured, plan.precision, plan.gflop, values, plan.unit)
+            elif plan.limit:
+                share = statistics.median(values) / statistics.median(measured[plan.limit])
+            base = measured.get(plan.baseline, ())
+            yield make_row(name, plan.unit, values, plan.baseline, base, share)
+
 
 def n_cores():
     """Cores that this process may use."""
@@ -128,13 +143,22 @@ def matrix_product(n, precision):
     matrix = tf.cast(tf.random.stateless_normal((n, n), seed=(1, 2)), precision)
     multiply = tf.function(lambda: tf.linalg.matmul(matrix, matrix)[0, 0])
     multiply().numpy()  # traces
-    seconds = timed(lambda: multiply().numpy())
-    return lambda: 2 * n**3 / 1e9 / seconds()
+    return rate(lambda: multiply().numpy(), 2 * n**3 / 1e9)
 
 
-def limit_share(measured, precision, gflop, seconds):
-    """The rate of the network, gflop / seconds, over that of matrix products measured with it."""
-    return gflop / statistics.median(seconds) / statistics.median(measured[f"gemm/{precision}"])
+def limit_share(measured, precision, gflop, values, unit):
+    """The network's rate of operations over that of matrix products measured with it.
+
+    Args:
+        measured: Of `Bench.alternate`.
+        precision: Of the network and the matrix products.
+        gflop: Operations, 10^9, of one unit: of a patch at 'patches/s', of a scene at 's/scene'.
+        values: Of the network, in the unit.
+        unit: Of the row.
+    """
+    value = statistics.median(values)
+    found = gflop * value if unit.endswith("/s") else gflop / value
+    return found / statistics.median(measured[f"gemm/{precision}"])
 
 
 def network_gflop(network):
@@ -150,9 +174,9 @@ def network_gflop(network):
     )
 
 
-def training_gflop(config, n_patches):
-    """Operations of a training step, 10^9: gradients of weights and of inputs cost a pass each."""
-    return 3 * n_patches * network_gflop(program.build_network(config))  # 64.4 per patch
+def training_gflop(config):
+    """Operations of training a patch, 10^9: gradients of weights and inputs cost a pass each."""
+    return 3 * network_gflop(program.build_network(config))  # 64.4
 
 
 def inference_gflop(config):
@@ -177,21 +201,16 @@ def measure_loading(bench):
     """Training input alone, compared with h5py and a textbook pipeline."""
     most = min(n_cores(), data_loader.READER_THREADS)
     counts = [n for n in (1, 2, 4, 8, 16, 32) if n < most] + [most]
-    functions = {"loader_naive": partial(naive_rate, bench)}
+    plans = {"loader_naive": Plan("patches/s", partial(naive_rate, bench))}
     for storage, raw in (("contiguous", "raw_read"), ("gzip", "raw_read/gzip")):
-        functions[raw] = partial(h5py_rate, bench, bench.scenes[storage])
+        plans[raw] = Plan("patches/s", partial(h5py_rate, bench, bench.scenes[storage]))
+        baseline = "loader_naive" if storage == "contiguous" else raw
         for n in counts[-1:] if bench.quick and storage == "gzip" else counts:
             name = f"loader/{storage}/{n} thread{'s' if n > 1 else ''}"
             if bench.wants(name):
-                functions[name] = partial(loader_rate, bench, storage, n)
-    rates = bench.alternate(functions, 30 if bench.quick else 100)
-    for name, values in rates.items():
-        baseline = share = None
-        if name.startswith("loader/"):
-            raw = "raw_read/gzip" if "/gzip" in name else "raw_read"
-            baseline = raw if "/gzip" in name else "loader_naive"
-            share = statistics.median(values) / statistics.median(rates[raw])
-        yield make_row(name, "patches/s", values, baseline, rates.get(baseline, ()), share)
+                function = partial(loader_rate, bench, storage, n)
+                plans[name] = Plan("patches/s", function, baseline, limit=raw)
+    yield from bench.rows(plans, 30 if bench.quick else 100)
 
 
 def loader_rate(bench, storage, n_threads):
@@ -207,14 +226,13 @@ def loader_rate(bench, storage, n_threads):
     with program.build_batches(bench.config, bench.devices, paths, n_threads) as batches:
         feed = iter(batches.dataset())
         count(itertools.islice(feed, n_steps))
-        seconds = timed(lambda: count(itertools.islice(feed, n_timed)))()
-    return n_timed * batch_size / seconds
+        return rate(lambda: count(itertools.islice(feed, n_timed)), n_timed * batch_size)()
 
 
 def h5py_rate(bench, paths):
     """The rate at which h5py reads the training crop in one thread [patches/s]."""
-    seconds = timed(lambda: count(read_crop(bench, path) for path in paths))()
-    return len(paths) * bench.patches_per_scene / seconds
+    n_patches = len(paths) * bench.patches_per_scene
+    return rate(lambda: count(read_crop(bench, path) for path in paths), n_patches)()
 
 
 def read_crop(bench, path):
@@ -256,8 +274,8 @@ def naive_rate(bench):
     dataset = dataset.unbatch().batch(bench.config.batch_size)
     options = tf.data.Options()
     options.threading.private_threadpool_size = 1
-    seconds = timed(lambda: count(dataset.with_options(options)))()
-    return len(paths) * bench.patches_per_scene / seconds
+    n_patches = len(paths) * bench.patches_per_scene
+    return rate(lambda: count(dataset.with_options(options)), n_patches)()
 
 
 def measure_first_batch(bench):
@@ -271,7 +289,7 @@ def measure_first_batch(bench):
             next(iter(batches.dataset()))
             return time.perf_counter() - begin  # before the wait for the readers to close
 
-    yield make_row("time_to_first_batch", "s", bench.alternate({"first": first_batch})["first"])
+    yield from bench.rows({"time_to_first_batch": Plan("s", first_batch)})
 
 
 # --- training -------------------------------------------------------------------------------
@@ -279,29 +297,25 @@ def measure_first_batch(bench):
 
 def measure_training(bench):
     """Steps on data in memory, and the cost of the distribution strategy."""
-    functions = {}
+    plans, gflop = {}, training_gflop(bench.config)
     for precision in bench.precisions:
-        if precision == "float32" or bench.wants(f"train_step/{precision}"):
+        name, base = f"train_step/{precision}", "train_step/float32"
+        if precision == "float32" or bench.wants(name):
             trainer = bench.trainer(precision)
             batch = next(bench.devices.distribute(in_memory(bench, trainer)))
-            functions[precision] = timed(partial(program.train_on, trainer, batch))
-    precisions = list(functions)
+            step = partial(program.train_on, trainer, batch)
+            step()  # traces
+            step = rate(step, trainer.batch_size)
+            plans[name] = Plan("patches/s", step, base, precision=precision, gflop=gflop)
     if bench.wants("strategy_overhead"):
-        functions["plain"] = timed(plain_step(bench))
-    for function in functions.values():
-        function()  # traces
-    measured = bench.alternate(functions, 30 if bench.quick else 100, precisions)
-
-    n_patches = bench.trainer("float32").batch_size
-    gflop = training_gflop(bench.config, n_patches)
-    base = per_second(n_patches, measured["float32"])
-    for precision in precisions:
-        name, rates = f"train_step/{precision}", per_second(n_patches, measured[precision])
-        share = limit_share(measured, precision, gflop, measured[precision])
-        yield make_row(name, "patches/s", rates, "train_step/float32", base, share)
-    if "plain" in measured:
-        pairs = zip(measured["float32"], measured["plain"], strict=True)
-        yield make_row("strategy_overhead", "ratio", [ours / plain for ours, plain in pairs])
+        plain = plain_step(bench)
+        plain()  # traces
+        ours, plain = (
+            plans["train_step/float32"].function,
+            rate(plain, bench.trainer("float32").batch_size),
+        )
+        plans["strategy_overhead"] = Plan("ratio", lambda: plain() / ours())
+    yield from bench.rows(plans, 30 if bench.quick else 100)
 
 
 def in_memory(bench, trainer):
@@ -377,7 +391,7 @@ def measure_epoch(bench):
         time_steps(feed, train, FILLING_STEPS)
         steps = time_steps(feed, train, EPOCH_STEPS)
     baseline += time_steps(memory, train, 1)
-    rates, base_rates = (per_second(batch_size, [s for _, s in each]) for each in (steps, baseline))
+    rates, base_rates = ([batch_size / s for _, s in each] for each in (steps, baseline))
     yield make_row(f"train_epoch/{precision}", "patches/s", rates, "in memory", base_rates)
     waits = [waited / seconds for waited, seconds in steps]
     yield Row("input_stall", "share", waiting_share(steps), min(waits), max(waits))
@@ -412,11 +426,9 @@ def measure_inference(bench):
     kinds = [f"{mode}/{precision}" for mode in folders for precision in bench.precisions]
     if bench.quick:
         kinds = ["patches/float32", "scene/bfloat16"]
-    kinds = [
-        kind
-        for kind in kinds
-        if kind == "patches/float32" or bench.wants(f"infer_{kind}", f"overhead/{kind}")
-    ]
+    base, *others = kinds
+    kinds = [base, *(k for k in others if bench.wants(f"infer_{k}", f"overhead/{k}"))]
+    found, plans, gflop = {}, {}, inference_gflop(bench.config)
 
     def run(kind):
         mode, precision = kind.split("/")
@@ -424,23 +436,20 @@ def measure_inference(bench):
             bench.config, bench.config_file, inference_dir=folders[mode], model_file=model_file,
             run_name=kind.replace("/", "-"), inference_mode=mode, precision=precision,
         )  # fmt: skip
-        return results["seconds_per_scene"], results["seconds_per_scene_parts"]["network"]
+        whole, network = results["seconds_per_scene"], results["seconds_per_scene_parts"]["network"]
+        found[kind] = whole, network
+        return whole
 
-    measured = bench.alternate(
-        {kind: partial(run, kind) for kind in kinds},
-        40 if bench.quick else 150,
-        precisions=list(dict.fromkeys(kind.split("/")[1] for kind in kinds)),
-    )
-    gflop = inference_gflop(bench.config)
     for kind in kinds:
         mode, precision = kind.split("/")
-        for i, part in enumerate(("", "/network")):
-            seconds, base = ([run[i] for run in measured[k]] for k in (kind, "patches/float32"))
-            share = limit_share(measured, precision, gflop[mode], seconds)
-            name, baseline = f"infer_{kind}{part}", f"infer_patches/float32{part}"
-            yield make_row(name, "s/scene", seconds, baseline, base, share)
-        ratios = [total / network for total, network in measured[kind]]
-        yield make_row(f"overhead/{kind}", "ratio", ratios)
+        # `run` is called first; the other rows take their parts of what it found.
+        for part, function in {"": run, "/network": lambda k: found[k][1]}.items():
+            plans[f"infer_{kind}{part}"] = Plan(
+                "s/scene", partial(function, kind), f"infer_patches/float32{part}",
+                precision=precision, gflop=gflop[mode],
+            )  # fmt: skip
+        plans[f"overhead/{kind}"] = Plan("ratio", lambda k=kind: found[k][0] / found[k][1])
+    yield from bench.rows(plans, 40 if bench.quick else 150)
 
 
 # --- memory ---------------------------------------------------------------------------------

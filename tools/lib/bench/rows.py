@@ -4,6 +4,7 @@ import logging
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from harness.console import table
@@ -24,6 +25,18 @@ class Row:
     baseline_value: float | None = None  # its median
     ratio: float | None = None  # how many times better than the baseline
     limit_share: float | None = None  # rate over the limit of the machine
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to measure one row; its name is the key."""
+
+    unit: str
+    function: Callable[[], float]  # one measurement, in the unit
+    baseline: str | None = None  # name of a row measured with it
+    limit: str | None = None  # name of the row measured with it that is the machine's limit, or
+    precision: str | None = None  # of the matrix products that are the limit, and
+    gflop: float | None = None  # the operations, 10^9, of one unit: of a patch or a scene
 
 
 def make_row(name, unit, values, baseline=None, baseline_values=(), limit_share=None):
@@ -69,9 +82,10 @@ def timed(function):
     return run
 
 
-def per_second(work, seconds):
-    """The rates of repeats that did the same work."""
-    return [work / s for s in seconds]
+def rate(function, work):
+    """Wrap a function so that it returns the work that it does per second."""
+    seconds = timed(function)
+    return lambda: work / seconds()
 
 
 def is_wanted(name, only):

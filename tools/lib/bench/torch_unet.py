@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from tools.lib.bench import measurements, program
-from tools.lib.bench.rows import make_row, per_second, timed
+from tools.lib.bench.rows import make_row, rate, timed
 
 UNITS = {"train_step": "patches/s", "infer_patches": "s/scene", "infer_scene": "s/scene"}
 MAX_DIFFERENCE = 1e-4  # of probabilities, between PyTorch's network and ours in float32
@@ -126,7 +126,7 @@ def check_same_network(theirs, model):
 
 
 def training_functions(bench, theirs, precision):
-    """Functions that return the seconds of a training step: ours, and PyTorch's by kind."""
+    """Functions that train and return their rate [patches/s]: ours, and PyTorch's by kind."""
     trainer = bench.trainer(precision)
     batch = next(bench.devices.distribute(measurements.in_memory(bench, trainer)))
     channels, cloud = (
@@ -135,8 +135,11 @@ def training_functions(bench, theirs, precision):
     )
     arguments = precision, channels, cloud, trainer.micro_batch
     return {
-        "ours": timed(partial(program.train_on, trainer, batch)),
-        **{kind: timed(partial(theirs.train_step, kind, *arguments)) for kind in theirs.networks},
+        kind: rate(step, trainer.batch_size)
+        for kind, step in {
+            "ours": partial(program.train_on, trainer, batch),
+            **{kind: partial(theirs.train_step, kind, *arguments) for kind in theirs.networks},
+        }.items()
     }
 
 
@@ -184,15 +187,12 @@ def measure(bench):
     precisions = list(dict.fromkeys(precision for _, precision, _ in functions))
     measured = bench.alternate(functions, 60 if bench.quick else 240, precisions)
 
-    n_patches = bench.trainer("float32").batch_size
     gflop = {f"infer_{mode}": n for mode, n in measurements.inference_gflop(bench.config).items()}
-    gflop["train_step"] = measurements.training_gflop(bench.config, n_patches)
+    gflop["train_step"] = measurements.training_gflop(bench.config)
     for work, precision, kind in functions:
         if kind == "ours":
             continue
         ours, other = measured[work, precision, "ours"], measured[work, precision, kind]
-        share = measurements.limit_share(measured, precision, gflop[work], ours)
-        if work == "train_step":
-            ours, other = per_second(n_patches, ours), per_second(n_patches, other)
+        share = measurements.limit_share(measured, precision, gflop[work], ours, UNITS[work])
         label = {"eager": "torch", "compile": "torch.compile"}[kind]
         yield make_row(f"torch/{work}/{precision}/{kind}", UNITS[work], ours, label, other, share)
