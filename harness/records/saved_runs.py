@@ -96,12 +96,12 @@ KINDS = {  # of the fields of results.json that are calculated with: numbers, li
 
 @dataclass(frozen=True)
 class Run:
-    """The files of a run; where one has no usable value, the value is None, NaN in tables.
+    """The files of a run; a table has NaN where the file has no usable number.
 
     Attributes:
         folder: Its folder.
         name: The folder's name.
-        results: results.json, of KINDS; those of PARTS that are absent are empty dictionaries.
+        results: results.json as it is; those of PARTS that are absent are empty dictionaries.
         history: A dictionary for each row of history.csv; empty without the file.
         scenes: The same of scenes.csv.
     """
@@ -116,6 +116,11 @@ class Run:
     def status(self):
         """The status in results.json: 'success', 'aborted', 'running' or 'starting'."""
         return self.results["status"]
+
+    @functools.cached_property
+    def clean_results(self):
+        """`results` to calculate with: None or empty where a field is not what KINDS says."""
+        return _of_kind(self.results, KINDS)
 
     @functools.cached_property
     def samples(self):
@@ -144,7 +149,7 @@ def read_run(folder):
             "Name the folder of a run."
         ) from None
     tables = (_read_rows(folder / f"{name}.csv") for name in ("history", "scenes"))
-    return Run(folder, folder.resolve().name, _of_kind(results, KINDS), *tables)
+    return Run(folder, folder.resolve().name, results, *tables)
 
 
 def _of_kind(value, kind):
@@ -204,13 +209,13 @@ def labels(runs):
 
 def measures(run):
     """The status and the MEASURES of a run; None for a number that it does not have."""
-    values = {}
+    results, values = run.clean_results, {}
     for name, measure in MEASURES.items():
         *parts, key = measure.place or (name,)
-        values[name] = (run.results[parts[0]] if parts else run.results).get(key)
-    seconds, epochs = run.results["training"].get("seconds"), values["epochs"]
+        values[name] = (results[parts[0]] if parts else results).get(key)
+    seconds, epochs = results["training"].get("seconds"), values["epochs"]
     values["seconds_per_epoch"] = seconds / epochs if seconds and epochs else None
-    peaks = [peak for peak in run.results.get("peak_gpu_memory", []) if peak is not None]
+    peaks = [peak for peak in results.get("peak_gpu_memory", []) if peak is not None]
     values["peak_gpu_memory"] = max(peaks, default=None)
     return {"status": run.status, **values}
 

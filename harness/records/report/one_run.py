@@ -73,7 +73,7 @@ def describe_run(run, data=None):
     Raises:
         UserError: If a table or mask of the run is damaged.
     """
-    results = run.results
+    results = run.clean_results
     notes = [f"Error: {results['error']}"] if results.get("error") else []
     if run.status in ("running", "starting"):
         notes.append("The run had not ended when this page was made, or it was killed.")
@@ -142,7 +142,7 @@ def scene_folder(run, data=None):
     try:
         return load_config(run.folder / "config.yaml").inference_dir  # absolute
     except UserError:
-        return Path(str(run.results["config"].get("inference_dir", "unknown")))
+        return Path(str(run.clean_results["config"].get("inference_dir", "unknown")))
 
 
 def headline(run, rows):
@@ -162,7 +162,8 @@ def headline(run, rows):
 
 def facts(run):
     """What ran where, {name: text}."""
-    results, training, sampling = run.results, run.results["training"], run.results["sampling"]
+    results = run.clean_results
+    training, sampling = results["training"], results["sampling"]
     devices, config, peaks = results["devices"], results["config"], measures(run)
     parts = results.get("parts", [])
 
@@ -236,7 +237,7 @@ def training_charts(run):
     """Charts of loss, accuracy and seconds of each epoch; none without training."""
     if not run.history:
         return []
-    training, epochs = run.results["training"], column(run.history, "epoch")
+    training, epochs = run.clean_results["training"], column(run.history, "epoch")
     found = []
     for key in ("loss", "accuracy"):
         lines = {
@@ -256,7 +257,8 @@ def training_charts(run):
 
 def times(run):
     """Tables of how long the parts of the run took, and those of masking a scene on average."""
-    results, training, inference = run.results, run.results["training"], run.results["inference"]
+    results = run.clean_results
+    training, inference = results["training"], results["inference"]
     waited, trained, both = (
         sum(s or 0 for s in training.get(f"{part}seconds_per_epoch", []))
         for part in ("input_", "train_", "")
