@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 
 from harness.errors import UserError
-from harness.parallel.devices import Devices, open_devices
+from harness.parallel.devices import Devices, check_requirements, open_devices
 from harness.parallel.launchers import Launch
 from harness.parallel.rendezvous import Rendezvous, SingleRank
 
@@ -40,6 +40,18 @@ def test_unmet_requirements_give_both_numbers(tmp_path, gpu, nodes, others, word
     with pytest.raises(UserError) as error:
         open_devices(ranks[0] if others else SingleRank(), gpu, nodes, work="same")
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "nodes", "cards"),
+    [
+        ("auto", "auto", [card("a"), card("b")]),
+        (0, 2, [card("a"), card("b"), card("b")]),
+        (4, 2, [card(node, 2, "GPU") for node in "aabb"]),
+    ],
+)
+def test_met_requirements_are_accepted(gpu, nodes, cards):
+    check_requirements(gpu, nodes, cards)
 
 
 class Chosen(Exception):
