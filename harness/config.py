@@ -278,7 +278,7 @@ def load_config(path, overrides=()):
             )
         text = content.decode("utf-8")
     except FileNotFoundError:
-        raise UserError(f"No configuration file {path}. Choose one with --config.") from None
+        raise UserError(f"No configuration file {path}. Name another file or folder.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
     try:
