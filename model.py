@@ -52,4 +52,6 @@ def unet(input_shape, dtype="float32"):
     return keras.Model(inputs, outputs, name="cloudmask_unet")
 
 
-NETWORKS = {"unet": unet}
+NETWORKS = {
+    "unet": unet,
+}

@@ -2,7 +2,7 @@
 
 python slstr_cloud.py --config config.yaml
 
-Read it from top to bottom: main > run_benchmark > train > infer. TensorFlow takes seconds to
+Read it from top to bottom: main > run_benchmark > train, infer. TensorFlow takes seconds to
 import: functions that need it import their modules themselves, so that mistakes are reported fast.
 """
 
@@ -192,11 +192,11 @@ def infer(config, devices, run, paths):
     run.mllog.start(mlperf_log.INFERENCE_START)
     begin = time.perf_counter()
     on_bad_scene = run.bad_scenes.handler("inference", paths)
-    mask = functools.partial(mask_scenes, config, devices, run, masks, on_bad_scene)
+    mask_with = functools.partial(mask_scenes, config, devices, run, masks, on_bad_scene)
     shown = [progress(paths, "Masking", len(paths)), *[paths] * (len(predictors) - 1)]
     with ThreadPoolExecutor(len(predictors)) as pool:
         try:
-            list(pool.map(mask, shown, predictors))  # raises what a thread raised
+            list(pool.map(mask_with, shown, predictors))  # raises what a thread raised
         except BaseException:
             masks.stop()  # or leaving the pool would wait for all scenes
             raise

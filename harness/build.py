@@ -1,6 +1,6 @@
 """From the configuration to the objects of a run: folder, devices, trainer, batches, predictors.
 
-Everything below this module takes arrays, paths and numbers instead of the whole configuration.
+What these objects call takes arrays, paths and numbers instead of the whole configuration.
 """
 
 import contextlib

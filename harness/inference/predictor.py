@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from harness.errors import UserError
 from harness.inference.windows import StripGrid
-from harness.networks.fused_upsampling import without_upsampling
+from harness.networks.fused_upsampling import fuse_upsampling
 from harness.networks.geometry import geometry
 from harness.networks.model_files import cast_model
 
@@ -43,7 +43,7 @@ class Predictor:
         self.device, self.grid = device, grid
         self._batch = min(batch, len(grid.corners))
         with tf.device(device):
-            network = without_upsampling(cast_model(model, policy, grid.window))
+            network = fuse_upsampling(cast_model(model, policy, grid.window))
             self._network = tf.function(
                 lambda x: network(x, training=False), jit_compile=xla or None
             )

@@ -12,7 +12,7 @@ import tensorflow as tf
 from keras import layers
 
 
-def without_upsampling(model):
+def fuse_upsampling(model):
     """Rebuild a model so that no image is doubled before it is convolved.
 
     Args:

@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from harness.errors import UserError
-from harness.networks.fused_upsampling import DoublingConvolution, without_upsampling
+from harness.networks.fused_upsampling import DoublingConvolution, fuse_upsampling
 
 # Layers by what they do to rows and columns. The operators +, -, * of Keras tensors are layers of
 # the names Add, Subtract and Multiply here.
@@ -78,7 +78,7 @@ def geometry(model):
         return Geometry(
             multiple,
             max(_radius(calls, axis, multiple) for axis in (0, 1)),
-            _peak_bytes(_calls(without_upsampling(model), (size, size))) / size**2,
+            _peak_bytes(_calls(fuse_upsampling(model), (size, size))) / size**2,
             _multiplications(_calls(model, (size, size))) / size**2,
             len(model.layers),
             model.count_params(),

@@ -141,4 +141,8 @@ def _tasks_per_node(text):
     return counts
 
 
-LAUNCHERS = (tf_config, open_mpi, slurm)
+LAUNCHERS = (
+    tf_config,
+    open_mpi,
+    slurm,
+)

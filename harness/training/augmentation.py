@@ -25,7 +25,10 @@ def flips(channels, cloud, rng):
     return turn(channels), turn(cloud)
 
 
-AUGMENTATIONS = {"none": None, "flips": flips}
+AUGMENTATIONS = {
+    "none": None,
+    "flips": flips,
+}
 
 
 def patch_rng(seed, epoch, scene_index, patch_index):

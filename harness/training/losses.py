@@ -17,4 +17,6 @@ def cross_entropy(label, probability):
     return keras.losses.binary_crossentropy(label, probability)
 
 
-LOSSES = {"cross_entropy": cross_entropy}
+LOSSES = {
+    "cross_entropy": cross_entropy,
+}

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from harness.errors import UserError
-from harness.networks.fused_upsampling import without_upsampling
+from harness.networks.fused_upsampling import fuse_upsampling
 from harness.parallel.devices import on_replicas
 
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
@@ -65,7 +65,7 @@ class Trainer:
         with strategy.scope():
             self.model = build_model()
             check_trainable(self.model)
-            self._network = without_upsampling(self.model)
+            self._network = fuse_upsampling(self.model)
             self.optimizer = keras.optimizers.Adam(learning_rate)
             if loss_scaling:
                 self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)

@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from harness.networks.fused_upsampling import without_upsampling
+from harness.networks.fused_upsampling import fuse_upsampling
 from model import unet
 
 
@@ -38,7 +38,7 @@ def test_network_without_upsampling_equals_its_layers():
     model = with_random_biases(unet((48, 64, 9)))
     x = images(2, 48, 64, 9)
     plain = keras.Model(model.input, model.layers[-1].input)  # before the sigmoid
-    fast = without_upsampling(plain)
+    fast = fuse_upsampling(plain)
     assert "UpSampling2D" not in kinds(fast)
     assert kinds(fast).count("DoublingConvolution") == 3
     np.testing.assert_allclose(fast(x), plain(x), atol=1e-4 * np.abs(plain(x)).max())
@@ -49,7 +49,7 @@ def test_gradients_without_upsampling_equal_those_of_the_layers():
     model = in_float64(with_random_biases(unet((32, 32, 9))))
     x = images(2, 32, 32, 9).astype(np.float64)
     gradients = []
-    for network in (model, without_upsampling(model)):
+    for network in (model, fuse_upsampling(model)):
         with tf.GradientTape() as tape:
             loss = tf.reduce_mean(network(x, training=True) ** 2)
         gradients.append(tape.gradient(loss, [v.value for v in model.trainable_variables]))
@@ -60,7 +60,7 @@ def test_gradients_without_upsampling_equal_those_of_the_layers():
 
 def test_weights_are_shared_and_the_model_stays_as_it_was(tmp_path):
     model = unet((32, 32, 9))
-    fast = without_upsampling(model)
+    fast = fuse_upsampling(model)
     assert {id(v) for v in fast.variables} == {id(v) for v in model.variables}
     assert len(model.layers) == 39
     model.save(tmp_path / "model.keras")
@@ -88,7 +88,7 @@ def test_other_layers_are_left_alone(doubling, convolution):
     small = layers.MaxPool2D(getattr(doubling, "size", 2))(inputs)
     output = convolution(layers.Concatenate()([doubling(small), inputs]))
     model = keras.Model(inputs, output)
-    fast = without_upsampling(model)
+    fast = fuse_upsampling(model)
     assert "DoublingConvolution" not in kinds(fast)
     x = images(1, 16, 16, 3)
     np.testing.assert_array_equal(fast(x), model(x))
@@ -99,7 +99,7 @@ def test_convolution_without_bias_and_with_activation_is_doubled():
     doubled = layers.UpSampling2D(2)(layers.MaxPool2D(2)(inputs))
     convolution = layers.Conv2D(4, 3, padding="same", use_bias=False, activation="tanh")
     model = keras.Model(inputs, convolution(layers.Concatenate()([doubled, inputs])))
-    fast = without_upsampling(model)
+    fast = fuse_upsampling(model)
     assert kinds(fast).count("DoublingConvolution") == 1
     x = images(1, 16, 16, 3)
     np.testing.assert_allclose(fast(x), model(x), atol=1e-6)
@@ -110,7 +110,7 @@ def test_images_joined_side_by_side_are_left_alone():
     doubled = layers.UpSampling2D(2)(layers.MaxPool2D(2)(inputs))
     convolution = layers.Conv2D(4, 3, padding="same")
     model = keras.Model(inputs, convolution(layers.Concatenate(axis=2)([doubled, inputs])))
-    assert kinds(without_upsampling(model)) == kinds(model)
+    assert kinds(fuse_upsampling(model)) == kinds(model)
 
 
 def test_skip_that_comes_first_is_left_alone():
@@ -119,4 +119,4 @@ def test_skip_that_comes_first_is_left_alone():
     convolution = layers.Conv2D(4, 3, padding="same")
     model = keras.Model(inputs, convolution(layers.Concatenate()([inputs, doubled])))
     x = images(1, 16, 16, 3)
-    np.testing.assert_allclose(without_upsampling(model)(x), model(x), atol=1e-6)
+    np.testing.assert_allclose(fuse_upsampling(model)(x), model(x), atol=1e-6)

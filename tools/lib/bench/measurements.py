@@ -22,7 +22,7 @@ import tensorflow as tf
 import data_loader
 from harness import REPOSITORY
 from harness.config import load_config
-from harness.networks.fused_upsampling import without_upsampling
+from harness.networks.fused_upsampling import fuse_upsampling
 from tools.lib.bench.rows import Plan, Row, alternate, is_wanted, make_row, rate
 from tools.make_scenes import make_scene, product_name, write_scene
 
@@ -336,7 +336,7 @@ def plain_step(bench):
     """The float32 step as a plain loop without strategy and trainer: a function to be timed."""
     trainer, config = bench.trainer("float32"), bench.config
     model = program.build_network(config)
-    network = without_upsampling(model)
+    network = fuse_upsampling(model)
     optimizer = keras.optimizers.Adam(config.learning_rate)
     optimizer.build(model.trainable_variables)
     clip = slice(config.clip_offset, config.patch_size - config.clip_offset)
