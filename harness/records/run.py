@@ -404,7 +404,8 @@ class Run:
                 record = log.makeRecord(log.name, logging.ERROR, "", 0, aborted, (), None)
                 self._rank_log.handle(record)
             for handler in (*self.mllog.logger.handlers, self._rank_log):
-                handler.close()
+                with contextlib.suppress(OSError):  # a full disk, which has been reported
+                    handler.close()
             logging.getLogger().removeHandler(self._rank_log)
 
     def _log_stop(self, status):

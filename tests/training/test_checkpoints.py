@@ -35,7 +35,8 @@ def test_last_two_checkpoints_are_kept_and_the_newest_is_restored(tmp_path, mode
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     assert checkpoints.newest() is None
     for n, step in ((0, 5), (9, 0), (10, 3)):
-        checkpoints.save(TrainingState(epochs(n), step, 2.5), trainer(10.0 * n + step), model_file)
+        one = trainer(10.0 * n + step)
+        checkpoints.save(TrainingState(epochs(n), step, 2.5), one.train_totals, one, model_file)
     names = [path.name for path in sorted(checkpoints.folder.iterdir())]
     assert names == ["epoch-00009-step-0000000", "epoch-00010-step-0000003"]
 
@@ -53,11 +54,11 @@ def test_last_two_checkpoints_are_kept_and_the_newest_is_restored(tmp_path, mode
 
 def test_all_damaged_checkpoints_are_reported_and_replaced(tmp_path, model_file, caplog):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    checkpoints.save(TrainingState(step=1), trainer(1.0), model_file)
+    checkpoints.save(TrainingState(step=1), [0.0] * 3, trainer(1.0), model_file)
     (checkpoints.folder / "epoch-00000-step-0000001" / "SHA256SUMS").write_text("")
     assert checkpoints.newest() is None
     assert "training starts again at epoch 1" in caplog.text
-    checkpoints.save(TrainingState(step=1), trainer(2.0), model_file)
+    checkpoints.save(TrainingState(step=1), [0.0] * 3, trainer(2.0), model_file)
     assert checkpoints.newest()[1].step == 1
 
 
@@ -76,7 +77,7 @@ def test_checkpoint_and_its_name_are_on_the_disk_before_an_older_one_is_deleted(
 
     monkeypatch.setattr(os, "fsync", fsync)
     with watching(renamed):
-        Checkpoints(folder).save(TrainingState(step=1), trainer(), model_file)
+        Checkpoints(folder).save(TrainingState(step=1), [0.0] * 3, trainer(), model_file)
     name = "epoch-00000-step-0000001"
     assert events[-4:] == ["SHA256SUMS", f".{name}.part", f"rename {name}", "checkpoints"]
     files = {path.name for path in (folder / name).iterdir()}
