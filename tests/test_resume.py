@@ -145,7 +145,13 @@ class Patch(pytest.MonkeyPatch):
         self.undo()
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+FAST_MOMENTS = ("in the first epoch", "in inference")
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [pytest.param(m, marks=() if m in FAST_MOMENTS else pytest.mark.slow) for m in MOMENTS],
+)
 def test_resumed_run_equals_one_that_was_never_stopped(tmp_path, quick, whole, moment):
     folder = stop(tmp_path, quick, MOMENTS[moment])
     assert results(folder)["status"] == "aborted"
@@ -322,6 +328,7 @@ def damage(path, rng):
     return way
 
 
+@pytest.mark.slow
 def test_checkpoints_damaged_in_200_ways_are_skipped(stopped, tmp_path):
     older, newer = sorted((stopped / "checkpoints").iterdir())
     assert Checkpoints(stopped / "checkpoints").newest()[0] == newer

@@ -358,6 +358,7 @@ def assert_same_losses_and_scores(first, second):
         assert float(a["accuracy"]) == pytest.approx(float(b["accuracy"]), abs=2e-3)
 
 
+@pytest.mark.slow
 def test_replicas_change_neither_losses_nor_scores(finished, settings, tmp_path):
     # 3 replicas: their shares of 11 patches differ, and one has no scene to mask
     run = start(tmp_path, {**settings, "cpu_devices": 3})

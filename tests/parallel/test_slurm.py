@@ -26,6 +26,7 @@ LONG = ["--set", f"epochs={N_LONG}"]
 missing = missing_programs()
 pytestmark = [
     pytest.mark.slurm,
+    pytest.mark.slow,
     pytest.mark.timeout(2 * JOB_SECONDS + 200),
     pytest.mark.skipif(
         bool(missing), reason=f"no {', '.join(missing)}: apt-get install slurm-wlm munge"

@@ -57,6 +57,7 @@ def test_operations_of_the_network_agree_with_a_count_by_hand(rows_cols, channel
     assert gflop == pytest.approx(2e-9 * pixel * n_rows * n_cols)
 
 
+@pytest.mark.slow
 def test_quick_run_has_all_rows(quick):
     threads = {f"loader/contiguous/{n} thread{'s' * (n > 1)}" for n in thread_counts()}
     most = max(thread_counts())
@@ -77,6 +78,7 @@ def thread_counts():
     return {n for n in (1, 2) if n < most} | {most}
 
 
+@pytest.mark.slow
 def test_rows_are_consistent(quick):
     for row in quick.values():
         assert row["min"] <= row["value"] <= row["max"]
