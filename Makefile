@@ -1,5 +1,5 @@
 # make demo: the whole benchmark on synthetic scenes. For developers: make test, make lint and
-# make torture (runs killed at 60 random moments, about 15 minutes).
+# make torture (runs killed at 60 random moments, about 10 minutes).
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -9,18 +9,24 @@ DEMO = demo
 
 # A stamp is newer than the requirements that the environment was made from.
 $(VENV)/.run: requirements.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<
-	touch $@
+	@target/install.sh $(PYTHON) $(VENV) $<
+	@touch $@
 
 $(VENV)/.dev: requirements-dev.txt requirements-tools.txt requirements.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<
-	touch $@
+	@target/install.sh $(PYTHON) $(VENV) $<
+	@touch $@
 
+# The first run is DEMO/outputs/demo, which the documentation uses as its example; others get a name.
 demo: $(VENV)/.run
 	$(BIN)/python tools/make_scenes.py --output $(DEMO)/data --train 16 --inference 4 --size 300 375
-	$(BIN)/python slstr_cloud.py --config target/demo.yaml
+	$(BIN)/python slstr_cloud.py --config target/demo.yaml \
+		$(if $(wildcard $(DEMO)/outputs/demo),,--set run_name=demo)
+	@echo
+	@echo "Next:"
+	@echo "  source $(BIN)/activate    # python is now the one that has TensorFlow"
+	@echo "  python slstr_cloud.py --config target/demo.yaml --set augment=flips    # another run"
+	@echo "  python tools/compare.py $(DEMO)/outputs/*    # runs side by side"
+	@echo "and open $(DEMO)/outputs/demo/report.html in a browser."
 
 # Two at once: most tests wait for a process, or use one core.
 test: $(VENV)/.dev
