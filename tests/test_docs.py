@@ -1,0 +1,142 @@
+"""README.md and docs/: the commands work, the links lead somewhere, the numbers are right."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import results
+from make_scenes import make_dataset
+
+from harness import REPOSITORY
+
+PAGES = [path for path in sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
+         if path.name != "CHANGELOG.md"]  # fmt: skip
+BLOCK = re.compile(
+    r"^(?P<not_run><!-- not run: .+? -->\n)?```bash\n(?P<commands>.*?)^```$",
+    flags=re.MULTILINE | re.DOTALL,
+)
+TINY = {  # in place of the published sizes, which take hours
+    "IMAGE_H": 96, "IMAGE_W": 128, "PATCH_SIZE": 32, "CROP_SIZE": 8, "clip_offset": 2,
+    "batch_size": 8, "epochs": 2,
+}  # fmt: skip
+
+
+def name(page):
+    return str(page.relative_to(REPOSITORY))
+
+
+def text(page):
+    return page.read_text(encoding="utf-8")
+
+
+def blocks(page):
+    """The commands of a page that the text does not except, a string per block."""
+    return [m["commands"] for m in BLOCK.finditer(text(page)) if not m["not_run"]]
+
+
+def execute(commands, checkout):
+    """Run commands as a user would who has activated the environment."""
+    program = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", commands],
+        cwd=checkout, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+             "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+    )  # fmt: skip
+    assert program.returncode == 0, f"{commands}\n{program.stdout}\n{program.stderr}"
+    assert "Traceback" not in program.stdout + program.stderr
+    return program.stdout + program.stderr
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory):
+    """A copy of the repository after `make demo`, with tiny scenes in data/."""
+    folder = tmp_path_factory.mktemp("docs") / "cloudmask"
+    files = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
+    for file in filter(None, files):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(REPOSITORY / file, folder / file)
+    for command in ("init -q", "add -A", "-c user.name=me -c user.email= commit -qm copy"):
+        subprocess.run(["git", *command.split()], cwd=folder, check=True)
+    (folder / ".venv").symlink_to(sys.prefix)  # make installs nothing that is there
+    (folder / "demo.txt").write_text(execute("make demo", folder))
+    demo = folder / "demo/outputs"
+    execute(
+        "python slstr_cloud.py --config target/demo.yaml --set run_name=other epochs=1", folder
+    )
+    assert {path.name for path in demo.iterdir()} == {"demo", "other"}
+    make_dataset(folder / "data", train=4, inference=2, height=96, width=128, seed=7)
+    config = yaml.safe_load((folder / "config.yaml").read_text()) | TINY
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=name)
+def test_commands_work(page, checkout):
+    for commands in blocks(page):
+        execute(commands, checkout)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_to_files_and_headings(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", text(page)):
+        if target.startswith("https://"):
+            continue
+        file, _, heading = target.partition("#")
+        linked = page.parent / file if file else page
+        assert linked.exists(), target
+        headings = re.findall(r"^#+ (.+)$", text(linked), flags=re.MULTILINE) if heading else []
+        anchors = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
+        assert not heading or heading in anchors, target
+
+
+def test_every_page_is_linked_from_the_readme():
+    linked = re.findall(r"\]\((docs/[^)#]+\.md)", text(REPOSITORY / "README.md"))
+    assert sorted(set(linked)) == [name(page) for page in PAGES if page.parent.name == "docs"]
+
+
+def test_readme_fits_on_a_few_screens():
+    lines = text(REPOSITORY / "README.md").splitlines()
+    assert len(lines) <= 200
+    assert [line for line in lines if len(line) > 100 and "](" not in line] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_paths_in_the_text_exist(page):
+    for path in re.findall(r"`((?:harness|tools|target|tests|docs)/[\w/.-]+\.\w+)`", text(page)):
+        assert (REPOSITORY / path).exists(), path
+
+
+def test_configuration_keys_of_the_page_exist():
+    keys = yaml.safe_load((REPOSITORY / "config.yaml").read_text())
+    page = text(REPOSITORY / "docs/configuration.md")
+    named = [key for line in re.findall(r"^\*\*(`.+?)\*\*", page, re.M) for key in
+             re.findall(r"`(\w+)`", line)]  # fmt: skip
+    assert len(named) > 8
+    assert set(named) <= set(keys)
+
+
+@pytest.mark.slow
+def test_numbers_of_the_demo_are_those_of_the_readme(checkout):
+    readme = text(REPOSITORY / "README.md")
+    row = next(line for line in readme.splitlines() if "`make demo` (synthetic)" in line)
+    accuracy, all_cloud = map(float, re.findall(r"0\.\d{3}", row))
+    inference = results(checkout / "demo/outputs/demo")["inference"]
+    assert inference["all_cloud_accuracy"] == pytest.approx(all_cloud, abs=5e-4)
+    # Training amplifies rounding, which differs between kinds of processors.
+    assert inference["accuracy"] == pytest.approx(accuracy, abs=0.05)
+
+
+@pytest.mark.slow
+def test_demo_ends_with_commands_that_work(checkout):
+    end = (checkout / "demo.txt").read_text().partition("\nNext:\n")[2]
+    commands = [line for line in end.splitlines() if line.startswith("  ")]
+    assert len(commands) == 3
+    execute("\n".join(commands), checkout)
