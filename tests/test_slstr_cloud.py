@@ -347,7 +347,7 @@ def test_training_alone_then_inference_alone(settings, tmp_path, name):
 
 
 def assert_same_losses_and_scores(first, second):
-    """Compare two runs' folders within the tolerance that README.md states."""
+    """Compare two runs' folders within the tolerance that docs/clusters.md states."""
     one, many = rows(first / "history.csv"), rows(second / "history.csv")
     for a, b in zip(one, many, strict=True):
         for name in ("loss", "val_loss"):

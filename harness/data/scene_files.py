@@ -32,7 +32,7 @@ def find_scenes(directory):
         missing = f"scenes matching '{SCENE_NAME}' under" if is_folder else "directory"
         raise FileNotFoundError(
             f"No {missing} {directory}. Set train_dir and inference_dir in the configuration; see "
-            "'Data' in README.md."
+            "docs/data.md."
         )
     names = Counter(path.name for path in paths)
     if duplicates := [name for name, n in names.items() if n > 1]:

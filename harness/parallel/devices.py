@@ -264,7 +264,7 @@ def check_requirements(gpu, nodes, announcements):
         raise UserError(
             f"gpu: {gpu} requires {gpu} GPU(s) per node, TensorFlow finds "
             f"{' and '.join(map(str, sorted(set(found.values()))))}. "
-            "Set gpu: auto, or gpu: 0 for the CPU; README.md says how to set up GPUs."
+            "Set gpu: auto, or gpu: 0 for the CPU; see docs/troubleshooting.md."
         )
     if isinstance(nodes, int) and nodes != len(found):
         raise UserError(
