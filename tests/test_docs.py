@@ -10,9 +10,14 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import results
-from make_scenes import make_dataset
 
+from data_loader import SPLIT_SEED, PatchGrid
 from harness import REPOSITORY
+from harness.config import Config
+from harness.inference.masks import THRESHOLD
+from harness.networks.geometry import geometry
+from make_scenes import make_dataset
+from model import NETWORKS
 
 PAGES = [path for path in sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
          if path.name != "CHANGELOG.md"]  # fmt: skip
@@ -120,6 +125,25 @@ def test_configuration_keys_of_the_page_exist():
              re.findall(r"`(\w+)`", line)]  # fmt: skip
     assert len(named) > 8
     assert set(named) <= set(keys)
+
+
+def test_numbers_of_the_science_page_are_those_of_the_code():
+    config, model = Config(), NETWORKS["unet"]((256, 256, 9))
+    shape = geometry(model)
+    grid = PatchGrid(config.image_h, config.image_w, config.patch_size, config.crop_size)
+    assert config.patches_per_scene == 4 * 5  # of 1200 // 256 rows and 1500 // 256 columns
+    page = " ".join(text(REPOSITORY / "docs/science.md").split())
+    for fact in (
+        f"{len(model.layers)} layers, {model.count_params():,} parameters",
+        f"{shape.multiplications_per_pixel:,.0f} multiplications per pixel",
+        f"4 x 5 = {config.patches_per_scene} patches of {config.patch_size} x {config.patch_size}",
+        f"7 x 9 = {len(grid.corners)} overlapping patches; {config.crop_size // 2} pixels",
+        f"global batch of {config.batch_size}; {config.clip_offset} pixels",
+        f"train_size={config.train_split}, random_state={SPLIT_SEED}",
+        f"probability is above {THRESHOLD}",
+    ):
+        assert fact in page
+    assert f"({shape.radius} pixels for the U-Net)" in text(REPOSITORY / "docs/configuration.md")
 
 
 @pytest.mark.slow
