@@ -25,7 +25,7 @@ MAX_ERRORS = 30  # reported at once
 COMBINED = ("PATCH_SIZE", "CROP_SIZE", "IMAGE_H", "IMAGE_W", "clip_offset")
 RESERVED = (  # names in a run's folder
     "config.yaml", "results.json", "history.csv", "scenes.csv", "samples.csv", "report.html",
-    "masks", "checkpoints", "bad_scenes", "tensorboard",
+    "report_scenes", "masks", "checkpoints", "bad_scenes", "tensorboard",
 )  # fmt: skip
 FILE_KEYS = ("model_file", "log_file", "mlperf_logfile")  # files that a run writes
 FOLDER_KEYS = ("train_dir", "inference_dir", "output_dir", "cache_dir")
