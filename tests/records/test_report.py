@@ -325,7 +325,7 @@ def make_partial(run, kind, tmp_path):
     if kind == "damaged mask":
         path = run / "masks" / f"{table[0]['scene']}.h5"
         path.write_bytes(path.read_bytes()[:1000])
-        return ["1 scene(s) are missing in pictures and calibration", path.name], []
+        return ["Pictures and calibration lack 1 scene", path.name], []
     if kind == "samples cut off":
         write_samples(run)
         with (run / "samples.csv").open("a") as file:
@@ -364,7 +364,7 @@ def test_scenes_other_than_those_that_were_masked_are_not_shown(run, dataset, tm
     change_config(run, inference_dir="/nowhere")
     page = page_of(run, options=["--data", tmp_path / "ssts"])
     assert f"{first} is not the file that was masked" in page.text
-    assert "data of 1 scene(s)" in page.text and page.html.count("<img ") == 5
+    assert "data of 1 scene" in page.text and page.html.count("<img ") == 5
     assert f'<p class="soft"><code>{second.stem}</code></p>' in page.html
     options = ["--data", str(tmp_path / "ssts"), "--pictures", str(tmp_path / "figures")]
     assert report.main([str(run), *options]) == 2

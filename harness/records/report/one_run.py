@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from harness.config import Config, load_config
-from harness.console import format_bytes, format_duration, progress
+from harness.console import counted, format_bytes, format_duration, progress
 from harness.data.mask_files import mask_files
 from harness.errors import UserError
-from harness.inference.scores import MEAN_SCORES, SCORES
+from harness.inference.scores import COMPARED, MEAN_SCORES, SCORES
 from harness.records.report import pictures
 from harness.records.report.charts import chart
 from harness.records.saved_runs import MEASURES, PLACES, measures
@@ -19,7 +19,7 @@ BINS = 1000  # of probability
 RELIABILITY_BINS = 20
 MIN_PIXELS = 100  # of a point in the reliability diagram
 MAX_GAP = 30.0  # [s] between two samples in a chart; a resumed run may have waited for days
-BASELINES = [key for key, score in SCORES.items() if score.kind == "baseline"]
+BASELINES = COMPARED["accuracy, all pixels"][1:]
 SCORE_COLUMNS = {score.label: score.meaning for score in SCORES.values()}
 SCENE_PARTS = {
     "read": "reading, in parallel with the network", "network": "network", "stitch": "stitching",
@@ -80,7 +80,8 @@ def describe_run(run, data=None):
     masks, rows = mask_files(run.folder), run.scenes
     if masks and not rows:  # the run was stopped before it wrote scenes.csv
         rows = [pictures.read_row(path) for path in masks.values()]
-        notes.append(f"Inference did not finish: scores are those of the {len(rows)} masks so far.")
+        masked = counted(len(rows), "mask")
+        notes.append(f"Inference did not finish: scores are those of the {masked} so far.")
     folder = scene_folder(run, data)
     scenes = pictures.scenes_by_name(folder) if masks else {}
     if masks and not scenes:
@@ -91,7 +92,7 @@ def describe_run(run, data=None):
     chosen = chosen_scenes(rows, pairs, problems)
     if problems:
         notes.append(
-            f"{len(problems)} scene(s) are missing in pictures and calibration, for example: "
+            f"Pictures and calibration lack {counted(len(problems), 'scene')}, for example: "
             f"{next(iter(problems.values()))}"
         )
     scene_columns = {"scene": "", "kind": "", **SCORE_COLUMNS, "seconds": "Inference."}
@@ -170,8 +171,8 @@ def facts(run):
     def shown(show, value):
         return show(value) if value and value > 0 else None
 
-    def counted(part, **words):
-        return ", ".join(f"{part[key]} {word}" for key, word in words.items() if part.get(key))
+    def numbers(part, **nouns):
+        return ", ".join(counted(part[key], noun) for key, noun in nouns.items() if part.get(key))
 
     def listed(values):
         return ", ".join(f"{name} {value}" for name, value in values.items())
@@ -193,12 +194,12 @@ def facts(run):
         "Job": results.get("job"),
         "Network": listed(results.get("network", {})),
         "Loss": config.get("loss"),
-        "Training": counted(
-            training, scenes_train="scenes", patches_train="patches", epochs_run="epochs"
+        "Training": numbers(
+            training, scenes_train="scene", patches_train="patch", epochs_run="epoch"
         ),
         "Best epoch": training.get("best_epoch"),
-        "Validation": counted(training, scenes_test="scenes", patches_test="patches"),
-        "Inference": counted(results["inference"], scenes="scenes"),
+        "Validation": numbers(training, scenes_test="scene", patches_test="patch"),
+        "Inference": numbers(results["inference"], scenes="scene"),
         "Precision": config.get("precision"),
         "Deterministic": {"True": "yes", "False": "no"}.get(str(devices.get("deterministic"))),
         "Peak memory": shown(format_bytes, peaks["peak_rss"]),
@@ -385,8 +386,8 @@ def calibration(pairs, problems):
         chart(
             "Calibration", "probability of cloud", "share of cloud in the label",
             {"network": (probabilities, shares)}, diagonal="ideal", height=3.2,
-            note=f"Pixels with data of {n_scenes} scene(s). Mean difference between probability "
-            f"and share of cloud: {error:.3f}.",
+            note=f"Pixels with data of {counted(n_scenes, 'scene')}. Mean difference between "
+            f"probability and share of cloud: {error:.3f}.",
         ),
         chart(
             "ROC curve", "false positive rate", "true positive rate",
