@@ -352,6 +352,11 @@ def resolved(config):
     return values
 
 
+def recorded(config):
+    """The configuration as results.json has it: all keys, with absolute paths of folders."""
+    return config.model_dump(by_alias=True, mode="json") | resolved(config)
+
+
 def dump_config(config, run_dir):
     """The resolved configuration as YAML text."""
     header = f"# Resolved configuration of {run_dir}; running it again repeats the run.\n"

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from _command import exit_status
-from harness.console import log_to_screen
+from harness.console import counted, log_to_screen
 
 log = logging.getLogger("report")
 
@@ -49,7 +49,7 @@ def make(arguments):
     runs = arguments.runs
     if arguments.pictures:
         n = report.write_pictures(runs[0], arguments.pictures, arguments.data)
-        log.info("Pictures of %d scene(s) are in %s", n, arguments.pictures)
+        log.info("Pictures of %s are in %s", counted(n, "scene"), arguments.pictures)
     elif len(runs) == 1:
         page = report.make_report(
             runs[0], *(arguments.data, arguments.output, arguments.all_scenes)

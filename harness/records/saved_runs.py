@@ -117,6 +117,19 @@ class Run:
         """The status in results.json: 'success', 'aborted', 'running' or 'starting'."""
         return self.results["status"]
 
+    @property
+    def warnings(self):
+        """What looked wrong in the run, as texts; see run_warnings."""
+        found = self.results.get("warnings")
+        return list(map(str, found)) if isinstance(found, list) else []
+
+    @property
+    def is_synthetic(self):
+        """Whether any of its scenes were synthetic; runs before this was recorded count as not."""
+        return any(
+            self.results[part].get("synthetic") is True for part in ("training", "inference")
+        )
+
     @functools.cached_property
     def clean_results(self):
         """`results` to calculate with: None or empty where a field is not what KINDS says."""

@@ -123,14 +123,18 @@ def test_report_shows_metrics_baselines_facts_and_charts(run):
         f"{inference['seconds_per_scene']:.3f}",
         f"{training['patches_per_second']:.1f}",
     ]
-    mask, valid, cloud, cold = (
-        f"{inference[key]:.4f}"
-        for key in ("accuracy", "valid_accuracy", "all_cloud_accuracy", "threshold_accuracy")
-    )
-    assert f"All pixels mask {mask} all cloud {cloud} threshold {cold}" in page.text
-    assert f"Pixels with data mask {valid}" in page.text
-    assert f"All pixels: accuracy {mask} {cloud} {cold}" in page.text
-    assert f"All pixels: balanced accuracy {inference['balanced_accuracy']:.4f} 0.5000" in page.text
+    for first, pixels in {"": "all pixels", "valid_": "pixels with data"}.items():
+        mask, balanced, cloud, cold, cold_balanced = (
+            f"{inference[first + key]:.4f}"
+            for key in (
+                "accuracy", "balanced_accuracy", "all_cloud_accuracy", "threshold_accuracy",
+                "threshold_balanced_accuracy",
+            )
+        )  # fmt: skip
+        bars = f"{pixels.capitalize()} mask {mask} all cloud {cloud} threshold {cold}"
+        assert bars in page.text
+        assert f" accuracy, {pixels} {mask} {cloud} {cold}" in page.text
+        assert f"balanced accuracy, {pixels} {balanced} 0.5000 {cold_balanced}" in page.text
     n_bars = page.html.count('<div class="bar">')
     assert page.html.count(f'class="target" style="left:{100 * TARGET_ACCURACY}%"') == n_bars >= 5
     assert page.headings == [
@@ -167,7 +171,7 @@ def test_warnings_synthetic_scenes_and_baselines_of_training_are_shown(run):
     )
     page = page_of(run)
     assert "Warning: The network has learned nothing" in page.text.split("Accuracy")[0]
-    assert "Synthetic scenes in training and inference" in page.text.split("Accuracy")[0]
+    assert "Synthetic scenes: " in page.text.split("Accuracy")[0]
     assert "all cloud 0.4321" in page.text and "all cloud (validation)" in page.text
 
 
@@ -435,7 +439,7 @@ def make_partial(run, kind, tmp_path):
     if kind == "damaged mask":
         path = run / "masks" / f"{table[0]['scene']}.h5"
         path.write_bytes(path.read_bytes()[:1000])
-        return ["1 scene(s) are missing in pictures and calibration", path.name], []
+        return ["Pictures and calibration lack 1 scene", path.name], []
     if kind == "samples cut off":
         write_samples(run)
         with (run / "samples.csv").open("a") as file:
@@ -474,7 +478,7 @@ def test_scenes_other_than_those_that_were_masked_are_not_shown(run, dataset, tm
     change_config(run, inference_dir="/nowhere")
     page = page_of(run, options=["--data", tmp_path / "ssts"])
     assert f"{first} is not the file that was masked" in page.text
-    assert "data of 1 scene(s)" in page.text and list(page.scenes) == [second.stem]
+    assert "data of 1 scene." in page.text and list(page.scenes) == [second.stem]
     options = ["--data", str(tmp_path / "ssts"), "--pictures", str(tmp_path / "figures")]
     assert report.main([str(run), *options]) == 2
     assert f"{first} is not the file that was masked" in capsys.readouterr().err
@@ -545,7 +549,7 @@ def test_report_of_several_runs_shows_results_curves_and_differences(run, finish
     assert "config.learning_rate" in section and "git_commit 0123456789abcdef" in section
     assert "batch_size" not in section and "versions." not in section
     assert page.charts == [
-        "Accuracy: all pixels", "Accuracy: pixels with data",
+        "Accuracy, all pixels", "Accuracy, pixels with data",
         "validation loss", "validation accuracy",
     ]  # fmt: skip
     assert (
@@ -722,22 +726,23 @@ def test_scenes_are_sorted_by_click_and_by_keyboard(run, opened):
     page = opened(run / "report.html")
 
     def column(name):
-        n = page.locator(".tall th button").all_text_contents().index(name) + 1
-        return page.locator(f".tall tbody tr > :nth-child({n})").all_text_contents()
+        n = page.locator("[aria-label=Scenes] th button").all_text_contents().index(name) + 1
+        return page.locator(f"[aria-label=Scenes] tbody tr > :nth-child({n})").all_text_contents()
 
     def sort():
         return page.eval_on_selector_all(
-            ".tall th[aria-sort]", "c => c.map(h => [h.textContent.trim(), h.ariaSort])"
+            "[aria-label=Scenes] th[aria-sort]",
+            "c => c.map(h => [h.textContent.trim(), h.ariaSort])",
         )
 
     assert column("accuracy") == ["0.1000", "0.9500", "–"] and sort() == [["accuracy", "ascending"]]
-    page.click(".tall th button:text-is('accuracy')")
+    page.click("[aria-label=Scenes] th button:text-is('accuracy')")
     assert column("accuracy") == ["0.9500", "0.1000", "–"]  # without a number: last in both orders
     assert sort() == [["accuracy", "descending"]]
-    page.locator(".tall th button:text-is('seconds')").focus()
+    page.locator("[aria-label=Scenes] th button:text-is('seconds')").focus()
     page.keyboard.press("Enter")
     assert column("seconds") == ["9.00", "10.00", "100.00"] and sort() == [["seconds", "ascending"]]
-    page.click(".tall th button:text-is('scene')")
+    page.click("[aria-label=Scenes] th button:text-is('scene')")
     assert column("scene") == ["S3A_0", "S3A_1", "S3A_2"]
 
 
@@ -941,10 +946,12 @@ def test_page_follows_the_theme_and_prints_light_with_all_scenes(run, opened):
     assert colours(opened(run / "report.html")) == light
     page = opened(run / "report.html", scheme="dark")
     assert colours(page) == ["rgb(17, 22, 29)", *["rgb(230, 235, 241)"] * 2]
-    on_screen = page.evaluate("document.querySelector('.tall').clientHeight")
+    on_screen = page.evaluate("document.querySelector('[aria-label=Scenes]').clientHeight")
     page.emulate_media(media="print", color_scheme="dark")
     assert colours(page) == light
-    assert page.evaluate("document.querySelector('.tall').clientHeight") > 4 * on_screen
+    assert (
+        page.evaluate("document.querySelector('[aria-label=Scenes]').clientHeight") > 4 * on_screen
+    )
 
 
 @in_browser

@@ -90,7 +90,8 @@ def test_line_of_an_epoch_ends_with_the_time_of_the_remaining_ones():
 
 
 def test_summary_gives_energy_in_kilowatt_hours():
-    whole = {"training": None, "inference": None, "bad_scenes": [], "seconds": 5.0, "peak_rss": 1}
+    whole = {"training": None, "inference": None, "bad_scenes": [], "warnings": []}
+    whole |= {"seconds": 5.0, "peak_rss": 1}
     (line,) = results.summary({**whole, "sampling": {"energy_joules": 7.2e6}})
     assert line.split(", ")[-1] == "2.000 kWh"
     (line,) = results.summary({**whole, "sampling": {"energy_joules": None}})

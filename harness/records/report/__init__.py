@@ -19,10 +19,9 @@ from harness.inference.scores import SCORES, TARGET_ACCURACY
 from harness.records.report import pictures
 from harness.records.report.charts import chart
 from harness.records.report.one_run import (
-    PIXEL_SETS,
-    against_baselines,
     cell,
     column,
+    compared_accuracies,
     describe_run,
     scene_folder,
     setting,
@@ -97,25 +96,20 @@ def describe_runs(runs):
     columns = [key for key in MEASURES if any(m[key] is not None for m in measured.values())]
     numbers = range(1, len(runs) + 1)
     found = []
-    for start, title in PIXEL_SETS.items():
-        scores = [against_baselines(start, "accuracy", m) for m in measured.values()]
+    accuracies = [compared_accuracies(m) for m in measured.values()]
+    for pixels, names in accuracies[0].items():
         lines = {
             name: (values, numbers)
-            for name in scores[0]
-            if np.isfinite(values := np.array([each[name] for each in scores], float)).any()
+            for name in names
+            if np.isfinite(
+                values := np.array([each[pixels][name] for each in accuracies], float)
+            ).any()
         }
         if lines:
             lines[f"target {TARGET_ACCURACY}"] = ([TARGET_ACCURACY] * len(runs), numbers)
             options = {"height": 1.2 + 0.3 * len(runs), "yticks": numbers, "points": True}
-            found.append(
-                chart(
-                    f"Accuracy: {title.lower()}",
-                    f"accuracy, {title.lower()}",
-                    "run",
-                    lines,
-                    **options,
-                )
-            )
+            label = f"accuracy, {pixels}"
+            found.append(chart(label.capitalize(), label, "run", lines, **options))
     for key in ("val_loss", "val_accuracy"):
         lines = {
             str(n): (column(run.history, "epoch"), column(run.history, key))

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from harness.config import Config, load_config
-from harness.console import format_bytes, format_duration, progress
+from harness.console import counted, format_bytes, format_duration, progress
 from harness.data.mask_files import mask_files
 from harness.data.scene_files import PRODUCT_NAME, product_times
 from harness.errors import UserError
-from harness.inference.scores import MEAN_SCORES, SCORES
+from harness.inference.scores import MEAN_SCORES, SCORES, compare_with_baselines
 from harness.records.report import pictures
 from harness.records.report.charts import chart
 from harness.records.saved_runs import MEASURES, PLACES, measures
@@ -22,7 +22,7 @@ MIN_PIXELS = 100  # of a point in the reliability diagram
 MAX_GAP = 30.0  # [s] between two samples in a chart; a resumed run may have waited for days
 PAGE_BYTES = 12_000_000  # of pictures in the page; more scenes get a page of their own
 MAX_SCENES = 21  # drawn unless all are asked for; one of 1200 x 1500 takes about half a second
-PIXEL_SETS = {"": "All pixels", "valid_": "Pixels with data"}  # by the start of a score's key
+COMPARED_MASKS = ("mask", "all cloud", "threshold")  # in the order of COMPARED
 SCORE_COLUMNS = {score.label: score.meaning for score in SCORES.values()}
 SCENE_PARTS = {
     "read": "reading, in parallel with the network", "network": "network", "stitch": "stitching",
@@ -59,29 +59,20 @@ def table(name, columns, rows, sort=None, is_long=False):
         columns: {heading: explanation}, or headings.
         rows: Lists of texts, and of numbers as in `cell`.
         sort: None if it cannot be sorted, else the heading by which it is sorted, or "".
-        is_long: Whether it has a scroll bar of its own.
+        is_long: Whether it is small, with a scroll bar of its own.
     """
     columns = columns if isinstance(columns, dict) else dict.fromkeys(columns, "")
     shown = {"name": name, "columns": columns, "rows": rows, "sort": sort, "is_long": is_long}
     return [shown] if rows else []
 
 
-def against_baselines(start, name, values):
-    """A score of the mask and of the two baselines on the same pixels.
-
-    Args:
-        start: One of PIXEL_SETS.
-        name: "accuracy" or "balanced_accuracy".
-        values: {key: number}.
-
-    Returns:
-        {"mask": number or None, "all cloud": ..., "threshold": ...}.
-    """
-    all_cloud = values.get(f"{start}all_cloud_{name}")
-    if name == "balanced_accuracy" and not is_missing(values.get(start + name)):
-        all_cloud = 0.5  # recall of cloud is 1, of clear 0
-    threshold = values.get(f"{start}threshold_{name}")
-    return {"mask": values.get(start + name), "all cloud": all_cloud, "threshold": threshold}
+def compared_accuracies(scores):
+    """Accuracies of mask and baselines, {set of pixels: {name: number or None}}."""
+    return {
+        what.partition(", ")[2]: dict(zip(COMPARED_MASKS, values, strict=True))
+        for what, values in compare_with_baselines(scores).items()
+        if what.startswith("accuracy")
+    }
 
 
 def describe_run(run, write_scene, data=None, all_scenes=False):
@@ -99,17 +90,16 @@ def describe_run(run, write_scene, data=None, all_scenes=False):
     """
     results = run.clean_results
     notes = [f"Error: {results['error']}"] if results.get("error") else []
-    warnings = results.get("warnings")
-    notes += [f"Warning: {line}" for line in warnings] if isinstance(warnings, list) else []
-    synthetic = [part for part in ("training", "inference") if results[part].get("synthetic")]
-    if synthetic:
-        notes.append(f"Synthetic scenes in {' and '.join(synthetic)}: scores hold for these alone.")
+    notes += [f"Warning: {text}" for text in run.warnings]
+    if run.is_synthetic:
+        notes.append("Synthetic scenes: the scores tell nothing about real scenes.")
     if run.status in ("running", "starting"):
         notes.append("The run had not ended when this page was made, or it was killed.")
     masks, rows = mask_files(run.folder), run.scenes
     if masks and not rows:  # the run was stopped before it wrote scenes.csv
         rows = [pictures.read_row(path) for path in masks.values()]
-        notes.append(f"Inference did not finish: scores are those of the {len(rows)} masks so far.")
+        masked = counted(len(rows), "mask")
+        notes.append(f"Inference did not finish: scores are those of the {masked} so far.")
     # A run that was stopped has them in the rows alone.
     inference = results["inference"]
     scores = {
@@ -129,17 +119,11 @@ def describe_run(run, write_scene, data=None, all_scenes=False):
     drawn = draw_scenes(rows, pairs, problems, most, write_scene)
     if problems:
         notes.append(
-            f"{len(problems)} scene(s) are missing in pictures and calibration, for example: "
+            f"Pictures and calibration lack {counted(len(problems), 'scene')}, for example: "
             f"{next(iter(problems.values()))}"
         )
-    text = (
-        ""
-        if most >= len(pairs)
-        else (
-            f"{most} of {len(pairs)} scenes, evenly spaced by accuracy. For all: "
-            "python tools/report.py RUN_DIR --all-scenes"
-        )
-    )
+    text = f"{most} of {len(pairs)} scenes, evenly spaced by accuracy. For all of them: "
+    text += "python tools/report.py RUN_DIR --all-scenes"
     scene_columns = {"scene": "", "kind": "", **SCORE_COLUMNS, "seconds": "Inference."}
     bad_scenes = [
         [str(bad.get(key, "")) for key in ("path", "reason", "during")]
@@ -160,14 +144,15 @@ def describe_run(run, write_scene, data=None, all_scenes=False):
             },
             "Training": {"charts": training_charts(run)},
             "Times": {"tables": times(run)},
-            "Pictures": {"scenes": drawn, "text": text},
+            "Pictures": {"scenes": drawn, "text": text if most < len(pairs) else ""},
             "Scores": {
                 "charts": score_charts,
                 "tables": table(
-                    "Mask and baselines", ("mean over scenes", *against_baselines("", "", {})),
+                    "Mask and baselines", ("mean over scenes", *COMPARED_MASKS),
                     baseline_rows(scores),
                 ) + table(
-                    "Means over scenes", {"scenes": "", "number": ""} | SCORE_COLUMNS, means(rows)
+                    "Means over scenes", {"scenes": "", "number": ""} | SCORE_COLUMNS, means(rows),
+                    is_long=True,
                 ) + table(
                     "Scenes", scene_columns, scene_rows(rows, drawn), "accuracy", is_long=True
                 ),
@@ -201,15 +186,13 @@ def headline(run, scores, n_scenes):
     values = measures(run) | scores
     texts = {key: m.show(values[key]) for key, m in MEASURES.items() if not is_missing(values[key])}
     training = run.clean_results["training"]
-    groups = {
-        title: against_baselines(start, "accuracy", scores) for start, title in PIXEL_SETS.items()
-    }
-    groups["Validation patches"] = {
+    groups = compared_accuracies(scores)
+    groups["validation patches"] = {
         "network": values["val_accuracy"], "all cloud": validation_baseline(training)
     }  # fmt: skip
     show = SCORES["accuracy"].show
     bars = {
-        title: [(name, v, show(v)) for name, v in group.items() if not is_missing(v)]
+        title.capitalize(): [(name, v, show(v)) for name, v in group.items() if not is_missing(v)]
         for title, group in groups.items()
     }
     return {"texts": texts, "bars": bars, "n_scenes": n_scenes}
@@ -224,14 +207,12 @@ def validation_baseline(training):
 
 def baseline_rows(scores):
     """Rows of the mask's scores beside those of the baselines on the same pixels."""
-    rows = []
-    for start, title in PIXEL_SETS.items():
-        for name in ("accuracy", "balanced_accuracy"):
-            values = against_baselines(start, name, scores)
-            if not is_missing(values["mask"]):
-                cells = [cell(value, SCORES["accuracy"].show) for value in values.values()]
-                rows.append([f"{title}: {name.replace('_', ' ')}", *cells])
-    return rows
+    show = SCORES["accuracy"].show
+    return [
+        [what, *(cell(value, show) for value in values)]
+        for what, values in compare_with_baselines(scores).items()
+        if not is_missing(values[0])
+    ]
 
 
 def facts(run):
@@ -244,8 +225,8 @@ def facts(run):
     def shown(show, value):
         return show(value) if value and value > 0 else None
 
-    def counted(part, **words):
-        return ", ".join(f"{part[key]} {word}" for key, word in words.items() if part.get(key))
+    def numbers(part, **nouns):
+        return ", ".join(counted(part[key], noun) for key, noun in nouns.items() if part.get(key))
 
     def listed(values):
         return ", ".join(f"{name} {value}" for name, value in values.items())
@@ -267,12 +248,12 @@ def facts(run):
         "Job": results.get("job"),
         "Network": listed(results.get("network", {})),
         "Loss": config.get("loss"),
-        "Training": counted(
-            training, scenes_train="scenes", patches_train="patches", epochs_run="epochs"
+        "Training": numbers(
+            training, scenes_train="scene", patches_train="patch", epochs_run="epoch"
         ),
         "Best epoch": training.get("best_epoch"),
-        "Validation": counted(training, scenes_test="scenes", patches_test="patches"),
-        "Inference": counted(results["inference"], scenes="scenes"),
+        "Validation": numbers(training, scenes_test="scene", patches_test="patch"),
+        "Inference": numbers(results["inference"], scenes="scene"),
         "Precision": config.get("precision"),
         "Deterministic": {"True": "yes", "False": "no"}.get(str(devices.get("deterministic"))),
         "Peak memory": shown(format_bytes, peaks["peak_rss"]),
@@ -473,8 +454,8 @@ def calibration(pairs, problems):
         chart(
             "Calibration", "probability of cloud", "share of cloud in the label",
             {"network": (probabilities, shares)}, diagonal="ideal", height=3.2,
-            note=f"Pixels with data of {n_scenes} scene(s). Mean difference between probability "
-            f"and share of cloud: {error:.3f}.",
+            note=f"Pixels with data of {counted(n_scenes, 'scene')}. Mean difference between "
+            f"probability and share of cloud: {error:.3f}.",
         ),
         chart(
             "ROC curve", "false positive rate", "true positive rate",
