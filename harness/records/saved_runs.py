@@ -81,6 +81,7 @@ KINDS = {  # of the fields of results.json that are calculated with: numbers, li
     "training": {
         **_numbers("seconds", "epochs_run", "best_epoch", "patches_per_second", "warm_up_seconds"),
         **_numbers("val_loss", "val_accuracy"),
+        "baselines": _numbers("all_cloud_accuracy"),
         **{f"{part}seconds_per_epoch": [float] for part in ("", "train_", "input_")},
     },
     "inference": {

@@ -6,6 +6,7 @@ its own.
 
 import base64
 import hashlib
+import os
 from pathlib import Path
 from urllib.parse import quote
 
@@ -52,9 +53,9 @@ def make_report(run_folder, data=None, output=None, all_scenes=False):
     def write_scene(name, scene):
         file = output.with_name(f"{output.stem}_scenes") / f"{name}.html"
         sections = {"Pictures": {"scenes": [scene]}}
-        page = {"name": scene["title"], "back": quote(f"../{output.name}"), "sections": sections}
-        write_page(file, page)
-        return quote(f"{file.parent.name}/{file.name}")
+        back = quote(os.fsencode(f"../{output.name}"))
+        write_page(file, {"name": scene["title"], "back": back, "sections": sections})
+        return quote(os.fsencode(f"{file.parent.name}/{file.name}"))
 
     return write_page(output, describe_run(run, write_scene, data, all_scenes))
 

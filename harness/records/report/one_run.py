@@ -102,12 +102,9 @@ def describe_run(run, write_scene, data=None, all_scenes=False):
         notes.append(f"Inference did not finish: scores are those of the {masked} so far.")
     # A run that was stopped has them in the rows alone.
     inference = results["inference"]
-    scores = {
-        key: mean([row.get(key) for row in rows])
-        if is_missing(inference.get(key))
-        else inference[key]
-        for key in MEAN_SCORES
-    }
+    scores = {key: inference.get(key) for key in MEAN_SCORES}
+    for key in filter(lambda key: is_missing(scores[key]), scores):
+        scores[key] = mean([row.get(key) for row in rows])
     folder = scene_folder(run, data)
     scenes = pictures.scenes_by_name(folder) if masks else {}
     if masks and not scenes:
@@ -122,8 +119,10 @@ def describe_run(run, write_scene, data=None, all_scenes=False):
             f"Pictures and calibration lack {counted(len(problems), 'scene')}, for example: "
             f"{next(iter(problems.values()))}"
         )
-    text = f"{most} of {len(pairs)} scenes, evenly spaced by accuracy. For all of them: "
-    text += "python tools/report.py RUN_DIR --all-scenes"
+    left_out = (
+        f"{most} of {len(pairs)} scenes, evenly spaced by accuracy. For all of them: "
+        "python tools/report.py RUN_DIR --all-scenes"
+    )
     scene_columns = {"scene": "", "kind": "", **SCORE_COLUMNS, "seconds": "Inference."}
     bad_scenes = [
         [str(bad.get(key, "")) for key in ("path", "reason", "during")]
@@ -135,16 +134,7 @@ def describe_run(run, write_scene, data=None, all_scenes=False):
         "notes": notes,
         "headline": headline(run, scores, len(rows)),
         "sections": {
-            "What ran where": {
-                "facts": facts(run),
-                "tables": table(
-                    "Settings that differ from the reference workload",
-                    ("key", "this run", "reference"), changed_settings(results["config"]),
-                ) + table("Bad scenes", ("file", "reason", "during"), bad_scenes),
-            },
-            "Training": {"charts": training_charts(run)},
-            "Times": {"tables": times(run)},
-            "Pictures": {"scenes": drawn, "text": text if most < len(pairs) else ""},
+            "Pictures": {"scenes": drawn, "text": left_out if most < len(pairs) else ""},
             "Scores": {
                 "charts": score_charts,
                 "tables": table(
@@ -157,6 +147,15 @@ def describe_run(run, write_scene, data=None, all_scenes=False):
                     "Scenes", scene_columns, scene_rows(rows, drawn), "accuracy", is_long=True
                 ),
             },
+            "What ran where": {
+                "facts": facts(run),
+                "tables": table(
+                    "Settings that differ from the reference workload",
+                    ("key", "this run", "reference"), changed_settings(results["config"]),
+                ) + table("Bad scenes", ("file", "reason", "during"), bad_scenes),
+            },
+            "Training": {"charts": training_charts(run)},
+            "Times": {"tables": times(run)},
             "Machine": {"charts": machine_charts(run)},
         },
     }  # fmt: skip
@@ -200,9 +199,7 @@ def headline(run, scores, n_scenes):
 
 def validation_baseline(training):
     """Accuracy of calling every pixel of the validation patches cloud; None if unknown."""
-    baselines = training.get("baselines")
-    value = baselines.get("all_cloud_accuracy") if isinstance(baselines, dict) else None
-    return value if isinstance(value, float) else None
+    return training.get("baselines", {}).get("all_cloud_accuracy")
 
 
 def baseline_rows(scores):
@@ -300,8 +297,8 @@ def training_charts(run):
             for name, start in {"validation": "val_", "training": ""}.items()
         }
         baseline = validation_baseline(training)
-        if key == "accuracy" and baseline is not None:
-            lines["all cloud (validation)"] = (epochs, [baseline] * len(epochs))
+        if key == "accuracy" and not is_missing(baseline):
+            lines["all cloud"] = (epochs, [baseline] * len(epochs))
         best = training.get("best_epoch")
         found.append(chart(f"Training and validation {key}", "epoch", key, lines, best=best))
     starts = {"epoch": "", "training": "train_", "waiting for data": "input_"}
