@@ -201,13 +201,13 @@ SCORES = {  # by the key in scenes.csv and results.json, in the order of all tab
     "cloud_fraction": Score("cloud in mask", cloud_fraction, "fraction"),
 }
 # Scores and baselines of the same pixels: no others may be compared.
-COMPARED = {  # what: keys of mask, all cloud (whose balanced accuracy is 0.5) and threshold
+COMPARED = {  # what: keys of mask, all cloud (with a balanced accuracy of 0.5) and threshold
     "accuracy, all pixels": ("accuracy", "all_cloud_accuracy", "threshold_accuracy"),
     "accuracy, pixels with data": (
         "valid_accuracy", "valid_all_cloud_accuracy", "valid_threshold_accuracy",
     ),
-    "balanced accuracy, all pixels": ("balanced_accuracy", None, "threshold_balanced_accuracy"),
-    "balanced accuracy, pixels with data": (
+    "balanced, all pixels": ("balanced_accuracy", None, "threshold_balanced_accuracy"),
+    "balanced, pixels with data": (
         "valid_balanced_accuracy", None, "valid_threshold_balanced_accuracy",
     ),
 }  # fmt: skip

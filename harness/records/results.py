@@ -1,6 +1,7 @@
 """What results.json, the lines of cloudmask.log and the screen say about a run."""
 
 import itertools
+import textwrap
 
 import numpy as np
 
@@ -184,22 +185,19 @@ def plan(config, mode, scenes, devices):
     if mode != "inference":
         n, n_patches = len(scenes.train), len(scenes.train) * per_scene
         lines += [
-            f"training    {_scenes(n, 'training' in scenes.synthetic)} of {shape}, "
-            f"{counted(n_patches, 'patch')} of {size}; {len(scenes.validation)} for "
-            "validation",
+            f"training    {counted(n, 'scene')} of {shape}, {counted(n_patches, 'patch')} of "
+            f"{size}; {len(scenes.validation)} for validation",
             f"            {counted(config.epochs, 'epoch')}, batch {config.batch_size}, Adam "
             f"{config.learning_rate:g}, {config.precision}, seed {config.seed}",
         ]
-        lines += [f"warning     {text}" for text in batch_warnings(n_patches, config.batch_size)]
+        lines += _warnings(batch_warnings(n_patches, config.batch_size))
     if mode != "train":
         how = {"patches": f"patches of {size}, overlap {config.crop_size}", "scene": "one pass"}
-        described = _scenes(len(scenes.inference), "inference" in scenes.synthetic)
-        lines.append(f"inference   {described} of {shape}, {how[config.inference_mode]}")
+        n = counted(len(scenes.inference), "scene")
+        lines.append(f"inference   {n} of {shape}, {how[config.inference_mode]}")
+    if scenes.synthetic:
+        lines.append(f"data        synthetic scenes in {' and '.join(sorted(scenes.synthetic))}")
     return lines
-
-
-def _scenes(n, synthetic):
-    return counted(n, "synthetic scene" if synthetic else "scene")
 
 
 def network_line(network, loss=None):
@@ -235,9 +233,9 @@ def summary(results):
     training, inference = results["training"], results["inference"]
     lines = []
     if inference and (n := inference["scenes_labelled"]):
-        described = _scenes(n, inference.get("synthetic"))
+        noun = "synthetic scene" if inference["synthetic"] else "scene"
         lines += [
-            f"scores      agreement with the Bayesian mask, mean of {described}",
+            f"scores      agreement with the Bayesian mask, mean of {counted(n, noun)}",
             *(f"            {line}" for line in _score_table(inference).splitlines()),
         ]
     if inference and (n := inference["scenes"] - inference["scenes_labelled"]):
@@ -257,12 +255,19 @@ def summary(results):
         )
     if bad := results["bad_scenes"]:
         lines.append(f"skipped     {counted(len(bad), 'bad scene')}, listed in results.json")
-    lines += [f"warning     {text}" for text in results["warnings"]]
     total = f"total       {format_duration(results['seconds'])}, "
     total += f"peak memory {format_bytes(results['peak_rss'])}"
     if (results["sampling"] or {}).get("energy_joules") is not None:
         total += f", {results['sampling']['energy_joules'] / 3.6e6:.3f} kWh"
-    return [*lines, total]
+    return [*lines, total, *_warnings(results["warnings"])]
+
+
+def _warnings(texts):
+    """Warnings as lines of at most 78 characters."""
+    lines = (textwrap.wrap(text, 66) for text in texts)
+    return [
+        f"{'' if i else 'warning':12}{line}" for wrapped in lines for i, line in enumerate(wrapped)
+    ]
 
 
 def _score_table(means):

@@ -42,16 +42,15 @@ def training_warnings(history, n_patches, batch_size):
     late = statistics.median(losses[len(losses) // 2 :])
     if len(losses) >= EPOCHS_TO_LEARN and late >= losses[0]:
         found.append(
-            f"The training loss did not fall: it was {losses[0]:.4f} in the first epoch and "
-            f"{late:.4f} in the later half of {len(losses)} epochs. Lower learning_rate."
+            f"The training loss did not fall: {losses[0]:.4f} in the first epoch, {late:.4f} in "
+            f"the later half of {len(losses)} epochs. Lower learning_rate."
         )
     best = min(history, key=lambda row: row["val_loss"])
     cloud = best.get("val_cloud")  # absent in epochs of an earlier version
     if cloud is not None and best["val_accuracy"] <= (share := max(cloud, 1 - cloud)):
         found.append(
-            f"The network is no better than calling every pixel {_kind(cloud >= 0.5)}: its "
-            f"accuracy on the validation patches is {best['val_accuracy']:.4f}, that of the "
-            f"constant {share:.4f}. {ADVICE}"
+            f"The validation accuracy, {best['val_accuracy']:.4f}, is not above that of calling "
+            f"every pixel {_kind(cloud >= 0.5)}, {share:.4f}. {ADVICE}"
         )
     return found
 
@@ -66,7 +65,8 @@ def mask_warnings(cloud_fractions, means):
     constant = min(cloud_fractions)
     if constant in (0, 1) and max(cloud_fractions) == constant:
         masks = counted(len(cloud_fractions), "mask")
-        return [f"Every pixel of {masks} is {_kind(constant)}. {ADVICE}"]
+        kind = _kind(constant)
+        return [f"The network has learned nothing: every pixel of {masks} is {kind}. {ADVICE}"]
     worse = [
         f"{what} {mask:.4f}, best baseline {max(baselines):.4f}"
         for what, (mask, *baselines) in compare_with_baselines(means).items()

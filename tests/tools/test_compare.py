@@ -283,6 +283,33 @@ def test_repeats_of_changed_code_are_reported(finished, tmp_path, capsys):
     assert "had changes (-dirty)" in capsys.readouterr().out
 
 
+def test_warnings_and_synthetic_scenes_are_shown_with_the_number_of_the_run(
+    finished, tmp_path, capsys
+):
+    def warn(found):
+        found["warnings"] = ["The loss <b>\x1b[2J rose.", 3]
+
+    def real(found):
+        found["training"]["synthetic"] = found["inference"]["synthetic"] = False
+
+    folders = [str(copy(finished, tmp_path / "a", real)), str(copy(finished, tmp_path / "b", warn))]
+    assert compare.main([*folders, "-o", str(tmp_path / "t.md")]) == 0
+    out, text = capsys.readouterr().out, (tmp_path / "t.md").read_text()
+    assert "Run 2: the scenes are synthetic.\n" in out and "Run 2: the scenes are synth" in text
+    assert r"Run 2: The loss <b>\x1b[2J rose." in out.splitlines() and "Run 2: 3" in out
+    assert r"Run 2: The loss \<b\>\\x1b\[2J rose." in text.splitlines()
+
+
+def test_baselines_follow_the_score_of_the_same_pixels(finished, capsys):
+    assert compare.main([str(finished)]) == 0
+    labels = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    first = labels.index("accuracy")
+    assert labels[first : first + 6] == [
+        "accuracy", "all cloud", "threshold", "valid accuracy", "valid all cloud",
+        "valid threshold",
+    ]  # fmt: skip
+
+
 def test_runs_with_the_same_name_are_named_by_their_folders(finished, tmp_path):
     for parent in "ab":
         (tmp_path / parent).mkdir()
