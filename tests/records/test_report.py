@@ -134,7 +134,7 @@ def test_report_shows_metrics_baselines_facts_and_charts(run):
         bars = f"{pixels.capitalize()} mask {mask} all cloud {cloud} threshold {cold}"
         assert bars in page.text
         assert f" accuracy, {pixels} {mask} {cloud} {cold}" in page.text
-        assert f"balanced accuracy, {pixels} {balanced} 0.5000 {cold_balanced}" in page.text
+        assert f"balanced, {pixels} {balanced} 0.5000 {cold_balanced}" in page.text
     n_bars = page.html.count('<div class="bar">')
     assert page.html.count(f'class="target" style="left:{100 * TARGET_ACCURACY}%"') == n_bars >= 5
     assert page.headings == [

@@ -119,10 +119,12 @@ def describe_run(run, write_scene, data=None, all_scenes=False):
             f"Pictures and calibration lack {counted(len(problems), 'scene')}, for example: "
             f"{next(iter(problems.values()))}"
         )
-    left_out = (
-        f"{most} of {len(pairs)} scenes, evenly spaced by accuracy. For all of them: "
-        "python tools/report.py RUN_DIR --all-scenes"
-    )
+    text = ""
+    if most < len(pairs):
+        text = f"{most} of {len(pairs)} scenes, evenly spaced by accuracy. To draw all of them: "
+        text += "python tools/report.py RUN_DIR --all-scenes. "
+    if results["config"].get("keep_probability") is False:
+        text += "This run kept no probabilities: set keep_probability: true for pictures of them."
     scene_columns = {"scene": "", "kind": "", **SCORE_COLUMNS, "seconds": "Inference."}
     bad_scenes = [
         [str(bad.get(key, "")) for key in ("path", "reason", "during")]
@@ -134,7 +136,7 @@ def describe_run(run, write_scene, data=None, all_scenes=False):
         "notes": notes,
         "headline": headline(run, scores, len(rows)),
         "sections": {
-            "Pictures": {"scenes": drawn, "text": left_out if most < len(pairs) else ""},
+            "Pictures": {"scenes": drawn, "text": text if drawn else ""},
             "Scores": {
                 "charts": score_charts,
                 "tables": table(

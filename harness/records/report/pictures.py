@@ -24,7 +24,7 @@ from harness.files import replacing
 from harness.records.saved_runs import clean_row
 
 CLEAR, CLOUD = (8, 48, 107), (255, 255, 255)  # of a mask
-DIFFERENCES = {  # neighbours in brightness have a contrast of at least 3, WCAG 2
+DIFFERENCES = {  # in this order in `draw`; the contrast of neighbours is at least 3, WCAG 2
     "both cloud": (255, 255, 255),
     "both clear": (214, 214, 214),
     "cloud only in the mask": (200, 80, 0),
@@ -65,6 +65,10 @@ class Plane:
     low: float = 0.0
     step: float = 1.0
     names: list | None = None
+
+    def values(self, codes):
+        """The numbers that codes stand for."""
+        return self.low + self.step * codes
 
 
 @dataclass(frozen=True)
@@ -206,40 +210,34 @@ def draw(scene):
 
     codes = np.arange(256)
     is_measured, in_label, in_mask = ((codes & bit) > 0 for bit in (MEASURED, LABEL, MASK))
+
+    def of_classes(title, note, colours, index):
+        return Picture(title, note, "classes", opaque(np.array(colours)[index], is_measured))
+
+    def of_numbers(title, note, plane, share, low_colour, high_colour):
+        ramp = np.outer(1 - share, low_colour) + np.outer(share, high_colour)
+        return Picture(title, note, plane, opaque(ramp, codes > 0))
+
     low, high = limits(bt_12um)
-    grey = 1 - stretch(planes["S9"].low + planes["S9"].step * codes, low, high)
-    of_mask = np.array([CLEAR, CLOUD])
+    share = stretch(planes["S9"].values(codes), low, high)
+    note = f"12 µm, {low:.0f} to {high:.0f} K; cold is bright"
     pictures = [
         false_colour(scene, measured),
-        Picture(
-            "S9", f"12 µm, {low:.0f} to {high:.0f} K; cold is bright", "S9",
-            opaque(np.repeat(255 * grey[:, None], 3, axis=1), codes > 0),
-        ),
-        Picture("Mask", "white: cloud", "classes", opaque(of_mask[in_mask * 1], is_measured)),
-    ]  # fmt: skip
-    if "probability" in planes:
-        p = planes["probability"]
-        weight = np.clip(p.low + p.step * codes, 0, 1)[:, None]
-        ramp = (1 - weight) * CLEAR + weight * CLOUD
-        pictures.append(
-            Picture("Probability", "of cloud; white: 1", "probability", opaque(ramp, codes > 0))
-        )
+        of_numbers("S9", note, "S9", share, CLOUD, (0, 0, 0)),
+    ]
     if label is not None:
-        pictures.insert(
-            2,
-            Picture(
-                "Label", "the Bayesian mask; white: cloud", "classes",
-                opaque(of_mask[in_label * 1], is_measured),
-            ),
-        )  # fmt: skip
-        differing = np.where(in_mask == in_label, ~in_mask, 2 + in_label)  # order of DIFFERENCES
-        share = np.mean((mask != label)[measured]) if measured.any() else np.nan
-        pictures.append(
-            Picture(
-                "Differences", f"mask and label differ in {share:.1%} of the pixels with data",
-                "classes", opaque(np.array(list(DIFFERENCES.values()))[differing], is_measured),
-            )
-        )  # fmt: skip
+        note = "the Bayesian mask; white: cloud"
+        pictures.append(of_classes("Label", note, (CLEAR, CLOUD), in_label * 1))
+    pictures.append(of_classes("Mask", "white: cloud", (CLEAR, CLOUD), in_mask * 1))
+    if scene.probability is not None:
+        share = np.clip(planes["probability"].values(codes), 0, 1)
+        note = "of cloud; white: 1"
+        pictures.append(of_numbers("Probability", note, "probability", share, CLEAR, CLOUD))
+    if label is not None:
+        share = np.mean((mask != label)[measured]) if measured.any() else 0.0
+        note = f"mask and label differ in {share:.1%} of the pixels with data"
+        index = np.where(in_mask == in_label, ~in_mask, 2 + in_label)
+        pictures.append(of_classes("Differences", note, list(DIFFERENCES.values()), index))
     return planes, pictures
 
 
