@@ -147,7 +147,7 @@ def test_best_model_is_kept_when_later_epochs_are_worse(worsening, settings):
     history = rows(worsening.folder / "history.csv")
     best, last = best_epoch(history), history[-1]
     assert float(last["val_loss"]) > float(best["val_loss"]) + 1e-3
-    loss, accuracy = validate(worsening.folder / "model.keras", settings)
+    loss, accuracy, _ = validate(worsening.folder / "model.keras", settings)
     assert float(best["val_loss"]) == pytest.approx(loss, abs=1e-4)
     assert float(best["val_accuracy"]) == pytest.approx(accuracy, abs=1e-5)
     training = results(worsening.folder)["training"]
@@ -420,7 +420,7 @@ def test_compiled_network_is_another_program_with_the_same_results(whole, quick,
     plain, compiled = rows(whole / "history.csv")[0], rows(run.folder / "history.csv")[0]
     # Bit for bit the same where XLA is not used: it adds up in another order.
     assert 0 < abs(float(compiled["loss"]) - float(plain["loss"])) < 1e-4
-    loss, accuracy = validate(run.folder / "model.keras", quick)
+    loss, accuracy, _ = validate(run.folder / "model.keras", quick)
     assert float(compiled["val_loss"]) == pytest.approx(loss, abs=1e-4)
 
 

@@ -392,7 +392,7 @@ def submit(arguments):
         for fault in faults:
             log.error("%s.", fault)
         raise UserError(f"{counted(len(faults), 'fault')}, see above; nothing was written.")
-    if arguments.best_of and arguments.best_of < len(runs):
+    if arguments.best_of is not None and arguments.best_of < len(runs):
         raise UserError(
             f"--best-of is the number of runs that these {len(runs)} were chosen from, found "
             f"{arguments.best_of}. Omit it if no others were made."
