@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from harness.console import counted
 from harness.data.batches import Batch, as_dataset, fill_batches
 from harness.data.hdf5_rows import storage
 from harness.data.patch_order import epoch_steps, replica_slots
@@ -80,9 +81,9 @@ def split_scenes(paths, train_split):
     n_train = int(len(paths) * train_split)
     if not 0 < n_train < len(paths):
         raise SceneError(
-            f"train_split {train_split} of {len(paths)} scenes leaves {n_train} for training and "
-            f"{len(paths) - n_train} for validation; both need at least one. Change train_split "
-            "or add scenes."
+            f"train_split {train_split} of {counted(len(paths), 'scene')} leaves {n_train} for "
+            f"training and {len(paths) - n_train} for validation; both need at least one. Change "
+            "train_split or add scenes."
         )
     from sklearn.model_selection import train_test_split  # its import takes a second
 

@@ -49,6 +49,8 @@ def open_run(task, ranks, found, skipped):
             check_training(config, devices)
         chief = devices.announcements[0]
         scenes = found.split(config.train_split, chief["skipped"])
+        if is_chief:  # which alone writes results
+            scenes = scenes.find_synthetic(config.read_timeout)
     except BaseException:
         if folder and not task.folder:
             shutil.rmtree(folder)
@@ -58,7 +60,9 @@ def open_run(task, ranks, found, skipped):
     in_use = f"{folder} is in use by another process. Wait for it to finish, or stop it."
     with (
         lock(folder, in_use) if is_chief else contextlib.nullcontext(),
-        Run(config, devices, mode, folder, task.earlier, json_sha256(names)) as run,
+        Run(
+            config, devices, mode, folder, task.earlier, json_sha256(names), scenes.synthetic
+        ) as run,
         ranks.translated_errors(),
     ):
         if is_chief:

@@ -8,7 +8,7 @@ import numpy as np
 
 from data_loader import SceneError, read_scene
 from harness.build import open_batches, open_devices, open_predictor, open_trainer
-from harness.console import format_bytes, format_duration, table
+from harness.console import counted, format_bytes, format_duration, table
 from harness.errors import UserError
 from harness.preflight import (
     FoundScenes,
@@ -99,7 +99,8 @@ def measure(config, ranks, scenes):
     return {
         "devices": devices.describe(),
         "training": f"{format_duration(epoch)} per epoch, {format_duration(epoch * config.epochs)} "
-        f"for {config.epochs} epochs (from {STEPS_MEASURED} steps)",
-        "inference": f"{format_duration(inference)} for {len(scenes.inference)} scenes (from one)",
+        f"for {counted(config.epochs, 'epoch')} (from {STEPS_MEASURED} steps)",
+        "inference": f"{format_duration(inference)} for {counted(len(scenes.inference), 'scene')} "
+        "(from one)",
         "memory": " and ".join([format_bytes(peak_rss()), *gpu_memory]) + " at most so far",
     }

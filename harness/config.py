@@ -25,7 +25,7 @@ MAX_ERRORS = 30  # reported at once
 COMBINED = ("PATCH_SIZE", "CROP_SIZE", "IMAGE_H", "IMAGE_W", "clip_offset")
 RESERVED = (  # names in a run's folder
     "config.yaml", "results.json", "history.csv", "scenes.csv", "samples.csv", "report.html",
-    "masks", "checkpoints", "bad_scenes", "tensorboard",
+    "report_scenes", "masks", "checkpoints", "bad_scenes", "tensorboard",
 )  # fmt: skip
 FILE_KEYS = ("model_file", "log_file", "mlperf_logfile")  # files that a run writes
 FOLDER_KEYS = ("train_dir", "inference_dir", "output_dir", "cache_dir")
@@ -350,6 +350,11 @@ def resolved(config):
         if values[key] is not None:
             values[key] = os.path.abspath(values[key])
     return values
+
+
+def recorded(config):
+    """The configuration as results.json has it: all keys, with absolute paths of folders."""
+    return config.model_dump(by_alias=True, mode="json") | resolved(config)
 
 
 def dump_config(config, run_dir):

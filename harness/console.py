@@ -52,6 +52,11 @@ class _LogFile(logging.FileHandler):
     def handleError(self, record):  # when writing
         pass
 
+    def close(self):
+        logging.getLogger().removeHandler(self)
+        with contextlib.suppress(OSError):  # of what could not be written
+            super().close()
+
 
 def log_to_file(path):
     """Write the project's messages to a file too; returns the handler, which must be closed."""
@@ -92,6 +97,11 @@ def table(columns):
         for row in rows
     )
     return "\n".join(lines)
+
+
+def counted(n, noun):
+    """'1 scene', '2 scenes', '3 patches'."""
+    return f"{n} {noun}" + ("" if n == 1 else "es" if noun.endswith("tch") else "s")
 
 
 def format_bytes(n_bytes):

@@ -4,16 +4,17 @@ import logging
 import shutil
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from data_loader import SceneError, check_scene, find_scenes, split_scenes
-from harness.console import format_bytes, progress
+from harness.console import counted, format_bytes, progress
 from harness.data.bad_scenes import START, BadScenes
 from harness.data.prefetch import ReaderPool
 from harness.data.scene_files import day_or_night
+from harness.data.scene_rows import is_synthetic
 from harness.errors import UserError
 
 THREADS = 16
@@ -33,11 +34,24 @@ class Scenes:
         train: Scenes to train on.
         validation: Scenes to validate with.
         inference: Scenes to mask.
+        synthetic: 'training' and 'inference' if any scene there is synthetic.
     """
 
     train: list
     validation: list
     inference: list
+    synthetic: frozenset = frozenset()
+
+    def find_synthetic(self, read_timeout):
+        """The same Scenes with `synthetic`; reads an attribute of each file."""
+        sets = {"training": [*self.train, *self.validation], "inference": self.inference}
+        with ReaderPool(THREADS, read_timeout) as readers:
+            found = frozenset(
+                name
+                for name, paths in sets.items()
+                if any(readers.prefetch(is_synthetic, paths, THREADS))
+            )
+        return replace(self, synthetic=found)
 
 
 @dataclass(frozen=True)
@@ -108,7 +122,7 @@ class FoundScenes:
             good = [path for path in paths if str(path) not in skipped]
             if paths and not good:
                 raise SceneError(
-                    f"None of {len(paths)} scenes can be used: {skipped[str(paths[0])]}"
+                    f"None of {counted(len(paths), 'scene')} can be used: {skipped[str(paths[0])]}"
                 )
             sets.append(good)
         good, inference = sets
@@ -188,7 +202,7 @@ def check_scenes(paths, shape, labelled=True, read_timeout=None):
 def reject_bad_scenes(paths, bad, on_bad_scene):
     """Raise SceneError if bad scenes must not be skipped, after printing one line for each."""
     if bad and len(bad) == len(paths):  # for example because of a wrong IMAGE_H
-        raise SceneError(f"None of {len(paths)} scenes can be used: {bad[paths[0]]}")
+        raise SceneError(f"None of {counted(len(paths), 'scene')} can be used: {bad[paths[0]]}")
     if bad and on_bad_scene == "stop":
         for reason in bad.values():
             log.error("Bad scene: %s", reason)
@@ -252,7 +266,7 @@ def describe_scenes(paths, stored, samples):
     if samples:
         scenes = [scene for scene, _ in samples]
         lines |= {
-            "sample": f"{len(samples)} scenes",
+            "sample": counted(len(samples), "scene"),
             "pixels without data": f"{1 - np.mean([s.valid.mean() for s in scenes]):.1%}",
             "cloud": f"{np.mean([s.cloud.mean() for s in scenes]):.1%}",
             "numbers out of range": str(sum(s.out_of_range for s in scenes)),

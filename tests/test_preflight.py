@@ -12,7 +12,7 @@ import slstr_cloud
 from data_loader import SceneError
 from harness.console import format_bytes, format_duration, table
 from harness.data.bad_scenes import BadScenes
-from harness.preflight import check_free_space, check_scenes
+from harness.preflight import Scenes, check_free_space, check_scenes
 
 SHAPE = (HEIGHT, WIDTH, 9)
 
@@ -36,6 +36,22 @@ def copy(tmp_path, dataset, settings):
 
 def train_scenes(copy):
     return data_loader.find_scenes(copy["train_dir"])
+
+
+# --- synthetic scenes
+
+
+@pytest.mark.parametrize(
+    ("n_real", "synthetic"),
+    [((0, 0), {"training", "inference"}), ((7, 1), {"inference"}), ((6, 2), {"training"})],
+)
+def test_sets_with_synthetic_scenes_are_found(copy, n_real, synthetic):
+    first, second = train_scenes(copy), data_loader.find_scenes(copy["inference_dir"])
+    for path in first[: n_real[0]] + second[: n_real[1]]:
+        rewrite(path)  # without attributes, like a real scene
+    truncate(second[0])  # a bad scene is met again where it is read
+    found = Scenes(first[:5], first[5:], second).find_synthetic(60)
+    assert found.synthetic == synthetic and found.train == first[:5]
 
 
 # --- the check of one scene

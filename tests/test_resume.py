@@ -86,10 +86,11 @@ def assert_same_outcome(folder, whole):
     ours, theirs = results(folder), results(whole)
     for part, names in (
         ("training", ("loss", "accuracy", "val_loss", "val_accuracy", "best_epoch", "epochs_run")),
-        ("inference", ("accuracy", "scenes", "f1", "tp")),
+        ("training", ("baselines", "synthetic")),
+        ("inference", ("accuracy", "scenes", "f1", "tp", "synthetic")),
     ):
         assert {n: ours[part][n] for n in names} == {n: theirs[part][n] for n in names}
-    assert ours["status"] == "success"
+    assert ours["status"] == "success" and ours["warnings"] == theirs["warnings"]
 
 
 # --- stopped by a signal

@@ -108,7 +108,7 @@ def split(settings):
 
 
 def validate(model_file, settings):
-    """Validation loss and accuracy of a saved model, computed with NumPy."""
+    """Validation loss and accuracy of a saved model and share of cloud, computed with NumPy."""
     x, y = [], []
     for path in split(settings)[1]:
         scene = data_loader.read_scene(path, (HEIGHT, WIDTH, 9))
@@ -120,7 +120,7 @@ def validate(model_file, settings):
     clip = slice(3, PATCH - 3)
     p, y = p[:, clip, clip].astype(np.float64), np.stack(y)[:, clip, clip] != 0
     p = np.clip(p, 1e-7, 1 - 1e-7)  # as Keras does
-    return -np.log(np.where(y, p, 1 - p)).mean(), ((p > 0.5) == y).mean()
+    return -np.log(np.where(y, p, 1 - p)).mean(), ((p > 0.5) == y).mean(), y.mean()
 
 
 def best_epoch(history):
@@ -147,7 +147,7 @@ def test_best_model_is_kept_when_later_epochs_are_worse(worsening, settings):
     history = rows(worsening.folder / "history.csv")
     best, last = best_epoch(history), history[-1]
     assert float(last["val_loss"]) > float(best["val_loss"]) + 1e-3
-    loss, accuracy = validate(worsening.folder / "model.keras", settings)
+    loss, accuracy, _ = validate(worsening.folder / "model.keras", settings)
     assert float(best["val_loss"]) == pytest.approx(loss, abs=1e-4)
     assert float(best["val_accuracy"]) == pytest.approx(accuracy, abs=1e-5)
     training = results(worsening.folder)["training"]
@@ -163,9 +163,10 @@ def test_patience_ends_training(worsening):
 
 def test_validation_equals_numpy_on_the_saved_model(finished, settings):
     best = best_epoch(rows(finished / "history.csv"))
-    loss, accuracy = validate(finished / "model.keras", settings)
+    loss, accuracy, cloud = validate(finished / "model.keras", settings)
     assert float(best["val_accuracy"]) == pytest.approx(accuracy, abs=1e-5)
     assert float(best["val_loss"]) == pytest.approx(loss, abs=1e-5)
+    assert results(finished)["training"]["baselines"] == {"all_cloud_accuracy": cloud}
 
 
 def test_history_and_results_agree(finished):
@@ -181,6 +182,7 @@ def test_history_and_results_agree(finished):
     best = history[training["best_epoch"] - 1]
     assert training["val_loss"] == pytest.approx(float(best["val_loss"]))
     assert training["warm_up_seconds"] > 0
+    assert training["synthetic"] is found["inference"]["synthetic"] is True
     assert found["status"] == "success" and found["inference"]["scenes"] == 2
     assert found["inference"]["inference_mode"] == "patches"
     assert 1e8 < found["peak_rss"] < 24e9 and found["peak_gpu_memory"] == []
@@ -418,7 +420,7 @@ def test_compiled_network_is_another_program_with_the_same_results(whole, quick,
     plain, compiled = rows(whole / "history.csv")[0], rows(run.folder / "history.csv")[0]
     # Bit for bit the same where XLA is not used: it adds up in another order.
     assert 0 < abs(float(compiled["loss"]) - float(plain["loss"])) < 1e-4
-    loss, accuracy = validate(run.folder / "model.keras", quick)
+    loss, accuracy, _ = validate(run.folder / "model.keras", quick)
     assert float(compiled["val_loss"]) == pytest.approx(loss, abs=1e-4)
 
 
@@ -469,8 +471,8 @@ def copy_of_training_scenes(dataset, tmp_path):
         ({"inference_dir": "/nowhere/at/all"}, "No directory /nowhere/at/all"),
         ({"train_split": 0.01}, "train_split 0.01 of 7 scenes leaves 0"),
         ({"batch_size": 2, "cpu_devices": 3}, "batch_size 2"),
-        ({"gpu": 3}, "gpu: 3 requires 3 GPU(s) per node, TensorFlow finds 0"),
-        ({"nodes": 2}, "nodes: 2 requires 2 node(s), the scheduler started 1"),
+        ({"gpu": 3}, "gpu: 3 requires 3 GPUs per node, TensorFlow finds 0"),
+        ({"nodes": 2}, "nodes: 2 requires 2 nodes, the scheduler started 1"),
         ({"output_dir": "/proc/nowhere"}, "/proc/nowhere"),
         ({"IMAGE_H": 120}, "dataset 'refs' has shape (100, 135, 6)"),
         ({"N_CHANNELS": 8}, "dataset 'refs' has shape (100, 135, 6)"),
@@ -686,8 +688,22 @@ def test_screen_shows_the_plan_progress_and_results(finished_run):
         "5 scenes of 100 x 135, 60 patches of 32; 2 for validation" in line for line in lines
     )
     assert any(line.split()[0] == "2/2" for line in lines)
-    accuracy = f"{results(finished_run.folder)['inference']['accuracy']:.3f}"
-    assert any(line.split()[:2] == ["accuracy", accuracy] for line in lines)
+    assert "  data        synthetic scenes in inference and training" in lines
+    scores = results(finished_run.folder)["inference"]
+    for row, keys in (  # each with the baselines of the same pixels
+        ("all pixels", ("accuracy", "all_cloud_accuracy", "threshold_accuracy")),
+        (
+            "pixels with data",
+            ("valid_accuracy", "valid_all_cloud_accuracy", "valid_threshold_accuracy"),
+        ),
+    ):
+        expected = [f"{scores[key]:.3f}" for key in keys]
+        (line,) = (line for line in lines if line.strip().startswith(f"accuracy, {row} "))
+        assert line.partition(row)[2].split()[:3] == expected
+    # What is printed after the run is in its log as well.
+    log = (finished_run.folder / "rank-0.log").read_text().splitlines()
+    n = len(lines) - next(i for i, line in enumerate(lines) if line.startswith("Trained 2 epochs"))
+    assert [line.split(" INFO ", 1)[1] for line in log[-n:]] == lines[-n:]
     assert lines[-1] == f"Results are in {finished_run.folder}"
     long = [line for line in lines if len(line) > 80 and str(finished_run.folder) not in line]
     assert long == []

@@ -6,9 +6,12 @@
 Prints a column per run, then mean and standard deviation (of a sample, n - 1) over repeats, then
 the differences between the runs: configuration, commit, devices, versions, scenes. Repeats are
 runs that ended in success and differ in none of these; with --any-seed they may differ in the seed.
-Other runs are shown with the values that they have. A .csv file has a row per run, two rows (`mean`
-and `sd`) per group of repeats, all digits, and a column per difference; a .md file has the tables
-of the terminal.
+Other runs are shown with the values that they have. What looked wrong in a run comes last. A .csv
+file has a row per run, two rows (`mean` and `sd`) per group of repeats, all digits, and a column
+per difference; a .md file has the tables of the terminal.
+
+Baselines stand below the score of the same pixels, `valid` are the pixels with data; all cloud has
+a balanced accuracy of 0.5.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import re
 import shutil
 import statistics
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +30,7 @@ from harness.errors import UserError
 from harness.files import write_csv, write_text
 from harness.records.mlperf_log import value_at
 from harness.records.saved_runs import MEASURES, differences, labels, measures, read_run, repeats
-from tools.lib.markdown import markdown_table
+from tools.lib.markdown import markdown, markdown_table
 
 MAX_LENGTH = 30  # characters of a value on the terminal; files contain all of them
 # What describes a run, and its place in results.json; runs before 0.2.0 have only the status.
@@ -134,7 +138,8 @@ def to_terminal(comparison, width):
         parts += ["Differences", *split_table(columns, width)]
     elif len(names) > 1:
         parts += ["Nothing differs in configuration, commit, devices, versions and scenes."]
-    parts += remarks(comparison)
+    texts = [*remarks(comparison), *map(printable, run_warnings(comparison))]
+    parts += [textwrap.fill(text, width) for text in texts]
     return "\n\n".join(parts) + "\n"
 
 
@@ -151,7 +156,7 @@ def split_table(columns, width):
 
 
 def remarks(comparison):
-    """Why repeats may be none, as a list of texts."""
+    """What the reader should know about the runs, as a list of texts."""
     texts, logs = [], {}
     for number, run in enumerate(comparison.runs, 1):
         first = logs.setdefault(str(run.results.get("mlperf_sha256") or run.folder), number)
@@ -160,7 +165,16 @@ def remarks(comparison):
     commits = [comparison.runs[n - 1].results.get("git_commit") for n, *_ in comparison.spreads]
     if not all(re.fullmatch("[0-9a-f]{40}", str(commit)) for commit in commits):
         texts.append("The code of repeats may differ: a commit is unknown or had changes (-dirty).")
+    if numbers := [str(n) for n, run in enumerate(comparison.runs, 1) if run.is_synthetic]:
+        noun = "Run" if len(numbers) == 1 else "Runs"
+        texts.append(f"{noun} {', '.join(numbers)}: the scenes are synthetic.")
     return texts
+
+
+def run_warnings(comparison):
+    """What looked wrong in each run, as a list of texts."""
+    runs = enumerate(comparison.runs, 1)
+    return [f"Run {number}: {text}" for number, run in runs for text in run.warnings]
 
 
 def to_markdown(comparison):
@@ -171,6 +185,7 @@ def to_markdown(comparison):
     for numbers, column in repeat_columns(comparison).items():
         rows.append([numbers, "mean ± sd", *(column.get(head, "-") for head in heads)])
     parts = [markdown_table(["", "run", *heads], rows), *remarks(comparison)]
+    parts += map(markdown, run_warnings(comparison))
     if comparison.differing:
         rows = [[name, *map(as_text, values)] for name, values in comparison.differing.items()]
         parts.append(markdown_table(["difference", *columns], rows))

@@ -47,7 +47,7 @@ import h5py
 import numpy as np
 
 from _command import exit_status
-from harness.console import log_to_screen
+from harness.console import counted, log_to_screen
 from harness.data.hdf5 import is_fill, open_hdf5, open_numbers, unpack
 from harness.data.scene_files import PRODUCT_NAME
 from harness.errors import Failure, UserError, one_line
@@ -129,7 +129,7 @@ def unpacked(path, files, names):
         UserError: If a file is missing, or the zip file is damaged.
     """
     if missing := [name for name in names if name not in files]:
-        more = f" and {len(missing) - 4} others" if missing[4:] else ""
+        more = f" and {counted(len(missing) - 4, 'other')}" if missing[4:] else ""
         raise UserError(
             f"missing in the product: {', '.join(missing[:4])}{more}. Download it again."
         )
@@ -189,7 +189,8 @@ def read_flags(path, name, shape, needed=()):
         if len(flags) != len(masks) or not kept or not kept.issuperset(needed):
             raise ValueError(
                 f"'{name}' should have one mask for each flag, including "
-                f"{' '.join(needed) or 'any'}, found {len(masks)} masks for '{' '.join(flags)}'"
+                f"{' '.join(needed) or 'any'}, found {counted(len(masks), 'mask')} for "
+                f"'{' '.join(flags)}'"
             )
         packed = dataset[:]
         present = ~is_fill(dataset, packed)

@@ -37,7 +37,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from _command import exit_status
-from harness.console import format_bytes, log_to_screen, progress, table
+from harness.console import counted, format_bytes, log_to_screen, progress, table
 from harness.errors import Failure, UserError, one_line
 from harness.files import file_sha256, lock, walk_files, write_csv
 from harness.signals import deferred, install_handlers
@@ -445,9 +445,10 @@ def download(arguments):
     for key, why in failed.items():
         log.error("Failed: %s: %s", key, why)
     complete = [file.size for file in chosen if file.key not in failed]
-    text = f"{len(complete)} file(s), {format_bytes(sum(complete))}, are complete in {dest}"
+    n_bytes = format_bytes(sum(complete))
+    text = f"{counted(len(complete), 'file')}, {n_bytes}, complete in {dest}"
     if failed:
-        raise Failure(f"{len(failed)} file(s) failed; {text}. Run the same command again.")
+        raise Failure(f"{counted(len(failed), 'file')} failed; {text}. Run the same command again.")
     log.info("%s; %s lists their sha256.", text, dest / MANIFEST)
 
 
@@ -474,11 +475,11 @@ def verify(arguments):
         log.error("Wrong: %s: %s", key, fault)
     if wrong:
         raise Failure(
-            f"{len(wrong)} file(s) in {dest} do not match the manifest. Remove those with other "
-            "content and download again."
+            f"{counted(len(wrong), 'wrong file')} in {dest}, see above. Remove those with other "
+            "content than in the manifest and download again."
         )
     n_bytes = format_bytes(sum(row["size"] for row in rows))
-    log.info("%d file(s) in %s, %s, match the manifest.", len(rows), dest, n_bytes)
+    log.info("All of %s in %s, %s, as in the manifest.", counted(len(rows), "file"), dest, n_bytes)
 
 
 def find_fault(dest, row):

@@ -391,7 +391,9 @@ def make_scene(rng, height, width, day=True, cloud_cover=0.7, label_noise=0.03, 
 
 
 def write_scene(path, arrays, chunks=None, compression=None, shuffle=False):
-    """Write a scene file; an existing one is replaced only when the new one is complete.
+    """Write a scene file, whose attribute `synthetic` says what it is.
+
+    An existing file is replaced only when the new one is complete.
 
     Args:
         path: The file.
@@ -404,6 +406,7 @@ def write_scene(path, arrays, chunks=None, compression=None, shuffle=False):
     if chunks is None and (compression or shuffle):
         chunks = "auto"
     with replacing(path) as temporary, h5py.File(temporary, "w") as file:
+        file.attrs["synthetic"] = True
         for name, array in arrays.items():
             fitted = chunks and (chunks == "auto" or tuple(map(min, chunks, array.shape)))
             options = {"chunks": fitted, "compression": compression, "shuffle": shuffle}

@@ -2,13 +2,15 @@
 
     python tools/report.py RUN_DIR                      # RUN_DIR/report.html
     python tools/report.py RUN_DIR RUN_DIR -o report.html
+    python tools/report.py RUN_DIR --all-scenes         # pictures of every scene, not of 21
     python tools/report.py RUN_DIR --pictures figures   # one PNG per scene
 
 For one run the page shows both metrics with baselines and target, what ran where, training curves,
-times, the scores of each scene, calibration if the run kept probabilities, pictures of the worst,
-the median and the best scene, and the samples of the machine. For several runs it shows a table,
-curves, and the differences in configuration, commit, devices and versions. A run that was stopped
-has a report too; the page says what is missing.
+times, pictures of scenes at full resolution, the scores of each scene, calibration if the run kept
+probabilities, and the samples of the machine. Scenes that would make the page larger than 15 MB
+are in report_scenes beside it. For several runs it shows a table, curves, and the differences in
+configuration, commit, devices and versions. A run that was stopped has a report too; the page says
+what is missing.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import sys
 from pathlib import Path
 
 from _command import exit_status
-from harness.console import log_to_screen
+from harness.console import counted, log_to_screen
 
 log = logging.getLogger("report")
 
@@ -32,6 +34,7 @@ def parse_arguments(argv):
     add("-o", "--output", type=Path, help="file to write (default: RUN_DIR/report.html of one run)")
     add("--data", type=Path, help="folder of the scene files (default: the run's inference_dir)")
     add("--pictures", type=Path, metavar="DIR", help="write PNG pictures to DIR instead of a page")
+    add("--all-scenes", action="store_true", help="draw every scene; the default is at most 21")
     add("--verbose", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
     if len(arguments.runs) > 1 and (arguments.pictures or not arguments.output):
@@ -46,9 +49,12 @@ def make(arguments):
     runs = arguments.runs
     if arguments.pictures:
         n = report.write_pictures(runs[0], arguments.pictures, arguments.data)
-        log.info("Pictures of %d scene(s) are in %s", n, arguments.pictures)
+        log.info("Pictures of %s are in %s", counted(n, "scene"), arguments.pictures)
     elif len(runs) == 1:
-        log.info("Report: %s", report.make_report(runs[0], arguments.data, arguments.output))
+        page = report.make_report(
+            runs[0], *(arguments.data, arguments.output, arguments.all_scenes)
+        )
+        log.info("Report: %s", page)
     else:
         log.info("Report: %s", report.make_comparison(runs, arguments.output))
 

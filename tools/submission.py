@@ -18,9 +18,11 @@ is unchanged (SHA-256 in results.json), passes the compliance checker of mlperf_
 harness/mlperf_rules.yaml and agrees with results.json, history.csv and scenes.csv; all runs have
 the same configuration, devices, versions, scenes and commit, without uncommitted changes.
 
-The rules are in submit.adoc and policy.adoc of https://github.com/mlcommons/science. All runs have
-the same seed, unlike in MLPerf Training, because one config.yaml defines them. The system is
-described by what the first run recorded of its first node, not by the machine of this command.
+The rules are in submit.adoc and policy.adoc of https://github.com/mlcommons/science. A single run
+is sufficient if it is documented how it was obtained; repeats are recommended. If the runs were
+chosen from more, say so with --best-of. All runs have the same seed, unlike in MLPerf Training,
+because one config.yaml defines them. The system is described by what the first run recorded of its
+first node, not by the machine of this command.
 """
 
 import argparse
@@ -36,20 +38,21 @@ import sys
 from pathlib import Path
 
 import yaml
+from mlperf_logging.mllog import constants
 
 from _command import exit_status
 from harness.config import FILE_KEYS, FOLDER_KEYS, Config, check, load_config, resolved
-from harness.console import format_bytes, log_to_screen, printable
+from harness.console import counted, format_bytes, log_to_screen, printable
 from harness.errors import UserError
 from harness.files import file_sha256, new_folder, write_json, write_text
-from harness.inference.scores import TARGET_ACCURACY
+from harness.inference.scores import TARGET_ACCURACY, compare_with_baselines
 from harness.records.saved_runs import MEASURES, Measure, differences, measures, read_run
 from tools.lib.log_check import CHECKS, log_file, read_events
 from tools.lib.markdown import markdown, markdown_table
 from tools.lib.options import command_parser
 
 TEMPLATES = Path(__file__).parent / "lib" / "submission_files"
-RUNS_REQUIRED = 10  # of CloudMask, policy.adoc, 'Benchmark Results'
+RUNS_RECOMMENDED = 10  # of CloudMask, policy.adoc, 'Benchmark Results'
 SCENES = {"train_dir": 970, "inference_dir": 100}  # of the benchmark's data, one-day and ssts
 # The closed division leaves epochs, learning_rate, batch_size and MIN_SST free, policy.adoc.
 FIXED_IN_CLOSED = (
@@ -151,19 +154,36 @@ def scene_faults(run):
 def reviewer_notes(runs, system):
     """What MLCommons Science also requires, and what a reviewer will ask about."""
     config, required = runs[0].results["config"], scene_faults(runs[0])
-    if len(runs) < RUNS_REQUIRED:
-        required.append(f"{RUNS_REQUIRED} runs of CloudMask, found {len(runs)}")
     values = {key: config[key] for key in ("name", "email")} | config["submission"]
     missing = [key for key in ("name", "email", "version") if not values[key]]
     required += [f"the key {key} in the configuration of the runs, found none" for key in missing]
     notes = [f"MLCommons Science requires {text}" for text in required]
+    if len(runs) < RUNS_RECOMMENDED:
+        notes.append(
+            f"MLCommons Science recommends {RUNS_RECOMMENDED} runs of CloudMask, found "
+            f"{len(runs)}; a single one is sufficient if it is documented how it was obtained"
+        )
+    if any(run.is_synthetic for run in runs):
+        notes.append("The scenes are synthetic; results on them are no results of the benchmark")
+    notes += [f"{run.name}: {text.rstrip('.')}" for run in runs for text in run.warnings]
     if config["platform"] == "unknown":
         notes.append("The platform in the logs is 'unknown'")
     if n_bad := sum(len(run.results.get("bad_scenes") or []) for run in runs):
-        notes.append(f"Unreadable scenes were skipped, {n_bad} times in all runs")
+        notes.append(f"Unreadable scenes were skipped, {counted(n_bad, 'time')} in all runs")
     if unknown := ", ".join(name for name, value in system.items() if value == UNKNOWN):
         notes.append(f"The runs did not record these fields; use --system-json: {unknown}")
-    return [*notes, "cache_clear is false in the logs; the policy asks for an empty file cache"]
+    if not all(map(cache_was_cleared, runs)):
+        notes.append(
+            "cache_clear is false in the logs; the policy asks for an emptied file cache before "
+            "each run"
+        )
+    return notes
+
+
+def cache_was_cleared(run):
+    """Whether the log says that the file cache was emptied before the run."""
+    values = [e.value["value"] for e in read_events(run)[0] if e.key == constants.CACHE_CLEAR]
+    return values == [True]
 
 
 def describe_system(run, system, given):
@@ -257,7 +277,37 @@ def time_to_train(run):
     return times["eval_stop"] - times["run_start"]
 
 
-def readme_text(runs, system, references, notes, scripts):
+def how_obtained(accuracies, n_made):
+    """How the result was obtained, as sentences.
+
+    Args:
+        accuracies: Accuracy of each run.
+        n_made: Number of runs that these were chosen from as the best; None if it is not known.
+    """
+    n, best = len(accuracies), max(accuracies)
+    if n == 1:
+        text = "The result of a single run."
+    else:
+        text = (
+            f"Mean and standard deviation of {n} runs. The best of the {n} by accuracy is "
+            f"`result-{accuracies.index(best) + 1}.txt`, {MEASURES['accuracy'].show(best)}."
+        )
+    if n_made:
+        text += f" {'It is' if n == 1 else 'They are'} the best of {n_made} that were made."
+    return text
+
+
+def baseline_table(means):
+    """Table of mask and baselines on the same pixels, in Markdown."""
+    show = MEASURES["accuracy"].show
+    rows = [
+        [what, *(NONE if value is None else show(value) for value in values)]
+        for what, values in compare_with_baselines(means).items()
+    ]
+    return markdown_table(["agreement with the label", "mask", "all cloud", "threshold"], rows)
+
+
+def readme_text(runs, system, references, notes, scripts, n_made=None):
     """README.md of the submission.
 
     Args:
@@ -266,14 +316,16 @@ def readme_text(runs, system, references, notes, scripts):
         references: {measurement: reference value}.
         notes: Texts of `reviewer_notes`.
         scripts: Names of the files of --script.
+        n_made: See `how_obtained`.
     """
     measured = [measures(run) | {"time_to_train": time_to_train(run)} for run in runs]
     rows, deltas = [], []  # deltas: differences of accuracies from their references
+    means = dict.fromkeys(MEASUREMENTS)
     for name, measure in MEASUREMENTS.items():
         values, reference = [values[name] for values in measured], references.get(name)
         if None in values:
             continue
-        mean = statistics.mean(values)
+        means[name] = mean = statistics.mean(values)
         spread = f" ± {measure.show(statistics.stdev(values))}" if len(values) > 1 else ""
         shown = NONE if reference is None else measure.show(reference)
         rows.append([name, shown, measure.show(mean) + spread, measure.meaning])
@@ -293,10 +345,14 @@ def readme_text(runs, system, references, notes, scripts):
         runs=markdown_table(["run", "start", *columns, "SHA-256 of the log"], run_rows),
         scripts="".join(f"| {markdown(name)} | script of the system |\n" for name in scripts),
         notes="\n".join(f"- {markdown(text)}" for text in notes),
-        n_runs=len(runs),
+        baselines=baseline_table(means),
+        how_obtained=how_obtained([values["accuracy"] for values in measured], n_made),
+        n_runs=counted(len(runs), "run"),
         n_reached=sum(values["accuracy"] >= TARGET_ACCURACY for values in measured),
         target=TARGET_ACCURACY,
-        n_references=len(deltas),
+        n_references=counted(len(deltas), "accuracy value"),
+        synthetic="synthetic, " if any(run.is_synthetic for run in runs) else "",
+        cache="emptied" if all(map(cache_was_cleared, runs)) else "not emptied",
         difference=f"{statistics.mean(deltas):+.4f}",
         system=system,
         results=_escape(runs[0].results),
@@ -335,7 +391,12 @@ def submit(arguments):
     if faults := find_faults(runs):
         for fault in faults:
             log.error("%s.", fault)
-        raise UserError(f"{len(faults)} fault(s), see above; nothing was written.")
+        raise UserError(f"{counted(len(faults), 'fault')}, see above; nothing was written.")
+    if arguments.best_of is not None and arguments.best_of < len(runs):
+        raise UserError(
+            f"--best-of is the number of runs that these {len(runs)} were chosen from, found "
+            f"{arguments.best_of}. Omit it if no others were made."
+        )
 
     scripts = {path.name: path for path in arguments.script}
     references = {"accuracy": TARGET_ACCURACY} | dict(arguments.reference)
@@ -345,7 +406,9 @@ def submit(arguments):
         files = {
             "config.yaml": config_text(runs[0]),
             f"{arguments.system}.json": system,
-            "README.md": readme_text(runs, arguments.system, references, notes, scripts),
+            "README.md": readme_text(
+                runs, arguments.system, references, notes, scripts, arguments.best_of
+            ),
         }
     except DAMAGED as error:
         raise UserError(f"results.json is not that of a complete run ({error!r}).") from error
@@ -366,7 +429,7 @@ def submit(arguments):
             shutil.copyfile(source, temporary / name)
     for note in notes:
         log.warning("%s.", note)
-    log.info("The submission of %d run(s) is in %s.", len(runs), folder)
+    log.info("The submission of %s is in %s.", counted(len(runs), "run"), folder)
 
 
 def main(argv=None):
@@ -380,6 +443,7 @@ def main(argv=None):
         "--descriptor", type=plain_name, default="experiment-1", metavar="NAME",
         help="name of the experiment (default experiment-1)",
     )  # fmt: skip
+    add("--best-of", type=int, metavar="N", help="the runs are the best of N that were made")
     add("--system-json", type=Path, metavar="FILE", help='{"field": "text", ...} not in the runs')
     add("--script", type=Path, **several, metavar="FILE", help="files to copy next to run.sh")
     add(

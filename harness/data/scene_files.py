@@ -6,6 +6,7 @@ from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 
+from harness.console import counted
 from harness.errors import UserError
 from harness.files import walk_files
 
@@ -37,7 +38,7 @@ def find_scenes(directory):
     names = Counter(path.name for path in paths)
     if duplicates := [name for name, n in names.items() if n > 1]:
         raise SceneError(
-            f"{len(duplicates)} duplicate scene names under {directory}, for example "
+            f"{counted(len(duplicates), 'duplicate scene name')} under {directory}, for example "
             f"{duplicates[0]}. Masks are named after their scenes: remove the duplicates."
         )
     return paths

@@ -69,6 +69,13 @@ def open_scene(path, shape, labelled=True):
         yield datasets
 
 
+def is_synthetic(path):
+    """Whether a scene file says that it is synthetic, as those of tools/make_scenes.py do."""
+    with contextlib.suppress(SceneError), open_hdf5(path, error_class=SceneError) as file:
+        return bool(file.attrs.get("synthetic", False))
+    return False
+
+
 def read_rows(dataset, tiles, limits, fold=1):
     """Read the rows and columns that tiles need, in blocks of rows, missing values as 0.
 

@@ -13,6 +13,7 @@ import numpy as np
 from data_loader import read_scene
 from harness.data.hdf5 import open_hdf5
 from harness.files import replacing
+from harness.inference.scores import SCORES
 
 THRESHOLD = 0.5  # cloud where the probability is higher
 
@@ -34,6 +35,7 @@ class MaskFolder:
     def __init__(self, folder, check, model_sha256):
         self._folder, self._locks = folder, folder / ".locks"
         self._made_by = {"threshold": THRESHOLD, "model_sha256": model_sha256}
+        self._made_by["scores"] = " ".join(SCORES)  # of an earlier version, without new columns
         self._check, self._stopped = check, threading.Event()
         self._locks.mkdir(parents=True, exist_ok=True)
 

@@ -4,10 +4,11 @@ A new score is a function of `Pixels` and an entry in SCORES; scenes.csv, result
 tools/compare.py and tools/submission.py then include it. Cloud is the positive class.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,6 +26,7 @@ class Pixels:
         valid: bool (H, W), False where a brightness temperature is missing.
         bt_12um: float32 (H, W), brightness temperature of S9 [K]; 0 where missing.
         min_sst: The threshold baseline calls colder pixels cloud [K].
+        n_pixels: Number of pixels that count; all by default.
         tp, fp, fn, tn: Numbers of pixels, see COUNTS; 0 without a label.
     """
 
@@ -33,30 +35,55 @@ class Pixels:
     valid: np.ndarray
     bt_12um: np.ndarray
     min_sst: float
+    n_pixels: int | None = None
 
     def __post_init__(self):
+        if self.n_pixels is None:
+            self.n_pixels = self.mask.size
         self.tp = self.fp = self.fn = self.tn = 0
         if self.label is not None:
             self.tp = int(np.count_nonzero(self.mask & self.label))
             self.fp = int(np.count_nonzero(self.mask)) - self.tp
             self.fn = int(np.count_nonzero(self.label)) - self.tp
-            self.tn = self.mask.size - self.tp - self.fp - self.fn
+            self.tn = self.n_pixels - self.tp - self.fp - self.fn
+
+    @functools.cached_property
+    def with_data(self):
+        """The same Pixels, of which only those with data count; mask and label are clear elsewhere.
+
+        Three operations on bool arrays: copying the pixels would take ten times as long.
+        """
+        return replace(
+            self,
+            mask=self.mask & self.valid,
+            label=self.label & self.valid,
+            n_pixels=int(np.count_nonzero(self.valid)),
+        )
+
+    @functools.cached_property
+    def threshold(self):
+        """The same Pixels with the mask of the threshold baseline; missing is cold."""
+        return replace(self, mask=self.bt_12um < self.min_sst)
 
 
 def accuracy(p):
     """Share of pixels where mask and label agree."""
-    return ratio(p.tp + p.tn, p.tp + p.fp + p.fn + p.tn)
+    return ratio(p.tp + p.tn, p.n_pixels)
 
 
 def valid_accuracy(p):
-    """The same among pixels with data."""
-    agree = np.count_nonzero((p.mask == p.label) & p.valid)
-    return ratio(agree, np.count_nonzero(p.valid))
+    """Accuracy among pixels with data."""
+    return accuracy(p.with_data)
 
 
 def balanced_accuracy(p):
-    """Mean of the recalls of cloud and of clear."""
+    """Mean of the recalls of cloud and of clear; that of calling every pixel cloud is 0.5."""
     return (recall(p) + ratio(p.tn, p.tn + p.fp)) / 2
+
+
+def valid_balanced_accuracy(p):
+    """Balanced accuracy among pixels with data."""
+    return balanced_accuracy(p.with_data)
 
 
 def precision(p):
@@ -91,12 +118,32 @@ def cloud_fraction(p):
 
 def all_cloud_accuracy(p):
     """Accuracy of calling every pixel cloud: the share of cloud in the label."""
-    return float(p.label.mean())
+    return ratio(p.tp + p.fn, p.n_pixels)
 
 
 def threshold_accuracy(p):
     """Accuracy of calling pixels cloud where S9 is colder than MIN_SST; missing is cold."""
-    return float(((p.bt_12um < p.min_sst) == p.label).mean())
+    return accuracy(p.threshold)
+
+
+def threshold_balanced_accuracy(p):
+    """Balanced accuracy of that threshold."""
+    return balanced_accuracy(p.threshold)
+
+
+def valid_all_cloud_accuracy(p):
+    """Accuracy of calling every pixel cloud, among pixels with data."""
+    return all_cloud_accuracy(p.with_data)
+
+
+def valid_threshold_accuracy(p):
+    """Accuracy of the threshold among pixels with data."""
+    return accuracy(p.threshold.with_data)
+
+
+def valid_threshold_balanced_accuracy(p):
+    """Balanced accuracy of the threshold among pixels with data."""
+    return balanced_accuracy(p.threshold.with_data)
 
 
 def ratio(part, whole):
@@ -133,27 +180,47 @@ class Score:
 
 SCORES = {  # by the key in scenes.csv and results.json, in the order of all tables
     "accuracy": Score("accuracy", accuracy),
+    "all_cloud_accuracy": Score("all cloud", all_cloud_accuracy, "baseline"),
+    "threshold_accuracy": Score("threshold", threshold_accuracy, "baseline"),
     "valid_accuracy": Score("valid accuracy", valid_accuracy),
+    "valid_all_cloud_accuracy": Score("valid all cloud", valid_all_cloud_accuracy, "baseline"),
+    "valid_threshold_accuracy": Score("valid threshold", valid_threshold_accuracy, "baseline"),
     "balanced_accuracy": Score("balanced accuracy", balanced_accuracy),
+    "threshold_balanced_accuracy": Score(
+        "balanced threshold", threshold_balanced_accuracy, "baseline"
+    ),
+    "valid_balanced_accuracy": Score("valid balanced accuracy", valid_balanced_accuracy),
+    "valid_threshold_balanced_accuracy": Score(
+        "valid balanced threshold", valid_threshold_balanced_accuracy, "baseline"
+    ),
     "precision": Score("precision", precision),
     "recall": Score("recall", recall),
     "f1": Score("F1", f1),
     "iou": Score("IoU", iou),
     "valid_fraction": Score("pixels with data", valid_fraction, "fraction"),
     "cloud_fraction": Score("cloud in mask", cloud_fraction, "fraction"),
-    "all_cloud_accuracy": Score("all cloud", all_cloud_accuracy, "baseline"),
-    "threshold_accuracy": Score("threshold", threshold_accuracy, "baseline"),
 }
+# Scores and baselines of the same pixels: no others may be compared.
+COMPARED = {  # what: keys of mask, all cloud (with a balanced accuracy of 0.5) and threshold
+    "accuracy, all pixels": ("accuracy", "all_cloud_accuracy", "threshold_accuracy"),
+    "accuracy, pixels with data": (
+        "valid_accuracy", "valid_all_cloud_accuracy", "valid_threshold_accuracy",
+    ),
+    "balanced, all pixels": ("balanced_accuracy", None, "threshold_balanced_accuracy"),
+    "balanced, pixels with data": (
+        "valid_balanced_accuracy", None, "valid_threshold_balanced_accuracy",
+    ),
+}  # fmt: skip
 MEAN_SCORES = {key: score for key, score in SCORES.items() if score.kind != "fraction"}
 
 
-def _keys(*kinds):
-    return [key for key, score in SCORES.items() if score.kind in kinds]
+def _keys(kind):
+    return [key for key, score in SCORES.items() if score.kind == kind]
 
 
 SCENE_COLUMNS = (
-    *("scene", "day_night", *_keys("agreement"), *COUNTS, *_keys("fraction", "baseline")),
-    *("seconds", "out_of_range"),
+    *("scene", "day_night", *_keys("agreement"), *COUNTS),
+    *(*_keys("fraction"), *_keys("baseline"), "seconds", "out_of_range"),
 )
 
 
@@ -191,3 +258,18 @@ def mean_scores(rows):
             key: float(np.nanmean([row[key] for row in rows] or [math.nan])) for key in MEAN_SCORES
         }
     return {**means, **{key: sum(row[key] for row in rows) for key in COUNTS}}
+
+
+def compare_with_baselines(means):
+    """What mask and baselines reach on the same pixels.
+
+    Args:
+        means: Dictionary with MEAN_SCORES.
+
+    Returns:
+        {what, as in COMPARED: (mask, all cloud, threshold)}.
+    """
+    return {
+        what: tuple(0.5 if key is None else means[key] for key in keys)
+        for what, keys in COMPARED.items()
+    }

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import keras
 import tensorflow as tf
 
+from harness.console import counted
 from harness.errors import UserError
 from harness.parallel.rendezvous import Rendezvous, SingleRank, reserve_port
 from harness.signals import check_signals
@@ -140,7 +141,7 @@ class Devices:
         """One line of text: '2 nodes, 4 ranks, 8 GPU replicas (NVIDIA A100)'."""
         replica = f"{self.kind} replica"
         counts = ((self.n_nodes, "node"), (self.n_ranks, "rank"), (self.n_replicas, replica))
-        words = ", ".join(f"{n} {word}{'s' if n > 1 else ''}" for n, word in counts)
+        words = ", ".join(counted(n, word) for n, word in counts)
         return f"{words} ({_hardware_name(self.kind)})"
 
 
@@ -197,8 +198,8 @@ def open_devices(
     if cpu_devices > 1 and (kind == "GPU" or launch.n_ranks > 1):
         raise UserError(
             f"cpu_devices: {cpu_devices} simulates several devices on the CPU of one process, "
-            f"found {launch.n_ranks} rank(s) and {len(used)} GPU(s). Set cpu_devices: 1, or use "
-            "gpu: 0 with one rank."
+            f"found {counted(launch.n_ranks, 'rank')} and {counted(len(used), 'GPU')}. Set "
+            "cpu_devices: 1, or use gpu: 0 with one rank."
         )
     local = tuple(f"/{kind}:{i}" for i in range(len(used) or cpu_devices))
     facts |= {"node": launch.node, "devices": len(local), "kind": kind, "gpus": len(used)}
@@ -262,13 +263,14 @@ def check_requirements(gpu, nodes, announcements):
         found[facts["node"]] += facts["gpus"]
     if isinstance(gpu, int) and set(found.values()) != {gpu}:
         raise UserError(
-            f"gpu: {gpu} requires {gpu} GPU(s) per node, TensorFlow finds "
+            f"gpu: {gpu} requires {counted(gpu, 'GPU')} per node, TensorFlow finds "
             f"{' and '.join(map(str, sorted(set(found.values()))))}. "
             "Set gpu: auto, or gpu: 0 for the CPU; see docs/troubleshooting.md."
         )
     if isinstance(nodes, int) and nodes != len(found):
         raise UserError(
-            f"nodes: {nodes} requires {nodes} node(s), the scheduler started {len(found)}. "
+            f"nodes: {nodes} requires {counted(nodes, 'node')}, the scheduler started "
+            f"{len(found)}. "
             "Set nodes: auto, or start the program on as many nodes."
         )
     if len({facts.get("work") for facts in announcements}) > 1:

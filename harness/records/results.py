@@ -1,12 +1,14 @@
 """What results.json, the lines of cloudmask.log and the screen say about a run."""
 
 import itertools
+import textwrap
 
 import numpy as np
 
-from harness.console import format_bytes, format_duration
+from harness.console import counted, format_bytes, format_duration, table
 from harness.files import jsonable
 from harness.inference import scores
+from harness.records.run_warnings import batch_warnings
 
 HISTORY_COLUMNS = (
     "epoch", "loss", "accuracy", "val_loss", "val_accuracy", "seconds", "patches_per_second",
@@ -54,6 +56,8 @@ def training_results(state, facts):
         "input_seconds_per_epoch": [row["input_seconds"] for row in history],  # part of these
         "patches_per_second": facts["patches_train"] * len(later) / sum(later),
         **{name: best[name] for name in ("loss", "accuracy", "val_loss", "val_accuracy")},
+        # Of the pixels of val_accuracy; None if an earlier version trained the epoch.
+        "baselines": {"all_cloud_accuracy": best.get("val_cloud")},
     }
 
 
@@ -98,7 +102,7 @@ def sampling_results(parts):
     """The dictionary `sampling` of results.json: the totals of ranks, or of parts of a run.
 
     A total is None if one of them did not measure it: the sum of the others would be too small.
-    `energy_joules` is that of processors and GPUs.
+    `energy_joules` is that of processors and GPUs. `gpu_energy_joules` is None without a GPU too.
 
     Args:
         parts: Dictionaries of sampling.Sampler.totals; None for a part that was killed.
@@ -111,7 +115,8 @@ def sampling_results(parts):
         add = max if key == "peak_memory" else sum
         total[key] = None if None in values else add(values)
     joules = total["cpu_energy_joules"], total["gpu_energy_joules"]
-    return {**total, "energy_joules": None if None in joules else sum(joules)}
+    energy = None if None in joules else sum(joules)
+    return {**total, "gpu_energy_joules": joules[1] or None, "energy_joules": energy}
 
 
 def peaks(parts):
@@ -144,7 +149,10 @@ def inference_line(config, devices, results):
         f"time_per_inference={results['seconds_per_scene']:.2f}, "
         f"accuracy={results['accuracy']:.3f}, replicas={devices.n_replicas}, "
         f"all_cloud_accuracy={results['all_cloud_accuracy']:.3f}, "
-        f"threshold_accuracy={results['threshold_accuracy']:.3f}"
+        f"threshold_accuracy={results['threshold_accuracy']:.3f}, "
+        f"valid_accuracy={results['valid_accuracy']:.3f}, "
+        f"valid_all_cloud_accuracy={results['valid_all_cloud_accuracy']:.3f}, "
+        f"valid_threshold_accuracy={results['valid_threshold_accuracy']:.3f}"
     )
 
 
@@ -175,18 +183,20 @@ def plan(config, mode, scenes, devices):
     shape = f"{config.image_h} x {config.image_w}"
     lines = ["devices     " + devices.describe()]
     if mode != "inference":
-        n = len(scenes.train)
+        n, n_patches = len(scenes.train), len(scenes.train) * per_scene
         lines += [
-            f"training    {n} scenes of {shape}, {n * per_scene} patches of {size}; "
-            f"{len(scenes.validation)} for validation",
-            f"            {config.epochs} epochs, batch {config.batch_size}, Adam "
+            f"training    {counted(n, 'scene')} of {shape}, {counted(n_patches, 'patch')} of "
+            f"{size}; {len(scenes.validation)} for validation",
+            f"            {counted(config.epochs, 'epoch')}, batch {config.batch_size}, Adam "
             f"{config.learning_rate:g}, {config.precision}, seed {config.seed}",
         ]
+        lines += _warnings(batch_warnings(n_patches, config.batch_size))
     if mode != "train":
         how = {"patches": f"patches of {size}, overlap {config.crop_size}", "scene": "one pass"}
-        lines.append(
-            f"inference   {len(scenes.inference)} scenes of {shape}, {how[config.inference_mode]}"
-        )
+        n = counted(len(scenes.inference), "scene")
+        lines.append(f"inference   {n} of {shape}, {how[config.inference_mode]}")
+    if scenes.synthetic:
+        lines.append(f"data        synthetic scenes in {' and '.join(sorted(scenes.synthetic))}")
     return lines
 
 
@@ -222,16 +232,14 @@ def summary(results):
     """Lines that summarise a completed run, from the content of results.json."""
     training, inference = results["training"], results["inference"]
     lines = []
-    if inference and inference["scenes_labelled"]:
+    if inference and (n := inference["scenes_labelled"]):
+        noun = "synthetic scene" if inference["synthetic"] else "scene"
         lines += [
-            f"accuracy    {inference['accuracy']:.3f} of pixels agree with the Bayesian mask; "
-            f"the target is {scores.TARGET_ACCURACY}",
-            f"            {inference['valid_accuracy']:.3f} of those with data; all cloud "
-            f"{inference['all_cloud_accuracy']:.3f}, threshold "
-            f"{inference['threshold_accuracy']:.3f}",
+            f"scores      agreement with the Bayesian mask, mean of {counted(n, noun)}",
+            *(f"            {line}" for line in _score_table(inference).splitlines()),
         ]
     if inference and (n := inference["scenes"] - inference["scenes_labelled"]):
-        lines.append(f"no scores   for {n} scene(s) without a Bayesian mask")
+        lines.append(f"no scores   for {counted(n, 'scene')} without a Bayesian mask")
     if training:
         lines += [
             f"validation  accuracy {training['val_accuracy']:.3f}, loss {training['val_loss']:.4f} "
@@ -243,12 +251,31 @@ def summary(results):
         parts = inference["seconds_per_scene_parts"]
         lines.append(
             f"inference   {inference['seconds_per_scene']:.2f} s per scene, "
-            f"{inference['scenes']} scenes; the network {parts['network']:.2f} s"
+            f"{counted(inference['scenes'], 'scene')}; the network {parts['network']:.2f} s"
         )
     if bad := results["bad_scenes"]:
-        lines.append(f"skipped     {len(bad)} bad scenes, listed in results.json")
+        lines.append(f"skipped     {counted(len(bad), 'bad scene')}, listed in results.json")
     total = f"total       {format_duration(results['seconds'])}, "
     total += f"peak memory {format_bytes(results['peak_rss'])}"
     if (results["sampling"] or {}).get("energy_joules") is not None:
         total += f", {results['sampling']['energy_joules'] / 3.6e6:.3f} kWh"
-    return [*lines, total]
+    return [*lines, total, *_warnings(results["warnings"])]
+
+
+def _warnings(texts):
+    """Warnings as lines of at most 78 characters."""
+    lines = (textwrap.wrap(text, 66) for text in texts)
+    return [
+        f"{'' if i else 'warning':12}{line}" for wrapped in lines for i, line in enumerate(wrapped)
+    ]
+
+
+def _score_table(means):
+    """Mask, baselines and target in columns; each row has one score, of the same pixels."""
+    rows = scores.compare_with_baselines(means)
+    columns = {
+        title: {what: f"{row[i]:.3f}" for what, row in rows.items()}
+        for i, title in enumerate(("mask", "all cloud", "threshold"))
+    }
+    first = next(iter(rows))  # the accuracy of all pixels
+    return table({**columns, "target": {first: str(scores.TARGET_ACCURACY)}})

@@ -9,7 +9,7 @@ import sys
 import time
 
 from harness import REPOSITORY
-from harness.config import dump_config
+from harness.config import dump_config, recorded
 from harness.console import log_to_file
 from harness.data.bad_scenes import BadScenes
 from harness.errors import UserError, one_line
@@ -27,6 +27,7 @@ from harness.records import mlperf_log, results
 from harness.records.machine import describe_machine
 from harness.records.mlperf_log import keys, open_mlperf_log
 from harness.records.run_folder import FORMAT, git_commit, now, package_versions
+from harness.records.run_warnings import mask_warnings, training_warnings
 from harness.records.tensorboard import NoBoard, TensorBoard
 from harness.signals import Interrupted
 from harness.training.checkpoints import Checkpoints
@@ -48,6 +49,7 @@ class Run:
         folder: The run's folder.
         earlier: Content of results.json if the run is resumed, otherwise None.
         scenes_sha256: Digest of the names of all scenes.
+        synthetic: Which scenes are synthetic, see preflight.Scenes.
 
     Attributes:
         folder: The run's folder.
@@ -64,9 +66,12 @@ class Run:
         UserError: If a run is resumed with different scenes.
     """
 
-    def __init__(self, config, devices, mode, folder, earlier=None, scenes_sha256=None):
+    def __init__(
+        self, config, devices, mode, folder, earlier=None, scenes_sha256=None, synthetic=()
+    ):
         self._config, self._devices, self.is_chief = config, devices, devices.is_chief
         self.folder, self.mode, self.board = folder, mode, NoBoard()
+        self._synthetic = synthetic
         parts = earlier["parts"] if earlier else []
         if earlier and earlier.get("scenes_sha256", scenes_sha256) != scenes_sha256:
             raise UserError(
@@ -84,7 +89,8 @@ class Run:
         self.model_file = self.path(config.model_file)  # absolute if it is an input
         self._log_file = self.path(config.log_file)
         self._opened = time.perf_counter()
-        self._rank_log = log_to_file(self.folder / f"rank-{devices.rank}.log")
+        self._rank_log_file = self.folder / f"rank-{devices.rank}.log"
+        self._rank_log = log_to_file(self._rank_log_file)
         self._mlperf_file = self.path(config.mlperf_logfile) if self.is_chief else None
         n_kept = self._found[1].mlperf_bytes if self._found else 0
         self.mllog = open_mlperf_log(self._mlperf_file, REPOSITORY, n_kept)
@@ -114,10 +120,11 @@ class Run:
             **made_by,
             "machine": describe_machine(devices.kind) if self.is_chief else None,
             "scenes_sha256": scenes_sha256,
-            "config": config.model_dump(by_alias=True, mode="json"),
+            "config": recorded(config),
             "network": earlier["network"] if parts[:-1] else None,
             "training": None,
             "inference": None,
+            "warnings": [],
         }
         self.save_results("running")
 
@@ -236,7 +243,11 @@ class Run:
         self._save_training(state, facts)
 
     def _save_training(self, state, facts):
+        facts = facts | {"synthetic": "training" in self._synthetic}
         self.results["training"] = results.training_results(state, facts)
+        self.results["warnings"] = training_warnings(
+            state.history, facts["patches_train"], self._config.batch_size
+        )
         self.save_results("running")
 
     def stop_reason(self, state):
@@ -292,20 +303,23 @@ class Run:
         # The devices needed this long for the scenes of earlier parts, if they were equally busy.
         earlier = sum(row["seconds"] for row in rows if row["part"] != self.part)
         seconds += earlier / self._devices.n_replicas
-        self.results["inference"] = facts | results.inference_results(rows, seconds)
-        self.write_line(
-            results.inference_line(self._config, self._devices, self.results["inference"])
+        facts = facts | {"synthetic": "inference" in self._synthetic}
+        self.results["inference"] = inference = facts | results.inference_results(rows, seconds)
+        self.results["warnings"] += mask_warnings(
+            [row["cloud_fraction"] for row in rows], inference
         )
+        self.write_line(results.inference_line(self._config, self._devices, inference))
 
     # --- records
 
     def log_summary(self):
         """Print what the finished run has reached, and make its report; nothing here is timed."""
-        for line in results.summary(self.results):
-            log.info("  %s", line)
-        log.info("Results are in %s", self.folder)
-        if self._config.report and (path := make_report(self.folder)):
-            log.info("Report: %s", path)
+        with contextlib.closing(log_to_file(self._rank_log_file)):
+            for line in results.summary(self.results):
+                log.info("  %s", line)
+            log.info("Results are in %s", self.folder)
+            if self._config.report and (path := make_report(self.folder)):
+                log.info("Report: %s", path)
 
     def write_line(self, text):
         """Append a result line to log_file; not again if an earlier part wrote it."""
@@ -406,7 +420,6 @@ class Run:
             for handler in (*self.mllog.logger.handlers, self._rank_log):
                 with contextlib.suppress(OSError):  # a full disk, which has been reported
                     handler.close()
-            logging.getLogger().removeHandler(self._rank_log)
 
     def _log_stop(self, status):
         if self._is_timed:

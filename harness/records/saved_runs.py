@@ -81,6 +81,7 @@ KINDS = {  # of the fields of results.json that are calculated with: numbers, li
     "training": {
         **_numbers("seconds", "epochs_run", "best_epoch", "patches_per_second", "warm_up_seconds"),
         **_numbers("val_loss", "val_accuracy"),
+        "baselines": _numbers("all_cloud_accuracy"),
         **{f"{part}seconds_per_epoch": [float] for part in ("", "train_", "input_")},
     },
     "inference": {
@@ -116,6 +117,19 @@ class Run:
     def status(self):
         """The status in results.json: 'success', 'aborted', 'running' or 'starting'."""
         return self.results["status"]
+
+    @property
+    def warnings(self):
+        """What looked wrong in the run, as texts; see run_warnings."""
+        found = self.results.get("warnings")
+        return list(map(str, found)) if isinstance(found, list) else []
+
+    @property
+    def is_synthetic(self):
+        """Whether any of its scenes were synthetic; runs before this was recorded count as not."""
+        return any(
+            self.results[part].get("synthetic") is True for part in ("training", "inference")
+        )
 
     @functools.cached_property
     def clean_results(self):

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from harness.console import counted
+
 
 @dataclass
 class TrainingState:
@@ -53,11 +55,7 @@ class TrainingState:
         if target_accuracy and last["val_accuracy"] >= target_accuracy:
             return f"Reached target_accuracy {target_accuracy}."
         if patience and last["epoch"] - self.best["epoch"] >= patience:
-            return f"No lower validation loss for {_epochs(patience)}."
+            return f"No lower validation loss for {counted(patience, 'epoch')}."
         if last["epoch"] >= epochs:
-            return f"Trained {_epochs(last['epoch'])}."
+            return f"Trained {counted(last['epoch'], 'epoch')}."
         return None
-
-
-def _epochs(n):
-    return f"{n} epoch{'s' if n > 1 else ''}"

@@ -70,9 +70,9 @@ class Trainer:
             if loss_scaling:
                 self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
             self.optimizer.build(self.model.trainable_variables)
-            # Sums of loss, correct pixels and pixels.
+            # Sums of loss, correct pixels and pixels; in evaluation also of cloud in the labels.
             self._train_sums = _per_replica(tf.zeros(3, tf.float64), tf.VariableAggregation.SUM)
-            self._eval_sums = _per_replica(tf.zeros(3, tf.float64), tf.VariableAggregation.SUM)
+            self._eval_sums = _per_replica(tf.zeros(4, tf.float64), tf.VariableAggregation.SUM)
             # Training steps, and the first of them whose loss was not finite, or 0.
             first_replica = tf.VariableAggregation.ONLY_FIRST_REPLICA
             self._steps = _per_replica(tf.zeros(2, tf.int64), first_replica)
@@ -147,13 +147,15 @@ class Trainer:
         return tape.gradient(objective, [v.value for v in variables]), sums
 
     def _sums(self, channels, cloud, weight):
-        return self._forward(channels, cloud, weight, training=False)[0]
+        sums, _ = self._forward(channels, cloud, weight, training=False)
+        label = tf.cast(self._clipped(cloud), tf.float32)
+        cloudy = tf.cast(weight * tf.reduce_sum(label, axis=(1, 2, 3)), tf.float64)  # (m,), exact
+        return tf.concat([sums, [tf.reduce_sum(cloudy)]], axis=0)
 
     def _forward(self, channels, cloud, weight, training):
         """Return float64 (3,) sums over pixels, and the float32 loss per patch of a full batch."""
-        clip = slice(self._clip_offset, channels.shape[1] - self._clip_offset)
-        probability = self._network(channels, training=training)[:, clip, clip]
-        label = tf.cast(cloud[:, clip, clip], tf.float32)
+        probability = self._clipped(self._network(channels, training=training))
+        label = tf.cast(self._clipped(cloud), tf.float32)
         loss = self._loss(label, probability)  # (m, p, p)
         loss *= 1 + (self._cloud_weight - 1) * label[..., 0]
         patch_loss = weight * tf.reduce_mean(loss, axis=(1, 2))  # (m,)
@@ -164,6 +166,10 @@ class Trainer:
         sums = tf.stack([patch_loss * pixels, weight * correct, weight * pixels])  # (3, m)
         objective = tf.reduce_sum(patch_loss) / self.batch_size
         return tf.reduce_sum(tf.cast(sums, tf.float64), axis=1), objective
+
+    def _clipped(self, pixels):
+        clip = slice(self._clip_offset, pixels.shape[1] - self._clip_offset)
+        return pixels[:, clip, clip]
 
     # --- between steps ----------------------------------------------------------------------
 
@@ -182,18 +188,19 @@ class Trainer:
         return self._pop(self._train_sums)
 
     def pop_eval_metrics(self):
-        """Return loss, accuracy and number of patches of `eval_step` since the last call."""
+        """Return the same of `eval_step`, and the share of cloud in the labels of these pixels."""
         return self._pop(self._eval_sums)
 
     def _pop(self, sums):
-        loss, correct, pixels = sums.numpy()
-        sums.assign(tf.zeros(3, tf.float64))
+        loss, correct, pixels, *cloud = sums.numpy()
+        sums.assign(tf.zeros(sums.shape, tf.float64))
         clipped = self.model.input_shape[1] - 2 * self._clip_offset
-        return {
+        found = {
             "loss": float(loss / pixels),
             "accuracy": float(correct / pixels),
             "patches": round(pixels / clipped**2),
         }
+        return found | {"cloud": float(cloud[0] / pixels)} if cloud else found
 
     def first_bad_step(self):
         """Return the first training step with a loss that is not finite, or 0.

@@ -50,7 +50,7 @@ def test_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
 
 def test_duplicate_names_are_an_error(tmp_path):
     make(tmp_path, "night/S3A_a.hdf", "day/S3A_a.hdf", "day/S3A_b.hdf")
-    with pytest.raises(SceneError, match="1 duplicate scene names under .*, for example S3A_a.hdf"):
+    with pytest.raises(SceneError, match="1 duplicate scene name under .*, for example S3A_a.hdf"):
         find_scenes(tmp_path)
 
 

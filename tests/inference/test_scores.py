@@ -11,6 +11,9 @@ EXPECTED = {
     "accuracy": lambda y, p, valid, bt: metrics.accuracy_score(y, p),
     "valid_accuracy": lambda y, p, valid, bt: metrics.accuracy_score(y[valid], p[valid]),
     "balanced_accuracy": lambda y, p, valid, bt: metrics.balanced_accuracy_score(y, p),
+    "valid_balanced_accuracy": lambda y, p, valid, bt: metrics.balanced_accuracy_score(
+        y[valid], p[valid]
+    ),
     "precision": lambda y, p, valid, bt: metrics.precision_score(y, p),
     "recall": lambda y, p, valid, bt: metrics.recall_score(y, p),
     "f1": lambda y, p, valid, bt: metrics.f1_score(y, p),
@@ -19,6 +22,14 @@ EXPECTED = {
     "cloud_fraction": lambda y, p, valid, bt: np.mean(p),
     "all_cloud_accuracy": lambda y, p, valid, bt: np.mean(y),
     "threshold_accuracy": lambda y, p, valid, bt: np.mean((bt < 273.15) == y),
+    "threshold_balanced_accuracy": lambda y, p, valid, bt: metrics.balanced_accuracy_score(
+        y, bt < 273.15
+    ),
+    "valid_all_cloud_accuracy": lambda y, p, valid, bt: np.mean(y[valid]),
+    "valid_threshold_accuracy": lambda y, p, valid, bt: np.mean((bt < 273.15)[valid] == y[valid]),
+    "valid_threshold_balanced_accuracy": lambda y, p, valid, bt: metrics.balanced_accuracy_score(
+        y[valid], bt[valid] < 273.15
+    ),
 }
 NEEDS_LABEL = [key for key, score in scores.SCORES.items() if score.kind != "fraction"]
 
@@ -57,6 +68,20 @@ def test_columns_of_scenes_csv_keep_names_and_order():
         "all_cloud_accuracy", "threshold_accuracy", "seconds", "out_of_range",
     ]  # fmt: skip
     assert [column for column in scores.SCENE_COLUMNS if column in known] == known
+
+
+def test_network_that_calls_everything_cloud_equals_the_baseline_on_each_set_of_pixels(scene):
+    label, _, valid, bt = scene
+    label = label & valid  # as in the files: clear where there are no data
+    means = scores.mean_scores([scores.score_scene(label | True, label, valid, bt, 273.15)])
+    compared = scores.compare_with_baselines(means)
+    assert len(compared) == 4
+    for mask, all_cloud, _ in compared.values():
+        assert mask == all_cloud
+    all_pixels, with_data = (
+        compared[f"accuracy, {what}"][0] for what in ("all pixels", "pixels with data")
+    )
+    assert with_data > all_pixels  # the same mask: only one row's numbers may be compared
 
 
 def test_nothing_over_nothing_is_nan():

@@ -19,11 +19,11 @@ def card(node, devices=1, kind="CPU", work="same"):
 @pytest.mark.parametrize(
     ("gpu", "nodes", "others", "words"),
     [
-        (4, "auto", [], "requires 4 GPU(s) per node, TensorFlow finds 0"),
+        (4, "auto", [], "requires 4 GPUs per node, TensorFlow finds 0"),
         (4, "auto", [card("b", 2, "GPU")], "TensorFlow finds 0 and 2"),
         (4, "auto", [card("b", 1, "GPU"), card("b", 2, "GPU")], "TensorFlow finds 0 and 3"),
-        ("auto", 3, [card("b")], "requires 3 node(s), the scheduler started 2"),
-        ("auto", 3, [card("b"), card("b")], "requires 3 node(s), the scheduler started 2"),
+        ("auto", 3, [card("b")], "requires 3 nodes, the scheduler started 2"),
+        ("auto", 3, [card("b"), card("b")], "requires 3 nodes, the scheduler started 2"),
         ("auto", "auto", [card("b", 2)], "rank 0: 1 CPU, rank 1: 2 CPU"),
         ("auto", "auto", [card("b", 1, "GPU")], "rank 1: 1 GPU"),
         ("auto", "auto", [card("b", work="other")], "different configurations"),

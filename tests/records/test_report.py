@@ -1,9 +1,12 @@
+import base64
 import csv
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from harness import REPOSITORY
 from harness.data.mask_files import mask_files
 from harness.inference.scores import SCORES, TARGET_ACCURACY
 from harness.records import run as run_module
-from harness.records.report import charts, pictures
+from harness.records.report import charts, one_run, pictures
 from tools import report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -79,6 +82,8 @@ class Page(HTMLParser):
         self.feed(html)
         assert self.stack == []
         self.text = " ".join(" ".join(self.texts).split())
+        found = re.findall(r'<script .*? data-scene="(.*?)">(.*?)</script>', html)
+        self.scenes = {unescape(name): json.loads(data) for name, data in found}
         self.charts = re.findall(r'<div role="img" aria-label="(.*?)"', html)
         self.headings = re.findall(r"<h2>(.*?)</h2>", html)
 
@@ -92,6 +97,11 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self.stack and self.stack[-1] not in ("style", "script"):
             self.texts.append(data)
+
+
+def short(scene):
+    """S3A_SL_1_RBT____20180601T004107_... as 'S3A 2018-06-01 00:41'."""
+    return re.sub(r"^(S3.).{13}(\d{4})(\d\d)(\d\d)T(\d\d)(\d\d).*", r"\1 \2-\3-\4 \5:\6", scene)
 
 
 def page_of(*runs, options=()):
@@ -113,32 +123,88 @@ def test_report_shows_metrics_baselines_facts_and_charts(run):
         f"{inference['seconds_per_scene']:.3f}",
         f"{training['patches_per_second']:.1f}",
     ]
-    for key in ("accuracy", "valid_accuracy", "all_cloud_accuracy", "threshold_accuracy"):
-        assert f"{SCORES[key].label} {inference[key]:.4f}" in page.text
-    assert page.html.count(f'class="target" style="left:{100 * TARGET_ACCURACY}%"') == 5
+    for first, pixels in {"": "all pixels", "valid_": "pixels with data"}.items():
+        mask, balanced, cloud, cold, cold_balanced = (
+            f"{inference[first + key]:.4f}"
+            for key in (
+                "accuracy", "balanced_accuracy", "all_cloud_accuracy", "threshold_accuracy",
+                "threshold_balanced_accuracy",
+            )
+        )  # fmt: skip
+        bars = f"{pixels.capitalize()} mask {mask} all cloud {cloud} threshold {cold}"
+        assert bars in page.text
+        assert f" accuracy, {pixels} {mask} {cloud} {cold}" in page.text
+        assert f"balanced, {pixels} {balanced} 0.5000 {cold_balanced}" in page.text
+    n_bars = page.html.count('<div class="bar">')
+    assert page.html.count(f'class="target" style="left:{100 * TARGET_ACCURACY}%"') == n_bars >= 5
     assert page.headings == [
-        "Accuracy", "Seconds per scene", "Training patches per second", "What ran where",
-        "Training", "Times", "Pictures", "Scores", "Machine",
+        "Accuracy", "Seconds per scene", "Training patches per second", "Pictures", "Scores",
+        "What ran where", "Training", "Times", "Machine",
     ]  # fmt: skip
     for text in (found["devices"]["description"], f"tensorflow {found['versions']['tensorflow']}",
                  found["git_commit"], "PATCH_SIZE 32 256", "batch_size 11 32"):  # fmt: skip
         assert text in page.text
     assert "xla" not in page.text  # as in the reference workload
     assert page.charts == [
-        "Training and validation loss", "Training and validation accuracy", "Seconds per epoch",
         "Accuracy of each scene", "Calibration", "ROC curve",
+        "Training and validation loss", "Training and validation accuracy", "Seconds per epoch",
         "CPU [cores] over time", "memory [GB] over time", "files [MB/s] over time",
         "GPU [%] over time", "GPU memory [GB] over time", "power [W] over time",
     ]  # fmt: skip
-    assert page.html.count("<img ") == 2 * 5  # two scenes: the worst and the best
-    assert "Worst scene" in page.text and "Best scene" in page.text
+    scenes = sorted(rows(run / "scenes.csv"), key=lambda row: float(row["accuracy"]))
+    assert list(page.scenes) == [row["scene"] for row in scenes]
+    titles = [
+        f"{short(row['scene'])} {row['day_night']}, {float(row['accuracy']):.4f} ({place})"
+        for row, place in zip(scenes, ("worst", "best"), strict=True)
+    ]
+    assert " ".join(titles) in page.text
+
+
+def test_warnings_synthetic_scenes_and_baselines_of_training_are_shown(run):
+    found = results(run)
+    marked = {"synthetic": True, "baselines": {"all_cloud_accuracy": 0.4321}}
+    change(
+        run,
+        warnings=["The network has learned nothing: every pixel is cloud."],
+        training=found["training"] | marked,
+        inference=found["inference"] | {"synthetic": True},
+    )
+    page = page_of(run)
+    assert "Warning: The network has learned nothing" in page.text.split("Accuracy")[0]
+    assert "Synthetic scenes: " in page.text.split("Accuracy")[0]
+    assert "all cloud 0.4321" in page.text
+
+
+def test_single_scene_is_neither_best_nor_worst(run):
+    first, second = rows(run / "scenes.csv")
+    write_table(run / "scenes.csv", [first])
+    (run / "masks" / f"{second['scene']}.h5").unlink()
+    page = page_of(run)
+    assert list(page.scenes) == [first["scene"]]
+    assert not re.search(r"\((best|worst|median)\)", page.text)
+
+
+def test_more_scenes_are_drawn_on_request_and_get_files_of_their_own(run, monkeypatch):
+    worst, best = sorted(rows(run / "scenes.csv"), key=lambda row: float(row["accuracy"]))
+    monkeypatch.setattr(one_run, "MAX_SCENES", 1)
+    monkeypatch.setattr(one_run, "PAGE_BYTES", 1)
+    page = page_of(run)
+    assert list(page.scenes) == [worst["scene"]] and "1 of 2 scenes" in page.text
+    assert not (run / "report_scenes").exists()
+    page = page_of(run, options=["--all-scenes"])
+    assert list(page.scenes) == [worst["scene"]] and "1 of 2 scenes" not in page.text
+    (file,) = (run / "report_scenes").iterdir()
+    assert f'href="report_scenes/{file.name}"' in page.html
+    own = Page(file.read_text())
+    assert list(own.scenes) == [best["scene"]] and 'href="../report.html"' in own.html
 
 
 def test_scene_tables_show_every_score(run):
     page, table = page_of(run), rows(run / "scenes.csv")
     for row in table:
         cells = " ".join(score.show(float(row[key])) for key, score in SCORES.items())
-        assert f"{row['scene']} {row['day_night']} {cells}" in page.text
+        assert f"{short(row['scene'])} {row['day_night']} {cells}" in page.text
+        assert f'title="{row["scene"]}"' in page.html
     for kind in ("day", "night"):
         values = [float(row["accuracy"]) for row in table if row["day_night"] == kind]
         assert f"{kind} {len(values)} {np.mean(values):.4f}" in page.text
@@ -179,42 +245,90 @@ def test_calibration_agrees_with_scikit_learn(run):
     assert shown == pytest.approx(error / len(labels), abs=1.1e-3)
 
 
-def test_reduced_pictures_keep_the_share_of_each_class():
+def draw(**values):
+    """Draw a scene of 40 x 50 pixels, clear and 280 K where nothing else is given."""
+    scene = {
+        "mask": np.zeros((40, 50), bool), "label": None, "reflectances": None,
+        "temperatures": np.full((40, 50, 3), 280, np.float32),
+    }  # fmt: skip
+    planes, found = pictures.draw(pictures.MaskedScene(**scene | values))
+    colours = {
+        each.title: each.colours[planes[each.plane].codes] if each.plane else each.colours
+        for each in found
+    }
+    return planes, colours, {each.title: each.note for each in found}
+
+
+def test_pictures_show_classes_and_values_and_are_transparent_without_data():
     rng = np.random.default_rng(0)
-    mask, label = rng.random((2, 600, 750)) < 0.5
-    temperatures = np.full((600, 750, 3), 280, np.float32)
-    temperatures[:, 375:] = 220  # colder
-    temperatures[:300, :32] = np.nan
-    scene = pictures.MaskedScene(mask, label, None, temperatures)
-    whole, small = pictures.panels(scene), pictures.panels(scene, 200)
-    assert [panel.pixels.shape for panel in small] == [(150, 187, 3)] * 5  # every fourth pixel
-    for panels in (whole, small):
-        _, bt, bayes, ours, differ = (panel.pixels for panel in panels)
-        n_rows, n_cols = bt.shape[:2]
-        assert (bt[:, -1] == 255).all() and (bt[-1, n_cols // 4] == 0).all()  # cold is bright
-        assert (bt[: n_rows // 2, : n_cols // 30] == pictures.NOT_MEASURED).all()
-        cloud = {"bayes": (bayes == 255).all(axis=-1), "ours": (ours == 255).all(axis=-1)}
-        for (name, colour), (a, b) in zip(
-            pictures.DIFFERENCES.items(),
-            ((True, True), (False, False), (True, False), (False, True)),
-            strict=True,
-        ):
-            expected = (cloud["ours"] == a) & (cloud["bayes"] == b)
-            np.testing.assert_array_equal((differ == colour).all(axis=-1), expected, name)
-            assert expected.mean() == pytest.approx(0.25, abs=0.02)
-    np.testing.assert_array_equal(whole[3].pixels[..., 0] == 255, mask)
-    assert f"{np.mean(mask != label):.1%}" in whole[4].note
+    mask, label = rng.random((2, 40, 50)) < 0.5
+    temperatures = np.full((40, 50, 3), 280, np.float32)
+    temperatures[:, 25:] = 220  # colder
+    temperatures[:20, :5] = np.nan
+    probability = np.where(mask, 0.75, 0.25)
+    _, colours, notes = draw(
+        mask=mask, label=label, temperatures=temperatures, probability=probability
+    )
+    measured = np.isfinite(temperatures[..., 0])
+    assert list(colours) == ["False colour", "S9", "Label", "Mask", "Probability", "Differences"]
+    for title, picture in colours.items():
+        np.testing.assert_array_equal(picture[..., 3], 255 * measured, title)
+    assert (colours["S9"][:, -1, :3] == 255).all() and (colours["S9"][-1, 0, :3] == 0).all()
+    for title, cloud in {"Mask": mask, "Label": label}.items():
+        expected = np.where(cloud[..., None], pictures.CLOUD, pictures.CLEAR)
+        np.testing.assert_array_equal(colours[title][measured][:, :3], expected[measured])
+    bright = colours["Probability"][..., :3].sum(axis=-1)
+    assert bright[mask & measured].min() > bright[~mask & measured].max() > 0
+    for colour, (a, b) in zip(
+        pictures.DIFFERENCES.values(),
+        ((True, True), (False, False), (True, False), (False, True)),
+        strict=True,
+    ):
+        expected = (mask == a) & (label == b) & measured
+        shown = (colours["Differences"] == (*colour, 255)).all(axis=-1)
+        np.testing.assert_array_equal(shown, expected)
+    assert f"{np.mean((mask != label)[measured]):.1%}" in notes["Differences"]
+
+
+def test_planes_keep_values_to_half_a_step():
+    rng = np.random.default_rng(0)
+    temperatures = rng.uniform(200, 310, (40, 50, 3)).astype(np.float32)
+    temperatures[..., 1] = temperatures[..., 2] + rng.uniform(-4, 8, (40, 50))
+    temperatures[0] = np.nan
+    positions = {
+        "latitude": rng.uniform(-90, 90, (40, 50)), "longitude": rng.uniform(-180, 180, (40, 50))
+    }  # fmt: skip
+    planes, *_ = draw(
+        temperatures=temperatures, positions=positions, probability=rng.random((40, 50))
+    )
+    for name, values, step in (
+        ("S9", temperatures[..., 2], 0.5),
+        ("S8-S9", temperatures[..., 1] - temperatures[..., 2], 0.1),
+        ("latitude", positions["latitude"], 0.01),
+        ("longitude", positions["longitude"], 0.01),
+    ):
+        plane, known = planes[name], np.isfinite(values)
+        np.testing.assert_array_equal(plane.codes > 0, known, name)
+        shown = plane.low + plane.step * plane.codes[known]
+        np.testing.assert_allclose(shown, values[known], atol=0.501 * step, err_msg=name)
+    assert set(planes) == {"classes", "S9", "S8-S9", "probability", "latitude", "longitude"}
+
+
+def test_scenes_without_any_data_have_pictures():
+    temperatures = np.full((40, 50, 3), np.nan, np.float32)
+    _, colours, _ = draw(temperatures=temperatures, label=np.zeros((40, 50), bool))
+    assert all((picture[..., 3] == 0).all() for picture in colours.values())
 
 
 def test_false_colour_shows_s3_s2_s1_by_day():
     refs = np.zeros((40, 50, 3), np.float32)
     refs[:20], refs[20:] = (0.8, 0.4, 0.1), (0.1, 0.4, 0.8)  # S3, S2, S1
-    bts = np.full((40, 50, 3), 280, np.float32)
-    clear = np.zeros((40, 50), bool)
-    panel = pictures.panels(pictures.MaskedScene(clear, None, refs, bts))[0]
-    assert "day" in panel.title
-    red, green, blue = panel.pixels[5, 5]
-    assert red > green > blue and tuple(panel.pixels[30, 5]) == (blue, green, red)
+    refs[0, 0, 0] = np.nan
+    _, colours, notes = draw(reflectances=refs)
+    assert "day" in notes["False colour"]
+    red, green, blue, _ = colours["False colour"][5, 5]
+    assert red > green > blue and tuple(colours["False colour"][30, 5]) == (blue, green, red, 255)
+    assert colours["False colour"][0, 0, 3] == 0
 
 
 def test_reflectances_may_be_on_the_finer_grid(run):
@@ -281,18 +395,18 @@ def make_partial(run, kind, tmp_path):
         change(run, mode="train", inference=None)
         shutil.rmtree(run / "masks")
         (run / "scenes.csv").unlink()
-        return ["No scenes were masked.", "validation accuracy"], ["Pictures", "Worst"]
+        return ["No scenes were masked.", "Validation patches"], ["Pictures", "worst"]
     if kind == "inference only":
         change(run, mode="inference", training=None)
         (run / "history.csv").unlink()
-        return ["Nothing was trained.", "Worst scene"], ["validation accuracy"]
+        return ["Nothing was trained.", "(worst)"], ["Validation patches"]
     if kind == "aborted while masking":
         change(run, status="aborted", error="OSError: disk <full>\nsecond line", inference=None)
         (run / "scenes.csv").unlink()
         mean = np.mean([float(row["accuracy"]) for row in table])
         return [
             "aborted", r"Error: OSError: disk <full>\nsecond line", "Inference did not finish.",
-            "scores are those of the 2 masks so far", "Worst scene", f"accuracy {mean:.4f}",
+            "scores are those of the 2 masks so far", "(worst)", f"mask {mean:.4f}",
         ], []  # fmt: skip
     if kind == "starting":
         for path in run.iterdir():
@@ -318,14 +432,14 @@ def make_partial(run, kind, tmp_path):
         unscored = [{k: v if k in kept else "" for k, v in row.items()} for row in table]
         write_table(run / "scenes.csv", unscored)
         change(run, inference=results(run)["inference"] | dict.fromkeys(SCORES))
-        return ["The scenes have no labels.", "Our mask", "Scenes"], ["Worst", "Area under"]
+        return ["The scenes have no labels.", "Scenes"], ["worst", "Area under"]
     if kind == "scene files gone":
         change_config(run, inference_dir="/nowhere")
-        return ["No pictures: no scene files in /nowhere", "Scenes"], ["Worst scene"]
+        return ["No pictures: no scene files in /nowhere", "Scenes"], ["worst"]
     if kind == "damaged mask":
         path = run / "masks" / f"{table[0]['scene']}.h5"
         path.write_bytes(path.read_bytes()[:1000])
-        return ["1 scene(s) are missing in pictures and calibration", path.name], []
+        return ["Pictures and calibration lack 1 scene", path.name], []
     if kind == "samples cut off":
         write_samples(run)
         with (run / "samples.csv").open("a") as file:
@@ -364,8 +478,7 @@ def test_scenes_other_than_those_that_were_masked_are_not_shown(run, dataset, tm
     change_config(run, inference_dir="/nowhere")
     page = page_of(run, options=["--data", tmp_path / "ssts"])
     assert f"{first} is not the file that was masked" in page.text
-    assert "data of 1 scene(s)" in page.text and page.html.count("<img ") == 5
-    assert f'<p class="soft"><code>{second.stem}</code></p>' in page.html
+    assert "data of 1 scene." in page.text and list(page.scenes) == [second.stem]
     options = ["--data", str(tmp_path / "ssts"), "--pictures", str(tmp_path / "figures")]
     assert report.main([str(run), *options]) == 2
     assert f"{first} is not the file that was masked" in capsys.readouterr().err
@@ -396,6 +509,7 @@ def make_evil(run):
         devices=found["devices"] | {"description": EVIL},
         config=found["config"] | {"platform": EVIL, EVIL: EVIL},
         training=found["training"] | {"best_epoch": EVIL, "epochs_run": EVIL},
+        warnings=[EVIL],
         bad_scenes=[{"path": EVIL, "reason": EVIL, "during": EVIL}],
         parts=[{"start": EVIL, "status": EVIL}] * 2,
     )
@@ -404,14 +518,19 @@ def make_evil(run):
     return evil
 
 
-def test_names_and_texts_from_files_stay_texts(run, finished):
+def test_names_and_texts_from_files_stay_texts(run, finished, monkeypatch):
     evil = make_evil(run)
     for page in (page_of(evil, finished), page_of(evil)):
         assert page.html.count("<script>") == 1
         assert "<img src=http" not in page.html and "\u202e" not in page.html
         assert "<script>window.evil=1<" in page.text  # as text
     assert page.text.count("http://evil.example") >= 10 and r"\u202e\n" in page.text
-    assert page.html.count("<img ") == 10  # the scene of that name is shown too
+    assert len(page.scenes) == 2  # the scene of that name is shown too
+    monkeypatch.setattr(one_run, "PAGE_BYTES", 1)
+    assert len(page_of(evil).scenes) == 1
+    (file,) = (evil / "report_scenes").iterdir()
+    own = Page(file.read_text())
+    assert len(own.scenes) == 1 and own.html.count("<script>") == 1
 
 
 # --- several runs ---------------------------------------------------------------------------
@@ -427,14 +546,17 @@ def test_report_of_several_runs_shows_results_curves_and_differences(run, finish
     page = page_of(run, finished, third)
     assert "3 runs" in page.text
     # Two runs have the name 'run': the table shows their folders.
-    assert f"1 {run} success" in page.text and f"2 {finished} success" in page.text
-    assert re.search(r"3 third aborted \d+ – –", page.text)
+    assert f"folder {run} {finished} third status success success aborted" in page.text
+    assert re.search(r"epochs \d+ \d+ –", page.text)
     accuracy, f1 = (results(run)["inference"][key] for key in ("accuracy", "f1"))
     assert f"{accuracy:.4f}" in page.text and f"{f1:.4f}" in page.text
     section = page.text.split("Differences")[1]
     assert "config.learning_rate" in section and "git_commit 0123456789abcdef" in section
     assert "batch_size" not in section and "versions." not in section
-    assert page.charts == ["Accuracy and baselines", "validation loss", "validation accuracy"]
+    assert page.charts == [
+        "Accuracy, all pixels", "Accuracy, pixels with data",
+        "validation loss", "validation accuracy",
+    ]  # fmt: skip
     assert (
         "the runs repeat one another" in page_of(finished_copy(finished, tmp_path), finished).text
     )
@@ -609,23 +731,184 @@ def test_scenes_are_sorted_by_click_and_by_keyboard(run, opened):
     page = opened(run / "report.html")
 
     def column(name):
-        n = page.locator(".tall th button").all_text_contents().index(name) + 1
-        return page.locator(f".tall tbody tr > :nth-child({n})").all_text_contents()
+        n = page.locator("[aria-label=Scenes] th button").all_text_contents().index(name) + 1
+        return page.locator(f"[aria-label=Scenes] tbody tr > :nth-child({n})").all_text_contents()
 
     def sort():
         return page.eval_on_selector_all(
-            ".tall th[aria-sort]", "c => c.map(h => [h.textContent.trim(), h.ariaSort])"
+            "[aria-label=Scenes] th[aria-sort]",
+            "c => c.map(h => [h.textContent.trim(), h.ariaSort])",
         )
 
     assert column("accuracy") == ["0.1000", "0.9500", "–"] and sort() == [["accuracy", "ascending"]]
-    page.click(".tall th button:text-is('accuracy')")
+    page.click("[aria-label=Scenes] th button:text-is('accuracy')")
     assert column("accuracy") == ["0.9500", "0.1000", "–"]  # without a number: last in both orders
     assert sort() == [["accuracy", "descending"]]
-    page.locator(".tall th button:text-is('seconds')").focus()
+    page.locator("[aria-label=Scenes] th button:text-is('seconds')").focus()
     page.keyboard.press("Enter")
     assert column("seconds") == ["9.00", "10.00", "100.00"] and sort() == [["seconds", "ascending"]]
-    page.click(".tall th button:text-is('scene')")
+    page.click("[aria-label=Scenes] th button:text-is('scene')")
     assert column("scene") == ["S3A_0", "S3A_1", "S3A_2"]
+
+
+def open_viewer(opened, file, **options):
+    """Open a page whose picture fits on the screen; returns it when the picture is drawn."""
+    page = opened(file, **options)
+    page.wait_for_selector("#viewer input")
+    page.evaluate("document.querySelector('.view').scrollIntoView({block: 'center'})")
+    return page
+
+
+def place_of(page, row, col):
+    """Where a pixel of the whole scene is on the screen."""
+    box = page.locator(".view").bounding_box()
+    return box["x"] + (col + 0.5) / WIDTH * box["width"], box["y"] + (row + 0.5) / HEIGHT * box[
+        "height"
+    ]
+
+
+def values_at(page, *place):
+    """The row and column that the page shows at a place on the screen, and its whole text."""
+    page.mouse.move(*place)
+    text = page.inner_text("output")
+    return [int(n) for n in re.match(r"row (\d+), column (\d+)", text).groups()], text
+
+
+def shown_part(page):
+    """First row, first column, last row and last column in view."""
+    return [n for corner in ((0, 0), (HEIGHT - 1, WIDTH - 1))
+            for n in values_at(page, *place_of(page, *corner))[0]]  # fmt: skip
+
+
+@in_browser
+def test_viewer_shows_the_values_and_colours_of_the_files(run, opened):
+    data = shutil.copytree(results(run)["config"]["inference_dir"], run.parent / "data")
+    change_config(run, inference_dir=data)
+    worst, best = sorted(rows(run / "scenes.csv"), key=lambda row: float(row["accuracy"]))
+    for row in (worst, best):
+        with h5py.File(next(data.rglob(f"{row['scene']}.hdf")), "a") as file:
+            file["latitude"], file["longitude"] = np.mgrid[:HEIGHT, :WIDTH] / 8.0
+    page_of(run)
+    page = open_viewer(opened, run / "report.html")
+    page.click(f"a[data-scene='{best['scene']}']")
+    page.wait_for_selector(".view[aria-label*='(best)']")  # it is drawn
+    with h5py.File(next(data.rglob(f"{best['scene']}.hdf"))) as file:
+        bts, label = np.nan_to_num(file["bts"][:]), file["bayes"][..., 0] != 0
+    with h5py.File(run / "masks" / f"{best['scene']}.h5") as file:
+        mask, probability = file["mask"][:] != 0, file["probability"][:]
+    measured = (bts != 0).all(axis=-1)
+    page.evaluate("document.querySelector('.view').scrollIntoView({block: 'center'})")
+    words = {False: "clear", True: "cloud"}
+    for place in [*np.argwhere(measured)[::1500], *np.argwhere(~measured)[::900]]:
+        row, col = map(int, place)
+        shown, text = values_at(page, *place_of(page, row, col))
+        assert shown == [row, col]
+        has_data = measured[row, col]
+        assert ("no data" in text) == (not has_data)
+        assert f"mask {words[mask[row, col]]} · label {words[label[row, col]]}" in text
+        assert f"latitude {row / 8:.2f}° · longitude {col / 8:.2f}°" in text
+        pattern = r"S9 ([\d.]+) K · S8−S9 ([-\d.]+) K · probability ([\d.]+)"
+        numbers = [float(n) for n in re.search(pattern, text).groups()] if has_data else []
+        _, bt_11um, bt_12um = bts[row, col].astype(float)
+        expected = [bt_12um, bt_11um - bt_12um, probability[row, col]]
+        assert all(
+            abs(n - e) <= atol
+            for n, e, atol in zip(numbers, expected, (0.3, 0.11, 0.011), strict=False)
+        ), (numbers, expected)
+    colours = {}
+    for title in ("False colour", "S9", "Label", "Mask", "Probability", "Differences"):
+        page.check(f"input[value='{title}']")
+        png = page.evaluate("document.querySelector('canvas').toDataURL()").partition(",")[2]
+        colours[title] = np.array(Image.open(io.BytesIO(base64.b64decode(png))))
+        known = bts[..., 2] != 0 if title == "S9" else measured
+        np.testing.assert_array_equal(colours[title][..., 3], 255 * known, title)
+    for title, cloud in {"Label": label, "Mask": mask}.items():
+        expected = np.where(cloud[..., None], pictures.CLOUD, pictures.CLEAR)
+        np.testing.assert_array_equal(colours[title][measured][:, :3], expected[measured], title)
+
+
+@in_browser
+def test_viewer_zooms_and_moves_by_mouse_and_keyboard(run, opened):
+    page_of(run)
+    page = open_viewer(opened, run / "report.html")
+    whole = [0, 0, HEIGHT - 1, WIDTH - 1]
+    assert shown_part(page) == whole
+    wheel = "new WheelEvent('wheel', {deltaY: -100, cancelable: true})"
+    assert page.evaluate(f"document.querySelector('.view').dispatchEvent({wheel})")
+    assert shown_part(page) == whole  # without a click the wheel scrolls the page
+    place = place_of(page, 30, 40)
+    page.mouse.click(*place)
+    page.mouse.wheel(0, -250)
+    page.wait_for_selector("canvas[style*='scale(1.7']")
+    assert values_at(page, *place)[0] == [30, 40]
+    first_row, first_col, last_row, last_col = shown_part(page)
+    assert 0 < first_row < 30 < last_row < HEIGHT - 1 and 0 < first_col < 40 < last_col < WIDTH - 1
+    page.mouse.move(*place)
+    page.mouse.down()
+    page.mouse.move(place[0] + 90, place[1] - 60, steps=3)
+    page.mouse.up()
+    assert values_at(page, place[0] + 90, place[1] - 60)[0] == [30, 40]
+    page.click("text=Whole scene")
+    assert shown_part(page) == whole
+
+    def centre():
+        return [int(n) for n in re.findall(r"\d+", page.inner_text("output"))[:2]]
+
+    page.focus(".view")
+    page.keyboard.press("+")
+    assert centre() == [HEIGHT // 2, WIDTH // 2]
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowUp")
+    row, col = centre()
+    assert row < HEIGHT // 2 and col > WIDTH // 2
+    for _ in range(30):
+        page.keyboard.press("ArrowRight")
+    assert shown_part(page)[3] == WIDTH - 1  # the picture cannot leave the view
+    page.focus(".view")
+    page.keyboard.press("0")
+    assert shown_part(page) == whole
+    page.click("text=Zoom in")
+    assert shown_part(page)[0] > 0
+    page.click("text=Zoom out")
+    assert shown_part(page) == whole
+
+
+@in_browser
+def test_viewer_zooms_by_touch_and_other_scenes_have_pages_of_their_own(run, opened, monkeypatch):
+    monkeypatch.setattr(one_run, "PAGE_BYTES", 1)
+    page_of(run)
+    page = open_viewer(opened, run / "report.html", width=390, is_mobile=True, has_touch=True)
+    page.click("a[href^='report_scenes/']")
+    page.wait_for_selector("#viewer input")
+    assert "report_scenes" in page.url and page.locator("option").count() == 1
+    (x0, y0), (x1, y1) = place_of(page, 40, 50), place_of(page, 60, 80)
+    page.touchscreen.tap(x0, y0)
+    assert page.inner_text("output").startswith("row 40, column 50 ·")
+    touch = page.context.new_cdp_session(page)
+    for kind, grow in (("touchStart", 0), ("touchMove", 20), ("touchMove", 60), ("touchEnd", None)):
+        points = (
+            [{"x": x0 - grow, "y": y0, "id": 1}, {"x": x1 + grow, "y": y1, "id": 2}]
+            if grow is not None else []
+        )  # fmt: skip
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    page.touchscreen.tap(x0, y0)
+    row, col = (int(n) for n in re.findall(r"\d+", page.inner_text("output"))[:2])
+    assert col > 52  # around the middle of the fingers, the 65th column
+    page.click("text=Report of the run")
+    page.wait_for_url("**/report.html")
+
+
+@in_browser
+@pytest.mark.parametrize("width", [390, 1400])
+def test_tables_fit(run, opened, width):
+    page_of(run)
+    page = opened(run / "report.html", width=width)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    widths = page.eval_on_selector_all(
+        ".wide", "all => all.map(e => [e.ariaLabel, e.scrollWidth - e.clientWidth])"
+    )
+    scrolled = {name for name, more in widths if more > 0}
+    assert scrolled <= (set() if width == 1400 else {"Scenes", "Means over scenes"})
 
 
 @in_browser
@@ -646,8 +929,6 @@ def test_page_fits_a_phone(run, finished, tmp_path, opened, kind):
     page = opened(run / "report.html", width=360, is_mobile=True, has_touch=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     assert page.evaluate("window.evil") is None
-    shapes = page.eval_on_selector_all("img", "all => all.map(i => [i.complete, i.naturalWidth])")
-    assert all(shape == [True, WIDTH] for shape in shapes)
     small = page.eval_on_selector_all(
         "svg text", "all => all.map(t => t.getBoundingClientRect().height).filter(h => h < 9)"
     )
@@ -670,10 +951,12 @@ def test_page_follows_the_theme_and_prints_light_with_all_scenes(run, opened):
     assert colours(opened(run / "report.html")) == light
     page = opened(run / "report.html", scheme="dark")
     assert colours(page) == ["rgb(17, 22, 29)", *["rgb(230, 235, 241)"] * 2]
-    on_screen = page.evaluate("document.querySelector('.tall').clientHeight")
+    on_screen = page.evaluate("document.querySelector('[aria-label=Scenes]').clientHeight")
     page.emulate_media(media="print", color_scheme="dark")
     assert colours(page) == light
-    assert page.evaluate("document.querySelector('.tall').clientHeight") > 4 * on_screen
+    assert (
+        page.evaluate("document.querySelector('[aria-label=Scenes]').clientHeight") > 4 * on_screen
+    )
 
 
 @in_browser

@@ -10,6 +10,7 @@ import data_loader
 import slstr_cloud
 from harness.config import Config
 from harness.console import progress
+from harness.inference.scores import MEAN_SCORES
 from harness.preflight import results_bytes
 from harness.records import results
 from harness.training.state import TrainingState
@@ -89,8 +90,24 @@ def test_line_of_an_epoch_ends_with_the_time_of_the_remaining_ones():
     assert results.epoch_line(history, 3).split()[-1] == "6.0"  # patches/s
 
 
+def test_summary_has_lines_of_80_columns_and_plurals_that_agree():
+    inference = dict.fromkeys(MEAN_SCORES, 0.5) | {
+        "scenes": 2, "scenes_labelled": 1, "synthetic": False, "seconds_per_scene": 1.0,
+        "seconds_per_scene_parts": {"network": 0.5},
+    }  # fmt: skip
+    lines = results.summary({
+        "training": None, "inference": inference, "bad_scenes": [{}], "warnings": ["a b " * 40],
+        "seconds": 5.0, "peak_rss": 1, "sampling": None,
+    })  # fmt: skip
+    text = "\n".join(lines)
+    assert max(map(len, lines)) <= 78 and "a b a b" in lines[-2]  # after an indent of two
+    assert "mean of 1 scene\n" in text and "for 1 scene without a Bayesian" in text
+    assert "1 bad scene, listed" in text and "1.00 s per scene, 2 scenes" in text
+
+
 def test_summary_gives_energy_in_kilowatt_hours():
-    whole = {"training": None, "inference": None, "bad_scenes": [], "seconds": 5.0, "peak_rss": 1}
+    whole = {"training": None, "inference": None, "bad_scenes": [], "warnings": []}
+    whole |= {"seconds": 5.0, "peak_rss": 1}
     (line,) = results.summary({**whole, "sampling": {"energy_joules": 7.2e6}})
     assert line.split(", ")[-1] == "2.000 kWh"
     (line,) = results.summary({**whole, "sampling": {"energy_joules": None}})

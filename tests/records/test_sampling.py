@@ -167,6 +167,8 @@ def test_totals_of_ranks_add_up_and_nothing_is_guessed():
     unknown = sampling_results([one, {**two, "cpu_energy_joules": None}])
     assert unknown["energy_joules"] is None and unknown["gpu_energy_joules"] == 5.0
     assert sampling_results([one, None]) is None  # a part that was killed
+    without_gpu = sampling_results([one, one])
+    assert without_gpu["gpu_energy_joules"] is None and without_gpu["energy_joules"] == 6.0
 
 
 def test_run_leaves_samples_and_totals(finished):
@@ -174,6 +176,7 @@ def test_run_leaves_samples_and_totals(finished):
     assert found and told["peak_memory"] == max(row["memory"] for row in found)
     assert told["cpu_seconds"] > 0 and told["read_bytes"] > 1_000_000
     assert results(finished)["parts"][0]["sampling"]["read_bytes"] == told["read_bytes"]
+    assert told["gpu_energy_joules"] is None
 
 
 def test_epochs_tell_how_long_they_waited_for_batches(finished):

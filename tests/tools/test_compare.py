@@ -27,6 +27,7 @@ def copy(finished, folder, change=lambda found: None):
     """A run's folder as another run of the same kind would leave it, its results changed."""
     # The code that is tested may have changes; no other run has this run's log.
     found = results(finished) | {"git_commit": "0" * 40, "mlperf_sha256": str(folder)}
+    found |= {"warnings": []}  # the run of the tests is too short to learn
     change(found)
     folder.mkdir()
     (folder / "results.json").write_text(json.dumps(found))
@@ -253,7 +254,7 @@ def test_all_scores_with_a_mean_are_compared(finished, capsys):
 
 def test_markdown_has_a_row_per_run_and_as_many_cells_everywhere(three, tmp_path):
     assert compare.main([*map(str, three), "-o", str(tmp_path / "t.md")]) == 0
-    runs, differing = (tmp_path / "t.md").read_text().strip().split("\n\n")
+    runs, *_, differing = (tmp_path / "t.md").read_text().strip().split("\n\n")
     cells = [line.strip("|").split(" | ") for line in runs.splitlines()]
     assert len({len(row) for row in cells}) == 1 and len(cells) == 2 + 3 + 1
     assert cells[-1][1] == "mean ± sd" and "12.0 ± 2.8" in cells[-1]
@@ -266,7 +267,8 @@ def test_names_of_runs_are_escaped(finished, tmp_path, capsys):
     other = copy(finished, tmp_path / "other", with_speed(1.0))
     assert compare.main([str(folder), str(other), "-o", str(tmp_path / "t.md")]) == 0
     text = (tmp_path / "t.md").read_text()
-    assert len(text.splitlines()) == 2 + 2 + 1 + 2 + 1  # heads and two runs; heads and platform
+    # Heads and two runs; that they are synthetic; heads and platform; blank lines between these.
+    assert len(text.splitlines()) == 4 + 1 + 1 + 1 + 3
     assert r"x\\n\| 1 \| \<b\>" in text and "<script>" not in text
     out = capsys.readouterr().out
     assert "\x1b" not in out and r"x\n| 1 |" in out
@@ -279,6 +281,33 @@ def test_repeats_of_changed_code_are_reported(finished, tmp_path, capsys):
     folders = [str(copy(finished, tmp_path / name, dirty)) for name in "ab"]
     assert compare.main(folders) == 0
     assert "had changes (-dirty)" in capsys.readouterr().out
+
+
+def test_warnings_and_synthetic_scenes_are_shown_with_the_number_of_the_run(
+    finished, tmp_path, capsys
+):
+    def warn(found):
+        found["warnings"] = ["The loss <b>\x1b[2J rose.", 3]
+
+    def real(found):
+        found["training"]["synthetic"] = found["inference"]["synthetic"] = False
+
+    folders = [str(copy(finished, tmp_path / "a", real)), str(copy(finished, tmp_path / "b", warn))]
+    assert compare.main([*folders, "-o", str(tmp_path / "t.md")]) == 0
+    out, text = capsys.readouterr().out, (tmp_path / "t.md").read_text()
+    assert "Run 2: the scenes are synthetic.\n" in out and "Run 2: the scenes are synth" in text
+    assert r"Run 2: The loss <b>\x1b[2J rose." in out.splitlines() and "Run 2: 3" in out
+    assert r"Run 2: The loss \<b\>\\x1b\[2J rose." in text.splitlines()
+
+
+def test_baselines_follow_the_score_of_the_same_pixels(finished, capsys):
+    assert compare.main([str(finished)]) == 0
+    labels = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    first = labels.index("accuracy")
+    assert labels[first : first + 6] == [
+        "accuracy", "all cloud", "threshold", "valid accuracy", "valid all cloud",
+        "valid threshold",
+    ]  # fmt: skip
 
 
 def test_runs_with_the_same_name_are_named_by_their_folders(finished, tmp_path):

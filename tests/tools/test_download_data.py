@@ -556,7 +556,7 @@ def test_failed_files_are_reported_and_the_others_kept(scenes, download, capsys)
     assert "SlowDown" in failed[DAY[0]] and "AccessDenied" in failed[NIGHT[0]]
     assert all("does not match the listed ETag" in failed[key] for key in (DAY[1], SSTS[0]))
     last = text.splitlines()[-1]
-    assert last.startswith("Error: 4 file(s) failed; 1 file(s), 1.5 MB, are complete in ")
+    assert last.startswith("Error: 4 files failed; 1 file, 1.5 MB, complete in ")
     assert list(download.files()) == list(download.manifest()) == [DAY[2]]
     assert list(download.dest.rglob("*.download")) == []
     assert download() == 0
@@ -771,7 +771,7 @@ def test_batch_log_has_progress_with_the_time_left(scenes, download, monkeypatch
 
 def test_verification_reports_what_is_wrong_without_the_network(complete, capsys):
     assert complete("--verify") == 0
-    assert "5 file(s)" in capsys.readouterr().err
+    assert "5 files" in capsys.readouterr().err
     path = complete.dest / DAY[0]
     path.write_bytes(flipped(path.read_bytes()))
     os.truncate(complete.dest / DAY[1], 1000)
@@ -792,7 +792,7 @@ def test_verification_reports_what_is_wrong_without_the_network(complete, capsys
         "ssts/day/.S3A_9.hdf.download": "unfinished",
     }
     assert "S3A_8.hdf is not in the manifest" in text
-    assert text.splitlines()[-1].startswith("Error: 5 file(s)")
+    assert text.splitlines()[-1].startswith("Error: 5 files")
     assert complete("--verify", "--set", "ssts") == 1
     (complete.dest / "ssts/day/.S3A_9.hdf.download").unlink()
     assert complete("--verify", "--set", "ssts") == 0

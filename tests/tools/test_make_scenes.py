@@ -65,6 +65,12 @@ def test_scenes_are_in_day_and_night_of_both_sets(dataset):
     assert sorted(dataset) == sorted(dataset[0].parents[2].rglob("*.*"))
 
 
+def test_scenes_say_that_they_are_synthetic(dataset):
+    for path in dataset:
+        with h5py.File(path) as file:
+            assert file.attrs["synthetic"]
+
+
 def test_names_are_slstr_products_of_three_minutes(dataset):
     for path in dataset:
         start, end = product_times(path.stem)

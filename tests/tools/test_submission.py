@@ -3,19 +3,22 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
-from conftest import results, start
+from conftest import at_call, results, start
 from mlperf_logging.system_desc_checker import system_desc_checker
 
 import slstr_cloud
 from harness import REPOSITORY
 from harness.config import load_config, resolved
 from harness.records.saved_runs import read_run
-from tools import submission
+from harness.training.trainer import Trainer
+from tools import compare, submission
 
 LOG = "mlperf_cloudmask.log"
 TOKEN = ":::MLLOG "
@@ -153,9 +156,9 @@ def test_readme_has_reference_and_submitted_values(submitted, made):
     rows, accuracy = table_rows(readme), found["inference"]["accuracy"]
     assert rows["measurement"][:2] == ["reference value", "submitted value"]
     assert rows["accuracy"][:2] == ["0.9000", f"{accuracy:.4f} ± 0.0000"]
-    assert f"{accuracy - 0.9:+.4f}" in readme and "0 of 2 run(s) reached it" in readme
+    assert f"{accuracy - 0.9:+.4f}" in readme and "0 of 2 runs\nreached it" in readme
     assert "unet, 1948609 parameters" in readme and r"loss cross\_entropy" in readme
-    assert COMMIT in readme and "requires 10 runs of CloudMask, found 2" in readme
+    assert COMMIT in readme and "recommends 10 runs of CloudMask, found 2; a single one" in readme
     digest = hashlib.sha256((submitted / "result-1.txt").read_bytes()).hexdigest()
     assert rows["result-1.txt"][1:3] == [f"{accuracy:.4f}", "2"]
     assert rows["result-1.txt"][-1] == digest
@@ -383,6 +386,87 @@ def test_line_that_is_not_an_event_is_a_fault(run, line):
     assert bool(faults(run)) == line.startswith(TOKEN.encode())
 
 
+# --- how the result was obtained
+
+
+@pytest.mark.parametrize(
+    ("names", "best_of", "text"),
+    [
+        ("a", None, "The result of a single run.\n"),
+        ("a", 5, "The result of a single run. It is the best of 5 that were made."),
+        ("ab", None, "deviation of 2 runs. The best of the 2 by accuracy is `result-1.txt`, {}."),
+        ("ab", 3, "`result-1.txt`, {}. They are the best of 3 that were made."),
+    ],
+)
+def test_readme_says_how_the_result_was_obtained(made, tmp_path, names, best_of, text, capsys):
+    folders = [copy(made, tmp_path / name) for name in names]
+    options = {"best-of": best_of} if best_of else {}
+    assert submit(*folders, to=tmp_path / "out", **options) == 0  # ten runs are not required
+    (readme,) = (tmp_path / "out").rglob("README.md")
+    accuracy = f"{results(made)['inference']['accuracy']:.4f}"
+    assert text.format(accuracy) in readme.read_text()
+    assert f"recommends 10 runs of CloudMask, found {len(names)}" in capsys.readouterr().err
+
+
+def test_best_of_fewer_than_given_is_rejected(run, tmp_path, capsys):
+    other = copy(run, tmp_path / "b")
+    assert submit(run, other, to=tmp_path / "out", **{"best-of": 1}) == 2
+    assert "--best-of is the number" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_best_run_is_the_one_of_the_highest_accuracy():
+    assert "`result-2.txt`, 0.9000" in submission.how_obtained([0.88, 0.9, 0.89], None)
+
+
+def test_baselines_stand_beside_the_scores_of_the_same_pixels(submitted, made):
+    table, found = table_rows((submitted / "README.md").read_text()), results(made)["inference"]
+    names = "valid_accuracy", "valid_all_cloud_accuracy", "valid_threshold_accuracy"
+    assert table["accuracy, pixels with data"] == [f"{found[name]:.4f}" for name in names]
+    assert table["balanced, all pixels"][1] == "0.5000"
+
+
+def test_warnings_and_synthetic_scenes_are_reported(made, tmp_path, capsys):
+    for name, values, n in (
+        ("a", {"warnings": ["The loss <b> rose."]}, 1),
+        ("b", {"warnings": [], "training.synthetic": False, "inference.synthetic": False}, 0),
+    ):
+        assert submit(copy(made, tmp_path / name, **values), to=tmp_path / f"out-{name}") == 0
+        error, (readme,) = capsys.readouterr().err, (tmp_path / f"out-{name}").rglob("README.md")
+        text = readme.read_text()
+        assert error.count("a: The loss <b> rose.\n") == text.count(r"a: The loss \<b\> rose") == n
+        assert (
+            error.count("The scenes are synthetic") == text.count("Scenes: synthetic, 5 for") == n
+        )
+
+
+def test_emptied_file_cache_is_shown(run, tmp_path, capsys):
+    for value, shown in ((False, "not emptied"), (True, "emptied")):
+        event_changed(run, "cache_clear", value=value)
+        assert submit(run, to=tmp_path / shown) == 0
+        (readme,) = (tmp_path / shown).rglob("README.md")
+        assert f"- File cache before each run: {shown}\n" in readme.read_text()
+        assert ("emptied file cache" in capsys.readouterr().err) is not value
+
+
+@pytest.mark.slow
+def test_resumed_run_repeats_one_that_was_never_stopped(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for key in ("train_dir", "inference_dir"):
+        settings = settings | CONTACT | {key: os.path.relpath(settings[key])}
+    whole = start(tmp_path / "whole", settings | {"output_dir": "whole"})
+    with monkeypatch.context() as patch:
+        at_call(patch, Trainer, "train_step", 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stopped = start(tmp_path / "stopped", settings | {"output_dir": "stopped"})
+    assert (whole.status, stopped.status) == (0, 143)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert slstr_cloud.main(["--resume", "../stopped/run"]) == 0
+    for number, run in enumerate((whole, stopped)):
+        copy(run.folder, tmp_path / "ab"[number])  # as runs of committed code
+    assert list(compare.compare([Path("../a"), Path("../b")]).spreads) == [(1, 2)]
+    assert submit("../a", "../b", to="out") == 0
+
+
 # --- other files that were changed
 
 
@@ -522,7 +606,7 @@ def test_all_faults_are_printed_and_nothing_is_written(made, tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     for folder in folders:
         assert any(str(folder) in line for line in lines)
-    assert lines[-1].startswith(f"Error: {len(lines) - 1} fault(s)")
+    assert lines[-1].startswith(f"Error: {len(lines) - 1} faults")
     assert not (tmp_path / "out").exists()
 
 

@@ -119,6 +119,7 @@ def test_validation_equals_numpy_for_28_patches_in_batches_of_11(n_replicas):
     y = y[:, 2:-2, 2:-2]
     assert ours["accuracy"] == pytest.approx(((p > 0.5) == (y > 0)).mean(), abs=1e-5)
     assert ours["loss"] == pytest.approx(-np.log(np.where(y, p, 1 - p)).mean(), abs=1e-5)
+    assert ours["cloud"] == (y > 0).mean()
 
 
 def test_training_and_evaluation_are_summed_separately_and_restart():

@@ -6,7 +6,11 @@ its own.
 
 import base64
 import hashlib
+import os
 from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
 
 from harness.console import printable, progress
 from harness.data.mask_files import find_masks
@@ -16,9 +20,9 @@ from harness.inference.scores import SCORES, TARGET_ACCURACY
 from harness.records.report import pictures
 from harness.records.report.charts import chart
 from harness.records.report.one_run import (
-    BASELINES,
     cell,
     column,
+    compared_accuracies,
     describe_run,
     scene_folder,
     setting,
@@ -27,13 +31,15 @@ from harness.records.report.one_run import (
 from harness.records.saved_runs import MEASURES, differences, labels, measures, read_run
 
 
-def make_report(run_folder, data=None, output=None):
-    """Make the page of one run, finished or not.
+def make_report(run_folder, data=None, output=None, all_scenes=False):
+    """Make the page of one run, finished or not, and pages of scenes that it has no room for.
 
     Args:
         run_folder: The run's folder.
         data: Folder of the scene files; None for the run's own inference_dir.
-        output: File to write; None for report.html in the run's folder.
+        output: File to write; None for report.html in the run's folder. Pages of scenes are in
+            a folder beside it, report_scenes.
+        all_scenes: Whether to draw every scene, see MAX_SCENES.
 
     Returns:
         Path of the page.
@@ -42,11 +48,21 @@ def make_report(run_folder, data=None, output=None):
         UserError: If the folder is not that of a run, or a file in it is damaged.
     """
     run = read_run(run_folder)
-    return write_page(output or run.folder / "report.html", describe_run(run, data))
+    output = check_output(output or run.folder / "report.html")
+
+    def write_scene(name, scene):
+        file = output.with_name(f"{output.stem}_scenes") / f"{name}.html"
+        sections = {"Pictures": {"scenes": [scene]}}
+        back = quote(os.fsencode(f"../{output.name}"))
+        write_page(file, {"name": scene["title"], "back": back, "sections": sections})
+        return quote(os.fsencode(f"{file.parent.name}/{file.name}"))
+
+    return write_page(output, describe_run(run, write_scene, data, all_scenes))
 
 
 def make_comparison(run_folders, output):
     """Make one page of several runs and return its path; raises UserError as `make_report`."""
+    output = check_output(output)
     return write_page(output, describe_runs(list(map(read_run, run_folders))))
 
 
@@ -70,9 +86,8 @@ def write_pictures(run_folder, output, data=None):
         scene = pictures.read_masked_scene(path, scenes[path.stem])
         _, accuracy = cell(accuracies.get(path.stem), SCORES["accuracy"].show)
         png = Path(output) / f"{path.stem}.png"
-        pictures.write_png(
-            png, path.stem, f"run {run.name}, accuracy {accuracy}", pictures.panels(scene)
-        )
+        facts = f"run {run.name}, accuracy {accuracy}"
+        pictures.write_png(png, path.stem, facts, *pictures.draw(scene))
     return len(masks)
 
 
@@ -81,16 +96,21 @@ def describe_runs(runs):
     measured = {str(n): measures(run) for n, run in enumerate(runs, 1)}
     columns = [key for key in MEASURES if any(m[key] is not None for m in measured.values())]
     numbers = range(1, len(runs) + 1)
-    accuracies = {
-        SCORES[key].label: ([m[key] for m in measured.values()], numbers)
-        for key in ("accuracy", *BASELINES)
-        if key in columns
-    }
     found = []
-    if accuracies:
-        accuracies[f"target {TARGET_ACCURACY}"] = ([TARGET_ACCURACY] * len(runs), numbers)
-        options = {"height": 1.2 + 0.3 * len(runs), "yticks": numbers, "points": True}
-        found.append(chart("Accuracy and baselines", "accuracy", "run", accuracies, **options))
+    accuracies = [compared_accuracies(m) for m in measured.values()]
+    for pixels, names in accuracies[0].items():
+        lines = {
+            name: (values, numbers)
+            for name in names
+            if np.isfinite(
+                values := np.array([each[pixels][name] for each in accuracies], float)
+            ).any()
+        }
+        if lines:
+            lines[f"target {TARGET_ACCURACY}"] = ([TARGET_ACCURACY] * len(runs), numbers)
+            options = {"height": 1.2 + 0.3 * len(runs), "yticks": numbers, "points": True}
+            label = f"accuracy, {pixels}"
+            found.append(chart(label.capitalize(), label, "run", lines, **options))
     for key in ("val_loss", "val_accuracy"):
         lines = {
             str(n): (column(run.history, "epoch"), column(run.history, key))
@@ -99,35 +119,45 @@ def describe_runs(runs):
         }
         if lines:
             found.append(chart(label := MEASURES[key].label, "epoch", label, lines, height=3))
-    rows = [
-        [n, name, m["status"], *(cell(m[key], MEASURES[key].show) for key in columns)]
-        for name, (n, m) in zip(labels(runs), measured.items(), strict=True)
+    rows = [["folder", *labels(runs)], ["status", *(run.status for run in runs)]] + [
+        [
+            {"text": MEASURES[key].label, "name": MEASURES[key].meaning},
+            *(cell(m[key], MEASURES[key].show) for m in measured.values()),
+        ]
+        for key in columns
     ]
     differing = [
         [key, *("–" if value is None else setting(value) for value in values)]
         for key, values in differences(runs).items()
     ]
-    headings = dict.fromkeys(("run", "folder", "status"), "")
-    headings |= {MEASURES[key].label: MEASURES[key].meaning for key in columns}
     title = "Configuration, commit, devices, versions, scenes"
     none = "" if differing else "None: the runs repeat one another."
     of_runs = ("key", *(f"run {n}" for n in measured))
     return {
         "name": f"{len(runs)} runs",
         "sections": {
-            "Results": {"charts": found, "tables": table("Runs", headings, rows, sort="")},
+            "Results": {"charts": found, "tables": table("Runs", of_runs, rows)},
             "Differences": {"text": none, "tables": table(title, of_runs, differing)},
         },
     }
 
 
+def check_output(output):
+    """The path of a page.
+
+    Raises:
+        UserError: If it is a folder.
+    """
+    if (output := Path(output)).is_dir():
+        raise UserError(f"The page is a file, but {output} is a folder. Name a file with -o.")
+    return output
+
+
 def write_page(output, content):
-    """Write the HTML page, whole or not at all, and return its path."""
+    """Write an HTML page, whole or not at all, and return its path."""
     from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup
 
-    if (output := Path(output)).is_dir():
-        raise UserError(f"The page is a file, but {output} is a folder. Name a file with -o.")
     folder = Path(__file__).parent
     script = (folder / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -144,7 +174,7 @@ def write_page(output, content):
     page = environment.get_template("report.html.jinja").render(
         **content,
         target=TARGET_ACCURACY,
-        classes=pictures.DIFFERENCES | {"not measured": pictures.NOT_MEASURED},
+        classes=pictures.DIFFERENCES,
         style=Markup((folder / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_digest=digest,

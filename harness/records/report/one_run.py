@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from harness.config import Config, load_config
-from harness.console import format_bytes, format_duration, progress
+from harness.console import counted, format_bytes, format_duration, progress
 from harness.data.mask_files import mask_files
+from harness.data.scene_files import PRODUCT_NAME, product_times
 from harness.errors import UserError
-from harness.inference.scores import MEAN_SCORES, SCORES
+from harness.inference.scores import MEAN_SCORES, SCORES, compare_with_baselines
 from harness.records.report import pictures
 from harness.records.report.charts import chart
 from harness.records.saved_runs import MEASURES, PLACES, measures
@@ -19,7 +20,9 @@ BINS = 1000  # of probability
 RELIABILITY_BINS = 20
 MIN_PIXELS = 100  # of a point in the reliability diagram
 MAX_GAP = 30.0  # [s] between two samples in a chart; a resumed run may have waited for days
-BASELINES = [key for key, score in SCORES.items() if score.kind == "baseline"]
+PAGE_BYTES = 12_000_000  # of pictures in the page; more scenes get a page of their own
+MAX_SCENES = 21  # drawn unless all are asked for; one of 1200 x 1500 takes about half a second
+COMPARED_MASKS = ("mask", "all cloud", "threshold")  # in the order of COMPARED
 SCORE_COLUMNS = {score.label: score.meaning for score in SCORES.values()}
 SCENE_PARTS = {
     "read": "reading, in parallel with the network", "network": "network", "stitch": "stitching",
@@ -56,31 +59,52 @@ def table(name, columns, rows, sort=None, is_long=False):
         columns: {heading: explanation}, or headings.
         rows: Lists of texts, and of numbers as in `cell`.
         sort: None if it cannot be sorted, else the heading by which it is sorted, or "".
-        is_long: Whether it has a scroll bar of its own.
+        is_long: Whether it is small, with a scroll bar of its own.
     """
     columns = columns if isinstance(columns, dict) else dict.fromkeys(columns, "")
     shown = {"name": name, "columns": columns, "rows": rows, "sort": sort, "is_long": is_long}
     return [shown] if rows else []
 
 
-def describe_run(run, data=None):
+def compared_accuracies(scores):
+    """Accuracies of mask and baselines, {set of pixels: {name: number or None}}."""
+    return {
+        what.partition(", ")[2]: dict(zip(COMPARED_MASKS, values, strict=True))
+        for what, values in compare_with_baselines(scores).items()
+        if what.startswith("accuracy")
+    }
+
+
+def describe_run(run, write_scene, data=None, all_scenes=False):
     """Everything that the page shows of a run, by the names in the template.
 
     Args:
         run: Run of harness.records.saved_runs.
+        write_scene: Function of a name and a dictionary of `draw_scenes`, which writes a page of
+            that scene alone and returns its address.
         data: Folder of the scene files; None for the run's own inference_dir.
+        all_scenes: Whether to draw more scenes than MAX_SCENES.
 
     Raises:
         UserError: If a table or mask of the run is damaged.
     """
     results = run.clean_results
     notes = [f"Error: {results['error']}"] if results.get("error") else []
+    notes += [f"Warning: {text}" for text in run.warnings]
+    if run.is_synthetic:
+        notes.append("Synthetic scenes: the scores tell nothing about real scenes.")
     if run.status in ("running", "starting"):
         notes.append("The run had not ended when this page was made, or it was killed.")
     masks, rows = mask_files(run.folder), run.scenes
     if masks and not rows:  # the run was stopped before it wrote scenes.csv
         rows = [pictures.read_row(path) for path in masks.values()]
-        notes.append(f"Inference did not finish: scores are those of the {len(rows)} masks so far.")
+        masked = counted(len(rows), "mask")
+        notes.append(f"Inference did not finish: scores are those of the {masked} so far.")
+    # A run that was stopped has them in the rows alone.
+    inference = results["inference"]
+    scores = {key: inference.get(key) for key in MEAN_SCORES}
+    for key in filter(lambda key: is_missing(scores[key]), scores):
+        scores[key] = mean([row.get(key) for row in rows])
     folder = scene_folder(run, data)
     scenes = pictures.scenes_by_name(folder) if masks else {}
     if masks and not scenes:
@@ -88,12 +112,19 @@ def describe_run(run, data=None):
     pairs = {name: (masks[name], scenes[name]) for name in masks if name in scenes}
     problems = {}  # scene: message
     score_charts = [*scene_chart(rows), *calibration(pairs, problems)]
-    chosen = chosen_scenes(rows, pairs, problems)
+    most = len(pairs) if all_scenes else MAX_SCENES
+    drawn = draw_scenes(rows, pairs, problems, most, write_scene)
     if problems:
         notes.append(
-            f"{len(problems)} scene(s) are missing in pictures and calibration, for example: "
+            f"Pictures and calibration lack {counted(len(problems), 'scene')}, for example: "
             f"{next(iter(problems.values()))}"
         )
+    text = ""
+    if most < len(pairs):
+        text = f"{most} of {len(pairs)} scenes, evenly spaced by accuracy. To draw all of them: "
+        text += "python tools/report.py RUN_DIR --all-scenes. "
+    if results["config"].get("keep_probability") is False:
+        text += "This run kept no probabilities: set keep_probability: true for pictures of them."
     scene_columns = {"scene": "", "kind": "", **SCORE_COLUMNS, "seconds": "Inference."}
     bad_scenes = [
         [str(bad.get(key, "")) for key in ("path", "reason", "during")]
@@ -103,8 +134,21 @@ def describe_run(run, data=None):
         "name": run.name,
         "status": run.status,
         "notes": notes,
-        "headline": headline(run, rows),
+        "headline": headline(run, scores, len(rows)),
         "sections": {
+            "Pictures": {"scenes": drawn, "text": text if drawn else ""},
+            "Scores": {
+                "charts": score_charts,
+                "tables": table(
+                    "Mask and baselines", ("mean over scenes", *COMPARED_MASKS),
+                    baseline_rows(scores),
+                ) + table(
+                    "Means over scenes", {"scenes": "", "number": ""} | SCORE_COLUMNS, means(rows),
+                    is_long=True,
+                ) + table(
+                    "Scenes", scene_columns, scene_rows(rows, drawn), "accuracy", is_long=True
+                ),
+            },
             "What ran where": {
                 "facts": facts(run),
                 "tables": table(
@@ -114,13 +158,6 @@ def describe_run(run, data=None):
             },
             "Training": {"charts": training_charts(run)},
             "Times": {"tables": times(run)},
-            "Pictures": {"pictures": chosen},
-            "Scores": {
-                "charts": score_charts,
-                "tables": table(
-                    "Means over scenes", {"scenes": "", "number": ""} | SCORE_COLUMNS, means(rows)
-                ) + table("Scenes", scene_columns, scene_rows(rows), "accuracy", is_long=True),
-            },
             "Machine": {"charts": machine_charts(run)},
         },
     }  # fmt: skip
@@ -145,19 +182,36 @@ def scene_folder(run, data=None):
         return Path(str(run.clean_results["config"].get("inference_dir", "unknown")))
 
 
-def headline(run, rows):
-    """The metrics in large type and the accuracies next to the target: texts, bars and n_scenes."""
-    values = measures(run)
-    for key in MEAN_SCORES:  # a run that was stopped has them in the rows alone
-        if values[key] is None:
-            values[key] = mean([row.get(key) for row in rows])
+def headline(run, scores, n_scenes):
+    """The metrics in large type, and accuracies in groups of bars next to the target."""
+    values = measures(run) | scores
     texts = {key: m.show(values[key]) for key, m in MEASURES.items() if not is_missing(values[key])}
-    bars = [
-        (MEASURES[key], values[key], texts[key])
-        for key in ("accuracy", "valid_accuracy", *BASELINES, "val_accuracy")
-        if key in texts
+    training = run.clean_results["training"]
+    groups = compared_accuracies(scores)
+    groups["validation patches"] = {
+        "network": values["val_accuracy"], "all cloud": validation_baseline(training)
+    }  # fmt: skip
+    show = SCORES["accuracy"].show
+    bars = {
+        title.capitalize(): [(name, v, show(v)) for name, v in group.items() if not is_missing(v)]
+        for title, group in groups.items()
+    }
+    return {"texts": texts, "bars": bars, "n_scenes": n_scenes}
+
+
+def validation_baseline(training):
+    """Accuracy of calling every pixel of the validation patches cloud; None if unknown."""
+    return training.get("baselines", {}).get("all_cloud_accuracy")
+
+
+def baseline_rows(scores):
+    """Rows of the mask's scores beside those of the baselines on the same pixels."""
+    show = SCORES["accuracy"].show
+    return [
+        [what, *(cell(value, show) for value in values)]
+        for what, values in compare_with_baselines(scores).items()
+        if not is_missing(values[0])
     ]
-    return {"texts": texts, "bars": bars, "n_scenes": len(rows)}
 
 
 def facts(run):
@@ -170,8 +224,8 @@ def facts(run):
     def shown(show, value):
         return show(value) if value and value > 0 else None
 
-    def counted(part, **words):
-        return ", ".join(f"{part[key]} {word}" for key, word in words.items() if part.get(key))
+    def numbers(part, **nouns):
+        return ", ".join(counted(part[key], noun) for key, noun in nouns.items() if part.get(key))
 
     def listed(values):
         return ", ".join(f"{name} {value}" for name, value in values.items())
@@ -193,12 +247,12 @@ def facts(run):
         "Job": results.get("job"),
         "Network": listed(results.get("network", {})),
         "Loss": config.get("loss"),
-        "Training": counted(
-            training, scenes_train="scenes", patches_train="patches", epochs_run="epochs"
+        "Training": numbers(
+            training, scenes_train="scene", patches_train="patch", epochs_run="epoch"
         ),
         "Best epoch": training.get("best_epoch"),
-        "Validation": counted(training, scenes_test="scenes", patches_test="patches"),
-        "Inference": counted(results["inference"], scenes="scenes"),
+        "Validation": numbers(training, scenes_test="scene", patches_test="patch"),
+        "Inference": numbers(results["inference"], scenes="scene"),
         "Precision": config.get("precision"),
         "Deterministic": {"True": "yes", "False": "no"}.get(str(devices.get("deterministic"))),
         "Peak memory": shown(format_bytes, peaks["peak_rss"]),
@@ -244,6 +298,9 @@ def training_charts(run):
             name: (epochs, column(run.history, start + key))
             for name, start in {"validation": "val_", "training": ""}.items()
         }
+        baseline = validation_baseline(training)
+        if key == "accuracy" and not is_missing(baseline):
+            lines["all cloud"] = (epochs, [baseline] * len(epochs))
         best = training.get("best_epoch")
         found.append(chart(f"Training and validation {key}", "epoch", key, lines, best=best))
     starts = {"epoch": "", "training": "train_", "waiting for data": "input_"}
@@ -298,10 +355,21 @@ def score_cells(values):
     return [cell(values.get(key), score.show) for key, score in SCORES.items()]
 
 
-def scene_rows(rows):
-    """Rows of the table of scenes, those with the lowest accuracy first."""
+def short_name(scene):
+    """Satellite and start of a scene named as a product; any other name as it is."""
+    times = product_times(scene)
+    return f"{PRODUCT_NAME.match(scene)[1]} {times[0]:%Y-%m-%d %H:%M}" if times else scene
+
+
+def scene_rows(rows, drawn):
+    """Rows of the table of scenes, those with the lowest accuracy first, with links to `drawn`."""
+    links = {scene["name"]: scene for scene in drawn}
     shown = [
-        [row.get("scene", ""), row.get("day_night", ""), *score_cells(row)]
+        [
+            {"text": short_name(name := row.get("scene", "")), "name": name} | links.get(name, {}),
+            row.get("day_night", ""),
+            *score_cells(row),
+        ]
         + [cell(row.get("seconds"), "{:.2f}".format)]
         for row in rows
     ]
@@ -385,8 +453,8 @@ def calibration(pairs, problems):
         chart(
             "Calibration", "probability of cloud", "share of cloud in the label",
             {"network": (probabilities, shares)}, diagonal="ideal", height=3.2,
-            note=f"Pixels with data of {n_scenes} scene(s). Mean difference between probability "
-            f"and share of cloud: {error:.3f}.",
+            note=f"Pixels with data of {counted(n_scenes, 'scene')}. Mean difference between "
+            f"probability and share of cloud: {error:.3f}.",
         ),
         chart(
             "ROC curve", "false positive rate", "true positive rate",
@@ -396,32 +464,44 @@ def calibration(pairs, problems):
     ]  # fmt: skip
 
 
-def chosen_scenes(rows, pairs, problems):
-    """Pictures of the worst, the median and the best scene; without scores, of three scenes.
+def draw_scenes(rows, pairs, problems, most, write_scene):
+    """Draw scenes: the worst, the best and the median, and others evenly spaced by accuracy.
 
-    Arguments as those of `calibration`.
+    Args:
+        rows: Of scenes.csv.
+        pairs: As those of `calibration`.
+        problems: As those of `calibration`.
+        most: Number of scenes to draw.
+        write_scene: As that of `describe_run`.
 
     Returns:
-        Dictionaries with `title`, `name` and `images`, pairs of a Panel and its address.
+        Dictionaries with `name`, `title`, `href` and `data`, in the order of accuracy; `data` is
+        None if the scene is in a page of its own.
     """
     rows = [row for row in rows if row.get("scene") in pairs]
     scored = [row for row in rows if not is_missing(row.get("accuracy"))]
     rows = sorted(scored, key=lambda row: row["accuracy"]) or rows
-    # Of two scenes the second is the best, not the median.
-    places = {0: "Worst scene", len(rows) // 2: "Median scene", len(rows) - 1: "Best scene"}
-    found = []
-    for place, title in places.items() if rows else ():
+    last, n_bytes, found = len(rows) - 1, 0, {}
+    # Of two scenes the second is the best, not the median; one is neither.
+    places = {len(rows) // 2: "median", 0: "worst", last: "best"} if scored and last > 0 else {}
+    spread = np.linspace(0, max(last, 0), most).round().astype(int).tolist()
+    chosen = list(dict.fromkeys([*sorted(places), *spread]))[:most] if rows else []
+    for place in progress(chosen, "Drawing", len(chosen)):
         row, name = rows[place], rows[place]["scene"]
         try:
-            panels = pictures.panels(pictures.read_masked_scene(*pairs[name]), pictures.MAX_COLS)
+            data = pictures.viewer_data(*pictures.draw(pictures.read_masked_scene(*pairs[name])))
         except UserError as error:
             problems[name] = str(error)
             continue
-        title = f"{title if scored else 'Scene'}: {row.get('day_night', '')}"
-        title += f", accuracy {row['accuracy']:.4f}" if scored else ""
-        images = [(panel, pictures.data_uri(panel)) for panel in panels]
-        found.append({"title": title, "name": name, "images": images})
-    return found
+        title = f"{short_name(name)} {row.get('day_night', '')}"
+        title += f", {row['accuracy']:.4f}" if scored else ""
+        title += f" ({places[place]})" if place in places else ""
+        found[place] = scene = {"name": name, "title": title, "href": "#pictures", "data": data}
+        if n_bytes and n_bytes + len(data) > PAGE_BYTES:
+            scene["href"], scene["data"] = write_scene(name, scene), None
+        else:
+            n_bytes += len(data)
+    return [found[place] for place in sorted(found)]
 
 
 # --- the machine ----------------------------------------------------------------------------

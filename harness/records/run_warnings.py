@@ -1,0 +1,81 @@
+"""What looks wrong in a run, one line each with what to try: most of all, that it learned nothing.
+
+The rules take numbers alone. They hold for any data: a mask that is no better than calling every
+pixel cloud is useless, however high its accuracy is.
+"""
+
+import statistics
+
+from harness.console import counted
+from harness.inference.scores import COMPARED, compare_with_baselines
+
+EPOCHS_TO_LEARN = 4  # in fewer epochs the loss need not fall
+ADVICE = "Lower learning_rate, or train for more epochs."
+
+
+def batch_warnings(n_patches, batch_size):
+    """Whether an epoch is a single step of the optimizer.
+
+    Args:
+        n_patches: Number of training patches.
+        batch_size: Global batch size.
+    """
+    if n_patches > batch_size:
+        return []
+    return [
+        f"An epoch is a single training step: batch_size {batch_size} is not smaller than the "
+        f"number of training patches, {n_patches}. Lower batch_size."
+    ]
+
+
+def training_warnings(history, n_patches, batch_size):
+    """What looks wrong in a training.
+
+    Args:
+        history: Dictionaries of `results.epoch_row`, at least one.
+        n_patches: Number of training patches.
+        batch_size: Global batch size.
+    """
+    found = batch_warnings(n_patches, batch_size)
+    losses = [row["loss"] for row in history]
+    # The median: single epochs may be worse, or by chance better, than the others.
+    late = statistics.median(losses[len(losses) // 2 :])
+    if len(losses) >= EPOCHS_TO_LEARN and late >= losses[0]:
+        found.append(
+            f"The training loss did not fall: {losses[0]:.4f} in the first epoch, {late:.4f} in "
+            f"the later half of {len(losses)} epochs. Lower learning_rate."
+        )
+    best = min(history, key=lambda row: row["val_loss"])
+    cloud = best.get("val_cloud")  # absent in epochs of an earlier version
+    if cloud is not None and best["val_accuracy"] <= (share := max(cloud, 1 - cloud)):
+        found.append(
+            f"The validation accuracy, {best['val_accuracy']:.4f}, is not above that of calling "
+            f"every pixel {_kind(cloud >= 0.5)}, {share:.4f}. {ADVICE}"
+        )
+    return found
+
+
+def mask_warnings(cloud_fractions, means):
+    """What looks wrong in masks.
+
+    Args:
+        cloud_fractions: Share of cloud in the mask of each scene, at least one.
+        means: Dictionary with the means of scores; NaN if no scene has a label.
+    """
+    constant = min(cloud_fractions)
+    if constant in (0, 1) and max(cloud_fractions) == constant:
+        masks = counted(len(cloud_fractions), "mask")
+        kind = _kind(constant)
+        return [f"The network has learned nothing: every pixel of {masks} is {kind}. {ADVICE}"]
+    worse = [
+        f"{what} {mask:.4f}, best baseline {max(baselines):.4f}"
+        for what, (mask, *baselines) in compare_with_baselines(means).items()
+        if COMPARED[what][1] and mask <= max(baselines)
+    ]
+    if not worse:
+        return []
+    return [f"The masks are no better than a baseline: {'; '.join(worse)}. {ADVICE}"]
+
+
+def _kind(is_cloud):
+    return "cloud" if is_cloud else "clear"
