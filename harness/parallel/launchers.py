@@ -86,7 +86,7 @@ def tf_config(environ):
         return None
     try:
         config = json.loads(text)
-        if "cluster" not in config and "task" not in config:
+        if config == {}:
             return None
         cluster, task = config["cluster"], config["task"]
         kind, index = task["type"], int(task["index"])
@@ -138,6 +138,13 @@ def flux(environ):
     return from_variables(environ, "FLUX_TASK_RANK", "FLUX_JOB_SIZE", ("FLUX_JOB_ID",))
 
 
+def torch(environ):
+    """RANK and WORLD_SIZE, set by torchrun and by many job scripts."""
+    if not (environ.get("RANK") and environ.get("WORLD_SIZE")):
+        return None
+    return from_variables(environ, "RANK", "WORLD_SIZE", ("TORCHELASTIC_RUN_ID", "MASTER_PORT"))
+
+
 def slurm(environ):
     """Slurm's srun; SLURM_STEP_NUM_TASKS is absent in the batch script itself."""
     if not environ.get("SLURM_STEP_NUM_TASKS"):
@@ -145,13 +152,6 @@ def slurm(environ):
     node = environ.get("SLURMD_NODENAME")
     job = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     return from_variables(environ, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", job, node)
-
-
-def torch(environ):
-    """RANK and WORLD_SIZE, set by torchrun and by many job scripts."""
-    if not (environ.get("RANK") and environ.get("WORLD_SIZE")):
-        return None
-    return from_variables(environ, "RANK", "WORLD_SIZE", ("TORCHELASTIC_RUN_ID", "MASTER_PORT"))
 
 
 def from_variables(environ, rank, size, job=(), node=None):
@@ -192,6 +192,6 @@ LAUNCHERS = (
     mvapich,
     hydra,
     flux,
-    slurm,
     torch,
+    slurm,
 )

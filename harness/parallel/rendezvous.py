@@ -29,6 +29,7 @@ WAIT_SECONDS = 300  # [s] a rank waits for the others at the start
 REPORT_SECONDS = 10  # [s] after which it says for whom it waits
 FAILURE_SECONDS = 5  # [s] a failing rank has to announce its reason before others stop waiting
 HEARTBEAT_SECONDS = 5  # [s] between signs of life
+CONNECT_SECONDS = 10  # [s] to reach another rank
 LOST_HEARTBEATS = 12  # of our own without one of the other rank's; file systems can be late
 MAX_BYTES = 1 << 20  # of an announcement
 
@@ -55,7 +56,7 @@ class Rendezvous:
         self.launch = launch
         self.folder = Path(output_dir) / f".ranks-{launch.job}"
         self._files = [self.folder / f"rank-{rank}.json" for rank in range(launch.n_ranks)]
-        self._own = {"key": secrets.token_hex(8), "seen": {}, "beat": 0, "facts": {}}
+        self._own = {"key": secrets.token_hex(8), "seen": {}, "beat": 0, "facts": None}
         self._lock = threading.Lock()
         self._heard = {}  # by rank: its last beat, and ours when we saw it first
         self._stopped = threading.Event()
@@ -85,7 +86,7 @@ class Rendezvous:
         while not self._stopped.wait(HEARTBEAT_SECONDS):
             with self._lock, contextlib.suppress(OSError):
                 self._own["beat"] += 1
-                if self._own["facts"]:
+                if self._own["facts"] is not None:
                     self._write()
 
     def _cards(self):
@@ -110,14 +111,14 @@ class Rendezvous:
             UserError: If another process has the number of this rank.
         """
         cards, me, own = self._cards(), self.launch.rank, self._own
-        if own["facts"] and me in cards and cards[me]["key"] != own["key"]:
+        if own["facts"] is not None and me in cards and cards[me]["key"] != own["key"]:
             raise UserError(
                 f"Two processes are rank {me} in {self.folder}. Each needs a number of its own: "
                 "start one program per output_dir, with one launcher."
             )
         with self._lock:
             seen = {str(rank): card["key"] for rank, card in cards.items()}
-            if own["facts"] and seen != own["seen"] and self._keys is None:
+            if own["facts"] is not None and seen != own["seen"] and self._keys is None:
                 own["seen"] = seen
                 self._write()
             for rank, card in cards.items():
@@ -131,7 +132,7 @@ class Rendezvous:
             return card["key"] == self._keys[rank]
         if "error" in card["facts"]:  # it may have failed before it saw this rank
             return card["age"] < LOST_HEARTBEATS * HEARTBEAT_SECONDS
-        return card["seen"].get(str(self.launch.rank)) == self._own["key"]
+        return self._own["key"] in (card["key"], card["seen"].get(str(self.launch.rank)))
 
     def failure(self):
         """What is known about another rank's failure, as text; None if all is well."""
@@ -163,23 +164,53 @@ class Rendezvous:
             if len(found) == self.launch.n_ranks:
                 self._keys = [self._own["seen"][str(r)] for r in range(self.launch.n_ranks)]
                 return [found[rank] for rank in range(self.launch.n_ranks)]
-            waited = time.monotonic() - begin
             missing = [str(rank) for rank in range(self.launch.n_ranks) if rank not in found]
-            awaited = f"{len(missing)} of {self.launch.n_ranks} ranks: {', '.join(missing)}"
+            awaited, waited = ", ".join(missing), time.monotonic() - begin
             if waited > seconds:
                 break
             if waited > REPORT_SECONDS and not is_reported:
                 is_reported = True
                 unset = " ".join(f"-u {name}" for name in self.launch.variables)
                 log.warning(
-                    "Waiting for %s. To run with this rank alone: env %s python slstr_cloud.py ...",
-                    awaited, unset,
+                    "Waiting for %d of %d ranks: %s. To run with this rank alone: "
+                    "env %s python slstr_cloud.py ...",
+                    len(missing), self.launch.n_ranks, awaited, unset,
                 )  # fmt: skip
             time.sleep(0.1)
         raise UserError(
-            f"{awaited} did not start within {seconds} s. Check their logs; all ranks must see the "
-            f"same output_dir, {self.folder.parent}."
+            f"{len(missing)} of {self.launch.n_ranks} ranks did not start within {seconds} s: "
+            f"{awaited}. Check their logs; all ranks must see the same output_dir, "
+            f"{self.folder.parent}."
         )
+
+    def check_network(self, addresses):
+        """Try to reach all ranks, and wait until they have tried too.
+
+        TensorFlow would wait for ever, and not say for which rank.
+
+        Args:
+            addresses: 'host:port' of every rank, in order; each rank listens there.
+
+        Raises:
+            UserError: If a rank cannot be reached, or fails.
+        """
+        for rank, address in enumerate(addresses):
+            host, _, port = address.rpartition(":")
+            try:
+                socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+            except OSError as error:
+                raise UserError(
+                    f"Rank {self.launch.rank} on {socket.gethostname()} cannot reach rank {rank} "
+                    f"at {address}: {error}. Ranks connect to each other by TCP on any port: check "
+                    "host names, network interfaces and firewalls."
+                ) from None
+        self.announce(**self._own["facts"], connected=True)
+        deadline = time.monotonic() + WAIT_SECONDS
+        while sum("connected" in facts for facts in self.read().values()) < len(addresses):
+            self.check()
+            if time.monotonic() > deadline:
+                raise UserError(f"Not all ranks could connect within {WAIT_SECONDS} s.")
+            time.sleep(0.1)
 
     def wait_for_failure(self, seconds=FAILURE_SECONDS):
         """Wait for another rank to announce its failure; None if none does in this time."""
@@ -282,8 +313,17 @@ def read_card(file):
     }
 
 
-def reserve_port():
-    """A socket that holds a free port of this host until it is closed for gRPC to use it."""
+def reserve_port(launch=None):
+    """A socket that holds a free port of this host, or that of TF_CONFIG, for gRPC to use later.
+
+    It listens, so that the other ranks can try to reach it.
+    """
     reserved = socket.socket()
-    reserved.bind(("", 0))
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    port = launch.addresses[launch.rank].rpartition(":")[2] if launch and launch.addresses else 0
+    try:
+        reserved.bind(("", int(port)))
+    except (OSError, ValueError) as error:
+        raise UserError(f"Port {port} of TF_CONFIG cannot be used: {error}.") from None
+    reserved.listen(socket.SOMAXCONN)
     return reserved
