@@ -16,13 +16,7 @@ CHANGES = re.findall(
     (REPOSITORY / "docs/extending.md").read_text(encoding="utf-8"),
     flags=re.MULTILINE | re.DOTALL,
 )
-FLUX = {
-    "FLUX_JOB_SIZE": "4",
-    "FLUX_JOB_NNODES": "2",
-    "FLUX_TASK_RANK": "3",
-    "FLUX_TASK_LOCAL_ID": "1",
-    "FLUX_JOB_ID": "f2",
-}
+JSM = {"JSM_NAMESPACE_SIZE": "4", "JSM_NAMESPACE_RANK": "3", "LSB_JOBID": "9"}
 
 
 def changed_copy(folder, changes):
@@ -80,9 +74,9 @@ def test_launcher_of_the_guide_finds_its_rank(tmp_path):
     script = (
         "from harness.parallel.launchers import detect_launch; import sys; "
         "launch = detect_launch(dict(pair.split('=') for pair in sys.argv[1:])); "
-        "print(launch.rank, launch.n_ranks, launch.local_rank, launch.local_size, launch.job)"
+        "print(launch.rank, launch.n_ranks, launch.job)"
     )
-    variables = [f"{name}={value}" for name, value in FLUX.items()]
+    variables = [f"{name}={value}" for name, value in JSM.items()]
     command = [sys.executable, "-c", script, *variables]
     answer = subprocess.run(command, cwd=code, capture_output=True, text=True, check=True)
-    assert answer.stdout.split() == ["3", "4", "1", "2", "flux-f2"]
+    assert answer.stdout.split() == ["3", "4", "9-jsm"]

@@ -2,18 +2,22 @@
 
 import contextlib
 import json
+import logging
 import os
 import socket
 from collections import Counter
 from dataclasses import dataclass
 
 import keras
+import pynvml
 import tensorflow as tf
 
 from harness.console import counted
 from harness.errors import UserError
 from harness.parallel.rendezvous import Rendezvous, SingleRank, reserve_port
 from harness.signals import check_signals
+
+log = logging.getLogger("cloudmask")
 
 CPU_MICRO_BATCH = 4  # patches; at 256 x 256 more took 1 GB more and were no faster on two cores
 
@@ -70,6 +74,12 @@ class Devices:
         """Numbers of this process's replicas among those of all processes."""
         first = self.rank * len(self.local)
         return range(first, first + len(self.local))
+
+    @property
+    def is_first_on_node(self):
+        """Whether this is the first rank of its node."""
+        nodes = [facts["node"] for facts in self.announcements]
+        return nodes.index(self.launch.node) == self.rank
 
     @property
     def is_chief(self):
@@ -190,10 +200,18 @@ def open_devices(
         UserError: If a requirement is not met, or ranks are missing.
     """
     launch = rendezvous.launch
-    found = tf.config.list_physical_devices("GPU")
-    if launch.shares_gpus and launch.local_size > 1:
-        found = divide_gpus(found, launch.local_rank, launch.local_size)
-    used = found[: gpu if gpu != "auto" and launch.local_size == 1 else None] if gpu != 0 else []
+    found = tf.config.list_physical_devices("GPU") if gpu != 0 else []
+    facts |= {"node": launch.node, "gpus": len(found), "visible": visible_gpus()}
+    announcements = [facts]
+    if launch.n_ranks > 1:
+        with reserve_port(launch) as reserved:  # TensorFlow takes the port over below
+            address = f"{socket.gethostname()}:{reserved.getsockname()[1]}"
+            rendezvous.announce(address=address, **facts)
+            announcements = rendezvous.wait_for_all()
+            addresses = launch.addresses or [other["address"] for other in announcements]
+            rendezvous.check_network(addresses)
+    shares = [share_of_gpus(announcements, rank, gpu) for rank in range(launch.n_ranks)]
+    used = found[slice(*shares[launch.rank])]
     kind = "GPU" if used else "CPU"
     if cpu_devices > 1 and (kind == "GPU" or launch.n_ranks > 1):
         raise UserError(
@@ -202,13 +220,11 @@ def open_devices(
             "cpu_devices: 1, or use gpu: 0 with one rank."
         )
     local = tuple(f"/{kind}:{i}" for i in range(len(used) or cpu_devices))
-    facts |= {"node": launch.node, "devices": len(local), "kind": kind, "gpus": len(used)}
-    announcements = [facts]
-    if launch.n_ranks > 1:
-        with reserve_port() as reserved:  # TensorFlow takes the port over below
-            address = f"{socket.gethostname()}:{reserved.getsockname()[1]}"
-            rendezvous.announce(address=address, **facts)
-            announcements = rendezvous.wait_for_all()
+    announcements = [
+        {**other, "gpus": n, "devices": n or cpu_devices, "kind": "GPU" if n else "CPU"}
+        for other, (begin, end) in zip(announcements, shares, strict=True)
+        for n in [end - begin]
+    ]
     check_requirements(gpu, nodes, announcements)
 
     tf.config.set_visible_devices(used, "GPU")
@@ -227,7 +243,7 @@ def open_devices(
         _make_deterministic(kind)
 
     if launch.n_ranks > 1:
-        strategy = _many_workers(launch, announcements, kind)
+        strategy = _many_workers(launch, addresses, kind)
     else:
         # TensorFlow chooses NCCL between GPUs; virtual CPUs share one memory.
         reduction = tf.distribute.ReductionToOneDevice() if kind == "CPU" else None
@@ -236,15 +252,50 @@ def open_devices(
     return Devices(strategy, local, kind, rendezvous, tuple(announcements), deterministic, numbers)
 
 
-def divide_gpus(gpus, local_rank, local_size):
-    """The GPUs of a node that one of its ranks uses."""
-    if len(gpus) % local_size:
+def visible_gpus():
+    """A text that is the same for two ranks of a node if they see the same GPUs.
+
+    CUDA_VISIBLE_DEVICES alone does not tell: inside a control group each rank may see its own GPU
+    as number 0.
+    """
+    ids = []
+    with contextlib.suppress(pynvml.NVMLError):
+        pynvml.nvmlInit()
+        handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+        ids = sorted(map(pynvml.nvmlDeviceGetUUID, handles))
+    return f"{os.environ.get('CUDA_VISIBLE_DEVICES')} {ids}"
+
+
+def share_of_gpus(announcements, rank, gpu="auto"):
+    """Which of the GPUs that a rank sees it uses: ranks that see the same ones divide them.
+
+    Args:
+        announcements: Dictionaries with `node`, `gpus` (the number seen) and `visible`.
+        rank: Number of the rank.
+        gpu: 'auto', or the required number of GPUs per node.
+
+    Returns:
+        The first GPU, and the one after the last.
+
+    Raises:
+        UserError: If they cannot be divided equally.
+    """
+    own = announcements[rank]
+    sharing = [
+        r
+        for r, other in enumerate(announcements)
+        if (other["node"], other["visible"]) == (own["node"], own["visible"])
+    ]
+    n_gpus = own["gpus"]
+    if len(sharing) == 1:
+        return 0, n_gpus if gpu == "auto" else min(gpu, n_gpus)
+    if n_gpus % len(sharing):
         raise UserError(
-            f"{local_size} ranks cannot share the {len(gpus)} GPUs of a node equally. Start as "
+            f"{len(sharing)} ranks cannot share the {n_gpus} GPUs of a node equally. Start as "
             "many ranks per node as it has GPUs, or one."
         )
-    n = len(gpus) // local_size
-    return gpus[local_rank * n : (local_rank + 1) * n]
+    n, place = n_gpus // len(sharing), sharing.index(rank)
+    return place * n, (place + 1) * n
 
 
 def check_requirements(gpu, nodes, announcements):
@@ -261,7 +312,10 @@ def check_requirements(gpu, nodes, announcements):
     found = Counter()
     for facts in announcements:
         found[facts["node"]] += facts["gpus"]
-    if isinstance(gpu, int) and set(found.values()) != {gpu}:
+    is_total = gpu == sum(found.values()) and len(found) > 1  # as in v1.1
+    if is_total:
+        log.info("gpu: %d is read as the number of GPUs of all %d nodes.", gpu, len(found))
+    elif isinstance(gpu, int) and set(found.values()) != {gpu}:
         raise UserError(
             f"gpu: {gpu} requires {counted(gpu, 'GPU')} per node, TensorFlow finds "
             f"{' and '.join(map(str, sorted(set(found.values()))))}. "
@@ -285,10 +339,12 @@ def check_requirements(gpu, nodes, announcements):
         raise UserError(f"All ranks need the same number of devices of one kind, found {counts}.")
 
 
-def _many_workers(launch, announcements, kind):
-    workers = launch.addresses or [facts["address"] for facts in announcements]
+def _many_workers(launch, addresses, kind):
+    # gRPC would send the traffic between ranks through a web proxy.
+    hosts = sorted({address.rpartition(":")[0] for address in addresses})
+    os.environ["no_grpc_proxy"] = ",".join(hosts)
     os.environ["TF_CONFIG"] = json.dumps(
-        {"cluster": {"worker": workers}, "task": {"type": "worker", "index": launch.rank}}
+        {"cluster": {"worker": list(addresses)}, "task": {"type": "worker", "index": launch.rank}}
     )
     communication = tf.distribute.experimental.CommunicationImplementation
     options = tf.distribute.experimental.CommunicationOptions(

@@ -9,10 +9,13 @@ a host collide), and none supports jsrun.
 
 import contextlib
 import json
+import logging
 import os
 import re
+import secrets
 import shutil
 import socket
+import stat
 import sys
 import threading
 import time
@@ -23,11 +26,16 @@ from harness.errors import UserError
 from harness.parallel.launchers import Launch
 
 WAIT_SECONDS = 300  # [s] a rank waits for the others at the start
+REPORT_SECONDS = 10  # [s] after which it says for whom it waits
 FAILURE_SECONDS = 5  # [s] a failing rank has to announce its reason before others stop waiting
 HEARTBEAT_SECONDS = 5  # [s] between signs of life
-LOST_SECONDS = 60  # [s] without a sign of life; network file systems can show one late
+CONNECT_SECONDS = 10  # [s] to reach another rank
+LOST_HEARTBEATS = 12  # of our own without one of the other rank's; file systems can be late
+MAX_BYTES = 1 << 20  # of an announcement
 
 LOST = "Lost contact with rank {}: it exited without a message or its network failed"
+
+log = logging.getLogger("cloudmask")
 
 
 class RankError(RuntimeError):
@@ -38,48 +46,104 @@ class Rendezvous:
     """Where the ranks of one start announce who they are and, later, why they failed.
 
     An announcement is a small JSON file in a folder below output_dir, which the chief removes at
-    the end. Its modification time is renewed every few seconds: an old file belongs to a lost rank
-    or to an earlier start.
+    the end. It holds a random `key` of its process and the keys that this has seen of the others:
+    once all ranks have seen each other's keys, no file is of an earlier start. Afterwards a counter
+    in it, `beat`, shows that its rank is alive. No clock is compared with another one, and none of
+    them runs while the program is suspended.
     """
 
     def __init__(self, launch, output_dir):
         self.launch = launch
         self.folder = Path(output_dir) / f".ranks-{launch.job}"
         self._files = [self.folder / f"rank-{rank}.json" for rank in range(launch.n_ranks)]
+        self._own = {"key": secrets.token_hex(8), "seen": {}, "beat": 0, "facts": None}
+        self._lock = threading.Lock()
+        self._heard = {}  # by rank: its last beat, and ours when we saw it first
         self._stopped = threading.Event()
-        self._heartbeat = threading.Thread(target=self._keep_fresh, daemon=True)
-        self._complete = False
+        self._heartbeat = threading.Thread(target=self._beat, daemon=True)
+        self._keys = None  # of all ranks, once they have met
 
     def announce(self, **facts):
         """Write this rank's announcement; it replaces an earlier one."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = self.folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+            raise UserError(
+                f"{self.folder} belongs to another user, or is no folder. Remove it, or set an "
+                "output_dir of your own."
+            )
+        with self._lock:
+            self._own["facts"] = facts
+            self._write()
+
+    def _write(self):
         own = self._files[self.launch.rank]
-        own.with_suffix(".part").write_text(json.dumps(facts), encoding="utf-8")
-        own.with_suffix(".part").replace(own)
+        temporary = own.with_suffix(f".{self._own['key']}")
+        temporary.write_text(json.dumps(self._own), encoding="utf-8")
+        temporary.replace(own)
 
-    def _keep_fresh(self):
+    def _beat(self):
         while not self._stopped.wait(HEARTBEAT_SECONDS):
-            with contextlib.suppress(OSError):
-                os.utime(self._files[self.launch.rank])
+            with self._lock, contextlib.suppress(OSError):
+                self._own["beat"] += 1
+                if self._own["facts"] is not None:
+                    self._write()
 
-    def read(self):
-        """The recent announcements: {rank: dictionary}."""
+    def _cards(self):
+        """All announcements, of earlier starts too: {rank: dictionary}."""
         if self.folder.is_dir():
             os.listdir(self.folder)  # makes a network file system refresh its cache
         found = {}
         for rank, file in enumerate(self._files):
             with contextlib.suppress(FileNotFoundError):
-                if time.time() - file.stat().st_mtime < LOST_SECONDS:
-                    found[rank] = json.loads(file.read_text(encoding="utf-8"))
+                try:
+                    found[rank] = read_card(file)
+                except (ValueError, KeyError, TypeError) as error:
+                    raise UserError(
+                        f"{file} is no announcement of a rank ({error}). Remove {self.folder}."
+                    ) from None
         return found
+
+    def read(self):
+        """What the ranks of this start announced: {rank: dictionary}; failures are among them.
+
+        Raises:
+            UserError: If another process has the number of this rank.
+        """
+        cards, me, own = self._cards(), self.launch.rank, self._own
+        if own["facts"] is not None and me in cards and cards[me]["key"] != own["key"]:
+            raise UserError(
+                f"Two processes are rank {me} in {self.folder}. Each needs a number of its own: "
+                "start one program per output_dir, with one launcher."
+            )
+        with self._lock:
+            seen = {str(rank): card["key"] for rank, card in cards.items()}
+            if own["facts"] is not None and seen != own["seen"] and self._keys is None:
+                own["seen"] = seen
+                self._write()
+            for rank, card in cards.items():
+                if card["beat"] != self._heard.get(rank, (None,))[0]:
+                    self._heard[rank] = (card["beat"], own["beat"])
+        return {rank: card["facts"] for rank, card in cards.items() if self._is_current(rank, card)}
+
+    def _is_current(self, rank, card):
+        """Whether an announcement belongs to this start of the program."""
+        if self._keys is not None:
+            return card["key"] == self._keys[rank]
+        if "error" in card["facts"]:  # it may have failed before it saw this rank
+            return card["age"] < LOST_HEARTBEATS * HEARTBEAT_SECONDS
+        return self._own["key"] in (card["key"], card["seen"].get(str(self.launch.rank)))
 
     def failure(self):
         """What is known about another rank's failure, as text; None if all is well."""
-        found = self.read()
-        if announced := announced_failure(found):
+        if announced := announced_failure(self.read()):
             return announced
-        lost = [rank for rank in range(self.launch.n_ranks) if rank not in found]
-        return LOST.format(lost[0]) if self._complete and lost else None
+        if self._keys is not None:
+            for rank in range(self.launch.n_ranks):
+                _, heard = self._heard[rank]
+                if self._own["beat"] - heard >= LOST_HEARTBEATS and rank != self.launch.rank:
+                    return LOST.format(rank)
+        return None
 
     def check(self):
         """Raise RankError if another rank is known to have failed."""
@@ -92,23 +156,61 @@ class Rendezvous:
         Raises:
             UserError: If ranks are missing after this time, or one of them announces a failure.
         """
-        deadline = time.monotonic() + seconds
+        begin, is_reported = time.monotonic(), False
         while True:
             found = self.read()
             if failure := announced_failure(found):
                 raise UserError(failure)
             if len(found) == self.launch.n_ranks:
-                self._complete = True
+                self._keys = [self._own["seen"][str(r)] for r in range(self.launch.n_ranks)]
                 return [found[rank] for rank in range(self.launch.n_ranks)]
-            if time.monotonic() > deadline:
+            missing = [str(rank) for rank in range(self.launch.n_ranks) if rank not in found]
+            awaited, waited = ", ".join(missing), time.monotonic() - begin
+            if waited > seconds:
                 break
+            if waited > REPORT_SECONDS and not is_reported:
+                is_reported = True
+                unset = " ".join(f"-u {name}" for name in self.launch.variables)
+                log.warning(
+                    "Waiting for %d of %d ranks: %s. To run with this rank alone: "
+                    "env %s python slstr_cloud.py ...",
+                    len(missing), self.launch.n_ranks, awaited, unset,
+                )  # fmt: skip
             time.sleep(0.1)
-        missing = [str(rank) for rank in range(self.launch.n_ranks) if rank not in found]
         raise UserError(
             f"{len(missing)} of {self.launch.n_ranks} ranks did not start within {seconds} s: "
-            f"{', '.join(missing)}. Check their logs; all ranks must see the same output_dir, "
+            f"{awaited}. Check their logs; all ranks must see the same output_dir, "
             f"{self.folder.parent}."
         )
+
+    def check_network(self, addresses):
+        """Try to reach all ranks, and wait until they have tried too.
+
+        TensorFlow would wait for ever, and not say for which rank.
+
+        Args:
+            addresses: 'host:port' of every rank, in order; each rank listens there.
+
+        Raises:
+            UserError: If a rank cannot be reached, or fails.
+        """
+        for rank, address in enumerate(addresses):
+            host, _, port = address.rpartition(":")
+            try:
+                socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+            except OSError as error:
+                raise UserError(
+                    f"Rank {self.launch.rank} on {socket.gethostname()} cannot reach rank {rank} "
+                    f"at {address}: {error}. Ranks connect to each other by TCP on any port: check "
+                    "host names, network interfaces and firewalls."
+                ) from None
+        self.announce(**self._own["facts"], connected=True)
+        deadline = time.monotonic() + WAIT_SECONDS
+        while sum("connected" in facts for facts in self.read().values()) < len(addresses):
+            self.check()
+            if time.monotonic() > deadline:
+                raise UserError(f"Not all ranks could connect within {WAIT_SECONDS} s.")
+            time.sleep(0.1)
 
     def wait_for_failure(self, seconds=FAILURE_SECONDS):
         """Wait for another rank to announce its failure; None if none does in this time."""
@@ -189,8 +291,39 @@ def announced_failure(announcements):
     return next(failures, None)
 
 
-def reserve_port():
-    """A socket that holds a free port of this host until it is closed for gRPC to use it."""
+def read_card(file):
+    """An announcement: `key`, `seen`, `beat`, `facts`, and `age` [s] of the file.
+
+    Raises:
+        ValueError, KeyError, TypeError: If it is none.
+        FileNotFoundError: If there is none.
+    """
+    with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as opened:
+        status = os.fstat(opened.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
+            raise ValueError("it should be a small regular file")
+        card = json.loads(opened.read(MAX_BYTES))
+    if not isinstance(card["seen"], dict) or not isinstance(card["facts"], dict):
+        raise TypeError("seen and facts should be dictionaries")
+    return {
+        **{name: card[name] for name in ("seen", "facts")},
+        "key": str(card["key"]),
+        "beat": int(card["beat"]),
+        "age": time.time() - status.st_mtime,
+    }
+
+
+def reserve_port(launch=None):
+    """A socket that holds a free port of this host, or that of TF_CONFIG, for gRPC to use later.
+
+    It listens, so that the other ranks can try to reach it.
+    """
     reserved = socket.socket()
-    reserved.bind(("", 0))
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    port = launch.addresses[launch.rank].rpartition(":")[2] if launch and launch.addresses else 0
+    try:
+        reserved.bind(("", int(port)))
+    except (OSError, ValueError) as error:
+        raise UserError(f"Port {port} of TF_CONFIG cannot be used: {error}.") from None
+    reserved.listen(socket.SOMAXCONN)
     return reserved

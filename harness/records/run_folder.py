@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import platform
+import secrets
 import subprocess
 from datetime import datetime, timezone
 from importlib import metadata
@@ -54,8 +55,12 @@ def make_folder(config, mode):
 
 
 def default_name():
-    """UTC time and the number of the job or process: '20260601T093000Z-4711'."""
-    return f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{job_id() or os.getpid()}"
+    """UTC time, number of the job or process, and a random part: '20260601T093000Z-4711-a1b2'.
+
+    The runs of one job start in the same second; in containers the process is always number 1.
+    """
+    time = datetime.now(timezone.utc)
+    return f"{time:%Y%m%dT%H%M%SZ}-{job_id() or os.getpid()}-{secrets.token_hex(2)}"
 
 
 def package_versions():

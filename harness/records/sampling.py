@@ -125,7 +125,7 @@ class Sampler:
 
 def open_sampler(path, devices):
     """A Sampler of this rank's process and GPUs and, on one rank per node, of the processors."""
-    return Sampler(path, devices.gpu_numbers, devices.launch.local_rank == 0)
+    return Sampler(path, devices.gpu_numbers, devices.is_first_on_node)
 
 
 class CpuEnergy:

@@ -4,9 +4,9 @@ import pytest
 import tensorflow as tf
 
 from harness.errors import UserError
-from harness.parallel.devices import Devices, check_requirements, open_devices
+from harness.parallel.devices import Devices, check_requirements, open_devices, share_of_gpus
 from harness.parallel.launchers import Launch
-from harness.parallel.rendezvous import Rendezvous, SingleRank
+from harness.parallel.rendezvous import SingleRank
 
 
 def card(node, devices=1, kind="CPU", work="same"):
@@ -30,15 +30,9 @@ def card(node, devices=1, kind="CPU", work="same"):
         (0, 2, [card("b", work="other")], "different configurations"),  # the requirements are met
     ],
 )
-def test_unmet_requirements_give_both_numbers(tmp_path, gpu, nodes, others, words):
-    ranks = [
-        Rendezvous(Launch(rank, 1 + len(others), node="a", job="x"), tmp_path)
-        for rank in range(1 + len(others))
-    ]
-    for rank, other in zip(ranks[1:], others, strict=True):
-        rank.announce(**other)
+def test_unmet_requirements_give_both_numbers(gpu, nodes, others, words):
     with pytest.raises(UserError) as error:
-        open_devices(ranks[0] if others else SingleRank(), gpu, nodes, work="same")
+        check_requirements(gpu, nodes, [card("a"), *others])
     assert words in str(error.value)
 
 
@@ -48,42 +42,38 @@ def test_unmet_requirements_give_both_numbers(tmp_path, gpu, nodes, others, word
         ("auto", "auto", [card("a"), card("b")]),
         (0, 2, [card("a"), card("b"), card("b")]),
         (4, 2, [card(node, 2, "GPU") for node in "aabb"]),
+        (8, 2, [card(node, 2, "GPU") for node in "aabb"]),  # v1.1 counted those of all nodes
     ],
 )
 def test_met_requirements_are_accepted(gpu, nodes, cards):
     check_requirements(gpu, nodes, cards)
 
 
-class Chosen(Exception):
-    """Carries the GPUs that a rank has chosen; there are none to open."""
+def sees(node, n_gpus, visible="None"):
+    return {"node": node, "gpus": n_gpus, "visible": visible}
 
 
 @pytest.mark.parametrize(
-    ("gpu", "local_rank", "local_size", "gpus"),
+    ("gpu", "ranks", "shares"),
     [
-        ("auto", 0, 3, "ab"), ("auto", 1, 3, "cd"), ("auto", 2, 3, "ef"), ("auto", 1, 2, "def"),
-        ("auto", 0, 1, "abcdef"), (2, 0, 1, "ab"), (0, 0, 1, ""), (0, 1, 2, ""),
+        ("auto", [sees("a", 6)] * 3, [(0, 2), (2, 4), (4, 6)]),
+        ("auto", [sees("a", 6)], [(0, 6)]),
+        (2, [sees("a", 6)], [(0, 2)]),
+        (0, [sees("a", 0)] * 2, [(0, 0), (0, 0)]),
+        ("auto", [sees("a", 4), sees("b", 4), sees("a", 4)], [(0, 2), (0, 4), (2, 4)]),
+        # A wrapper shows each rank its own GPU.
+        (2, [sees("a", 1, "0"), sees("a", 1, "1")], [(0, 1), (0, 1)]),
+        # Resource sets of jsrun with two ranks and two GPUs each.
+        ("auto", [sees("a", 2, "0,1")] * 2 + [sees("a", 2, "2,3")] * 2, [(0, 1), (1, 2)] * 2),
     ],
-)  # fmt: skip
-def test_ranks_of_a_node_divide_its_gpus(tmp_path, monkeypatch, gpu, local_rank, local_size, gpus):
-    def choose(devices, kind):
-        raise Chosen("".join(devices))
-
-    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: list("abcdef"))
-    monkeypatch.setattr(tf.config, "set_visible_devices", choose)
-    launch = Launch(
-        0, 1, local_rank=local_rank, local_size=local_size, shares_gpus=True, node="a", job="x"
-    )
-    with pytest.raises(Chosen) as chosen:
-        open_devices(Rendezvous(launch, tmp_path), gpu)
-    assert str(chosen.value) == gpus
+)
+def test_ranks_that_see_the_same_gpus_divide_them(gpu, ranks, shares):
+    assert [share_of_gpus(ranks, rank, gpu) for rank in range(len(ranks))] == shares
 
 
-def test_ranks_that_cannot_divide_the_gpus_are_rejected(tmp_path, monkeypatch):
-    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: list("abcdef"))
-    launch = Launch(0, 1, local_size=4, shares_gpus=True, node="a", job="x")
+def test_ranks_that_cannot_divide_the_gpus_are_rejected():
     with pytest.raises(UserError, match="4 ranks cannot share the 6 GPUs of a node"):
-        open_devices(Rendezvous(launch, tmp_path))
+        share_of_gpus([sees("a", 6)] * 4, 0)
 
 
 def test_virtual_replicas_are_numbered_and_described():

@@ -1,14 +1,16 @@
 import json
 import os
-import threading
-import time
+import re
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 from lsf_standin import parse_arguments, rank_environments
 
 from harness.errors import UserError
 from harness.parallel.launchers import Launch, detect_launch, is_requeued, job_id
-from harness.parallel.rendezvous import LOST_SECONDS, RankError, Rendezvous, reserve_port
+from harness.parallel.rendezvous import RankError, Rendezvous, reserve_port
 
 # As seen by rank 3 of `srun --nodes=3 --ntasks=5` under Slurm 22.05
 SLURM = {
@@ -26,15 +28,69 @@ SLURM = {
 
 def test_without_a_launcher_there_is_one_rank():
     launch = detect_launch({})
-    assert (launch.rank, launch.n_ranks, launch.local_size) == (0, 1, 1)
+    assert (launch.rank, launch.n_ranks) == (0, 1)
 
 
-def test_rank_of_slurm_with_uneven_tasks():
+LAUNCHES = {  # what rank 2 of 4 sees, by launcher
+    "Slurm": {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "SLURM_JOB_ID": "7"},
+    "Slurm with PMIx": {
+        "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "PMIX_RANK": "2", "PMIX_NAMESPACE": "n",
+    },
+    "Open MPI": {"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4", "PMIX_RANK": "2"},
+    "MPICH": {"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"},
+    "Intel MPI below Slurm": {
+        "PMI_RANK": "2", "PMI_SIZE": "4", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1",
+    },
+    "Open MPI below a step of one task": {
+        "OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "1",
+        "SLURM_PROCID": "0",
+    },
+    "MVAPICH2": {"MV2_COMM_WORLD_RANK": "2", "MV2_COMM_WORLD_SIZE": "4"},
+    "Cray PALS": {"PMI_RANK": "2", "PMI_SIZE": "4", "PALS_RANKID": "2", "PALS_APID": "a"},
+    "Flux": {"FLUX_TASK_RANK": "2", "FLUX_JOB_SIZE": "4", "FLUX_JOB_ID": "f"},
+    "torchrun": {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"},
+    "Slurm, exported for torch": {
+        "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "RANK": "2", "WORLD_SIZE": "4",
+    },
+    "torchrun below Slurm": {
+        "RANK": "2", "WORLD_SIZE": "4", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("environ", LAUNCHES.values(), ids=LAUNCHES)
+def test_launcher_gives_rank_and_size(environ):
+    launch = detect_launch(environ)
+    assert (launch.rank, launch.n_ranks) == (2, 4)
+    assert set(launch.variables) <= set(environ)
+    assert re.fullmatch(r"[\w-]+", launch.job)
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"PMIX_RANK": "1"}, "PMIX_RANK=1 .* no variable gives the number of ranks"),
+        ({"ALPS_APP_PE": "0"}, "ALPS_APP_PE"),
+        ({"OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_SIZE=''"),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": ""}, "OMPI_COMM_WORLD_SIZE=''"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID=''"),
+        ({"PMI_RANK": "2", "PMI_SIZE": "2"}, "PMI_RANK='2'"),
+        ({"PMI_RANK": "-1", "PMI_SIZE": "2"}, "PMI_RANK='-1'"),
+        ({"PMI_RANK": "one", "PMI_SIZE": "2"}, "PMI_RANK='one'"),
+        (LAUNCHES["MPICH"] | {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"},
+         "say rank 1 of 4, but PMI_RANK and PMI_SIZE say rank 2 of 4"),
+        (LAUNCHES["Slurm"] | {"RANK": "0", "WORLD_SIZE": "2"}, "Unset the variables"),
+    ],
+)  # fmt: skip
+def test_incomplete_and_contradictory_variables_are_rejected(environ, words):
+    with pytest.raises(UserError, match=words):
+        detect_launch(environ)
+
+
+def test_node_of_slurm_is_its_name_for_it():
     launch = detect_launch(SLURM)
-    assert (launch.rank, launch.n_ranks, launch.local_rank, launch.local_size) == (3, 5, 1, 2)
-    assert launch.node == "n2" and launch.job == "slurm-77-0-0"
-    last = {**SLURM, "SLURM_PROCID": "4", "SLURM_NODEID": "2", "SLURM_LOCALID": "0"}
-    assert detect_launch(last).local_size == 1
+    assert (launch.rank, launch.n_ranks, launch.node) == (3, 5, "n2")
+    assert launch.job == "77-slurm-77-0"
 
 
 def test_requeued_job_has_another_job_name():
@@ -46,16 +102,6 @@ def test_batch_script_itself_is_one_rank():
     assert detect_launch({"SLURM_NTASKS": "5", "SLURM_PROCID": "0"}).n_ranks == 1
 
 
-@pytest.mark.parametrize(
-    ("visible", "on_node", "shared"), [(None, "4", True), ("0,1,2,3", "4", True), ("2", "4", False)]
-)
-def test_slurm_gpus_are_divided_where_each_rank_sees_all(visible, on_node, shared):
-    environ = {**SLURM, "SLURM_GPUS_ON_NODE": on_node}
-    if visible:
-        environ["CUDA_VISIBLE_DEVICES"] = visible
-    assert detect_launch(environ).shares_gpus is shared
-
-
 def test_ranks_of_jsrun_are_those_of_the_stand_in(tmp_path):
     arguments = parse_arguments(["-n", "5", "-r", "3", "-g", "2", "--", "true"])
     launches = [
@@ -63,28 +109,7 @@ def test_ranks_of_jsrun_are_those_of_the_stand_in(tmp_path):
     ]
     assert [launch.rank for launch in launches] == [0, 1, 2, 3, 4]
     assert {launch.n_ranks for launch in launches} == {5}
-    assert [launch.local_size for launch in launches] == [3, 3, 3, 2, 2]
     assert len({launch.job for launch in launches}) == 1
-    assert not any(launch.shares_gpus for launch in launches)
-
-
-# As seen by rank 3 of `mpirun -np 4 --host n1:2,n2:2` under Open MPI 4
-MPI = {
-    "OMPI_COMM_WORLD_RANK": "3",
-    "OMPI_COMM_WORLD_SIZE": "4",
-    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
-    "OMPI_MCA_ess_base_jobid": "12:34",
-}
-
-
-@pytest.mark.parametrize(
-    ("scheduler", "job"), [({}, "mpi-12-34"), ({"LSB_JOBID": "9"}, "9-12-34"), (SLURM, "mpi-12-34")]
-)
-def test_rank_of_mpirun_also_below_a_scheduler(scheduler, job):
-    launch = detect_launch({**scheduler, **MPI})
-    assert (launch.rank, launch.n_ranks, launch.local_rank, launch.local_size) == (3, 4, 1, 2)
-    assert launch.job == job and launch.shares_gpus
 
 
 @pytest.mark.parametrize(
@@ -100,30 +125,45 @@ def test_job_of_the_scheduler(environ, job, requeued):
     assert (job_id(environ), is_requeued(environ)) == (job, requeued)
 
 
-def test_open_mpi_without_a_job_is_rejected():
-    with pytest.raises(UserError, match="PMIX_NAMESPACE"):
-        detect_launch({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"})
+def tf_config(index, kind="worker", **cluster):
+    config = {"cluster": cluster, "task": {"type": kind, "index": index}}
+    return {"TF_CONFIG": json.dumps(config)}
 
 
-def tf_config(index, **cluster):
-    return {"TF_CONFIG": json.dumps({"cluster": cluster, "task": {"index": index}})}
+@pytest.mark.parametrize(
+    ("environ", "rank"),
+    [
+        (tf_config(2, worker=["a:1", "b:1", "b:2"]), 2),
+        (tf_config(0, "chief", chief=["a:1"], worker=["b:1", "b:2"]), 0),  # Kubeflow
+        (tf_config(1, chief=["a:1"], worker=["b:1", "b:2"]), 2),
+        (tf_config(1, master=["a:1"], worker=["b:1", "b:2"]), 2),  # SageMaker
+    ],
+)
+def test_tf_config_is_used(environ, rank):
+    launch = detect_launch(environ)
+    assert (launch.rank, launch.n_ranks) == (rank, 3)
+    assert launch.addresses == ("a:1", "b:1", "b:2")
+    assert launch.node == ("b" if rank else "a")
 
 
-def test_given_tf_config_is_used():
-    launch = detect_launch(tf_config(2, worker=["a:1", "b:1", "b:2"]))
-    assert (launch.rank, launch.n_ranks, launch.local_rank, launch.local_size) == (2, 3, 1, 2)
-    assert launch.addresses == ("a:1", "b:1", "b:2") and launch.node == "b"
-    assert launch.shares_gpus
-    own_gpus = {**tf_config(2, worker=["a:1", "b:1", "b:2"]), "CUDA_VISIBLE_DEVICES": "1"}
-    assert not detect_launch(own_gpus).shares_gpus
-    assert detect_launch(tf_config(0, worker=["a:1"])).n_ranks == 1
+@pytest.mark.parametrize(
+    "environ",
+    [tf_config(0, worker=["a:1"]), tf_config(0, "chief", chief=["a:1"]), {"TF_CONFIG": "{}"}],
+)
+def test_tf_config_of_one_machine_is_an_ordinary_run(environ):
+    launch = detect_launch(environ)
+    assert (launch.rank, launch.n_ranks, launch.addresses) == (0, 1, ())
 
 
 @pytest.mark.parametrize(
     "environ",
     [
         {"TF_CONFIG": "{"},
+        {"TF_CONFIG": "[]"},
+        {"TF_CONFIG": '{"cluster": {"worker": ["a:1", "b:1"]}}'},
         tf_config(0, worker=["a:1"], ps=["b:1"]),
+        tf_config(0, "ps", worker=["a:1"], ps=["b:1"]),
+        tf_config(0, "evaluator", worker=["a:1"], evaluator=["b:1"]),
         tf_config(5, worker=["a:1", "b:1"]),
     ],
 )
@@ -132,78 +172,164 @@ def test_unusable_tf_config_is_rejected(environ):
         detect_launch(environ)
 
 
-def ranks(n, folder):
-    return [Rendezvous(Launch(rank, n, job="x"), folder) for rank in range(n)]
+def ranks(n, folder, variables=("PMI_RANK", "PMI_SIZE")):
+    return [Rendezvous(Launch(r, n, job="x", variables=variables), folder) for r in range(n)]
+
+
+def together(everyone, action):
+    """What an action returns or raises for each rank; all ranks act at once."""
+    with ThreadPoolExecutor(len(everyone)) as pool:
+        futures = [pool.submit(action, rank) for rank in everyone]
+    return [future.exception() or future.result() for future in futures]
+
+
+def meet(rendezvous):
+    rendezvous.announce(number=rendezvous.launch.rank)
+    return rendezvous.wait_for_all(seconds=20)
 
 
 def test_ranks_exchange_their_announcements(tmp_path):
-    found = {}
-
-    def take_part(rendezvous):
-        rendezvous.announce(number=rendezvous.launch.rank)
-        found[rendezvous.launch.rank] = rendezvous.wait_for_all(seconds=20)
-
-    threads = [threading.Thread(target=take_part, args=(m,)) for m in ranks(4, tmp_path)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == {rank: [{"number": n} for n in range(4)] for rank in range(4)}
+    assert together(ranks(4, tmp_path), meet) == [[{"number": n} for n in range(4)]] * 4
+    assert stat.S_IMODE((tmp_path / ".ranks-x").stat().st_mode) == 0o700
 
 
 def test_missing_ranks_are_named(tmp_path):
     everyone = ranks(5, tmp_path)
     for rank in (0, 3):
         everyone[rank].announce()
+    everyone[0].read()
+    everyone[3].read()
     with pytest.raises(UserError, match=r"3 of 5 ranks did not start within 0 s: 1, 2, 4\."):
         everyone[0].wait_for_all(seconds=0)
+
+
+def test_awaited_ranks_are_reported_with_how_to_run_alone(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("harness.parallel.rendezvous.REPORT_SECONDS", 0)
+    first = ranks(3, tmp_path)[0]
+    first.announce()
+    with caplog.at_level("WARNING"), pytest.raises(UserError, match="did not start"):
+        first.wait_for_all(seconds=0.3)
+    (message,) = caplog.messages
+    assert "Waiting for 2 of 3 ranks: 1, 2." in message
+    assert "env -u PMI_RANK -u PMI_SIZE python slstr_cloud.py" in message
 
 
 def test_failure_of_a_rank_ends_the_waiting(tmp_path):
     everyone = ranks(3, tmp_path)
     everyone[1].announce(error="no such directory")
+    everyone[0].announce()
     with pytest.raises(UserError, match="Rank 1 failed: no such directory"):
         everyone[0].wait_for_all(seconds=20)
 
 
 def test_reason_of_a_failing_rank_reaches_the_others(tmp_path):
     first, second = ranks(2, tmp_path)
+    together([first, second], meet)
     with pytest.raises(ValueError, match="no scenes"), second.translated_errors():
         raise ValueError("no scenes")
     with pytest.raises(RankError, match="Rank 1 failed: ValueError: no scenes"):
         first.check()
 
 
-def test_rank_without_a_sign_of_life_is_lost_once_all_have_started(tmp_path):
-    everyone = ranks(3, tmp_path)
-    for rank in everyone:
-        rank.announce()
-    old = time.time() - LOST_SECONDS - 1
-    everyone[0].check()
-    everyone[0].wait_for_all(seconds=0)
-    everyone[0].check()
-    os.utime(everyone[0].folder / "rank-2.json", (old, old))
-    everyone[1].check()  # it still waits for the others
-    with pytest.raises(RankError, match="Lost contact with rank 2"):
-        everyone[0].check()
-
-
-def test_rank_renews_its_announcement(tmp_path, monkeypatch):
-    monkeypatch.setattr("harness.parallel.rendezvous.HEARTBEAT_SECONDS", 0.01)
+def test_two_processes_with_one_number_are_an_error(tmp_path):
     first, second = ranks(2, tmp_path)
+    twin = ranks(2, tmp_path)[1]
+    together([first, second], meet)
+    twin.announce()
+    with pytest.raises(UserError, match="Two processes are rank 1"):
+        second.check()
+
+
+def test_files_of_an_earlier_start_are_ignored(tmp_path):
+    """Of a start that was killed a moment ago, with the same job."""
+    together(ranks(3, tmp_path), meet)
+    first, second, third = ranks(3, tmp_path)
+    first.announce()
     second.announce()
-    os.utime(second.folder / "rank-1.json", (1, 1))
-    with second:
-        while 1 not in first.read():
-            time.sleep(0.01)
+    first.read()
+    second.read()
+    with pytest.raises(UserError, match="1 of 3 ranks did not start within 0 s: 2"):
+        first.wait_for_all(seconds=0)
+    assert together([first, second, third], meet) == [[{"number": n} for n in range(3)]] * 3
 
 
-def test_announcements_of_an_earlier_start_are_ignored(tmp_path):
+def test_old_failures_are_ignored(tmp_path):
     first, second = ranks(2, tmp_path)
     second.announce(error="of yesterday")
+    os.utime(second.folder / "rank-1.json", (1, 1))
+    assert first.read() == {}
+
+
+def test_rank_without_a_sign_of_life_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.parallel.rendezvous.HEARTBEAT_SECONDS", 0.01)
+    everyone = ranks(3, tmp_path)
+    together(everyone, meet)
+    for rank in everyone:
+        rank.check()  # none has beaten yet: nobody is lost, however long that takes
+    with everyone[0], everyone[1]:
+        while not (failure := everyone[1].failure()):
+            everyone[0].read()
+    assert failure.startswith("Lost contact with rank 2")
+
+
+def test_clocks_of_nodes_may_differ(tmp_path):
+    first, second = ranks(2, tmp_path)
+    together([first, second], meet)
     for file in first.folder.iterdir():
         os.utime(file, (1, 1))
-    assert first.read() == {}
+    first.check()
+    second.check()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"key": 1, "seen": [], "beat": 0, "facts": {}}', "x" * 2**21]
+)
+def test_damaged_announcement_is_one_clear_error(tmp_path, content):
+    first = ranks(2, tmp_path)[0]
+    first.announce()
+    (first.folder / "rank-1.json").write_text(content)
+    with pytest.raises(UserError, match=r"rank-1\.json is no announcement of a rank"):
+        first.read()
+
+
+@pytest.mark.parametrize("trap", ["link", "pipe"])
+def test_announcement_that_is_no_file_is_rejected(tmp_path, trap):
+    first = ranks(2, tmp_path)[0]
+    first.announce()
+    path = first.folder / "rank-1.json"
+    os.mkfifo(path) if trap == "pipe" else path.symlink_to(first.folder / "rank-0.json")
+    with pytest.raises((UserError, OSError), match="rank-1"):
+        first.read()
+
+
+def test_folder_of_another_kind_is_rejected(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".ranks-x").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="belongs to another user, or is no folder"):
+        ranks(2, tmp_path)[0].announce()
+
+
+def connect(rendezvous, addresses):
+    meet(rendezvous)
+    rendezvous.check_network(addresses)
+
+
+def test_ranks_reach_each_other(tmp_path):
+    sockets = [reserve_port() for _ in range(3)]
+    addresses = [f"localhost:{s.getsockname()[1]}" for s in sockets]
+    assert together(ranks(3, tmp_path), partial(connect, addresses=addresses)) == [None] * 3
+    for s in sockets:
+        s.close()
+
+
+@pytest.mark.parametrize("host", ["localhost", "host.invalid"])
+def test_rank_that_cannot_be_reached_is_named(tmp_path, host):
+    with reserve_port() as closed:
+        addresses = [f"{host}:{closed.getsockname()[1]}"] * 2
+    first = ranks(2, tmp_path)[0]
+    first.announce()
+    with pytest.raises(UserError, match=rf"cannot reach rank 0 at {host}:\d+: .*firewalls"):
+        first.check_network(addresses)
 
 
 def test_chief_removes_the_folder_of_the_ranks(tmp_path):
