@@ -206,8 +206,12 @@ class Rendezvous:
                 ) from None
         self.announce(**self._own["facts"], connected=True)
         deadline = time.monotonic() + WAIT_SECONDS
-        while sum("connected" in facts for facts in self.read().values()) < len(addresses):
-            self.check()
+        while True:
+            found = self.read()
+            if failure := announced_failure(found):
+                raise UserError(failure)
+            if sum("connected" in facts for facts in found.values()) == len(addresses):
+                return
             if time.monotonic() > deadline:
                 raise UserError(f"Not all ranks could connect within {WAIT_SECONDS} s.")
             time.sleep(0.1)
