@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 def predict_scene(model, path, mode="patches", patch_size=256, crop_size=80):
     """Mask one scene of any size, as `--mode inference` does with the same settings.
 
-    The model is traced anew in each call, which takes a second or two.
+    The model is read and traced anew in each call, which takes a few seconds.
 
     Args:
         model: Path of a model file (.keras or .h5) or a keras.Model, from float32

@@ -7,7 +7,7 @@ A product is a Level-1 RBT product, a folder or the zip file as downloaded. The 
 as convert_sen3.py does, masks the scene as `--mode inference` does with its default settings, and
 exports the mask as export_masks.py does. It writes, for each product,
 
-DIR/day/<product>.hdf    the scene, or DIR/night/<product>.hdf; one that exists is used
+DIR/day/<product>.hdf    the scene, or DIR/night/<product>.hdf; kept if it exists
 DIR/<product>.nc         mask, probability, positions and time, with the conventions CF-1.10; or
                          <product>.tif and <product>_probability.tif
 DIR/<product>.png        false colour by day (S3, S2, S1) or S9 by night, beside the mask
@@ -46,11 +46,12 @@ PNG_DPI, INCHES = 150, 6  # of the picture, and of the width of each of its two 
 log = logging.getLogger("mask_product")
 
 
-def mask_product(product, arguments, about):
-    """Convert, mask and export a product, and draw its picture.
+def mask_product(path, model, arguments, about):
+    """Mask and export a scene, and draw its picture.
 
     Args:
-        product: Folder or zip file.
+        path: Scene file of a product.
+        model: keras.Model.
         arguments: Of the command line.
         about: What all masks have in common, see `export_masks.MaskedScene`.
 
@@ -58,11 +59,10 @@ def mask_product(product, arguments, about):
         One line about the mask.
 
     Raises:
-        UserError: If the product or the model cannot be used.
+        UserError: If the scene or the model cannot be used.
     """
     folder = arguments.output
-    _, path, _ = convert(product, folder, "nadir", "1km", arguments.positions, overwrite=False)
-    mask, probability = predict_scene(arguments.model, path)
+    mask, probability = predict_scene(model, path)
     scene = read_scene(path, (*mask.shape, N_CHANNELS), labelled=False)
     masked = MaskedScene(
         path.stem,
@@ -152,10 +152,18 @@ def mask_all(arguments, command):
         "model_sha256": file_sha256(arguments.model),
         "instrument": "SLSTR",
     }
+    import harness.quiet_tensorflow  # noqa: F401  (before any other import of TensorFlow)
+    from harness.networks.model_files import read_model
+
+    model = read_model(arguments.model, "--model")
+    options = {"view": "nadir", "refs_grid": "1km"}
+    options |= {"positions": arguments.positions, "overwrite": arguments.overwrite}
     n_failed, total = 0, len(arguments.products)
     for i, product in enumerate(arguments.products, 1):
         try:
-            text = mask_product(product, arguments, about)
+            kind, path, text = convert(product, arguments.output, **options)
+            log.info("%d of %d, %s: %s", i, total, kind, text)
+            text = mask_product(path, model, arguments, about)
             log.info("%d of %d, masked: %s", i, total, text)
         except Exception as error:
             if arguments.verbose:
@@ -178,6 +186,7 @@ def main(argv=None):
         help="formats of the export (default netcdf)",
     )  # fmt: skip
     add("--no-positions", dest="positions", action="store_false", help="omit latitude, longitude")
+    add("--overwrite", action="store_true", help="convert existing scenes again")
     arguments = parser.parse_args(argv)
     log_to_screen(arguments.verbose)
     command = shlex.join(["mask_product.py", *(argv or sys.argv[1:])])

@@ -71,8 +71,9 @@ def expected_mask(truth):
 def test_products_get_masks_maps_and_pictures(day, night, model, tmp_path, capsys):
     run(tmp_path, model, day[0], night[0])
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and "1 of 2, masked: day, 60 x 75, " in lines[0]
-    assert "Bayesian" in lines[0] and "Bayesian" not in lines[1] and ": night, " in lines[1]
+    assert len(lines) == 4 and lines[0].startswith("1 of 2, converted: day, 60 x 75, ")
+    assert lines[1].startswith("1 of 2, masked: day, 60 x 75, ") and "Bayesian" in lines[1]
+    assert lines[3].startswith("2 of 2, masked: night, ") and "Bayesian" not in lines[3]
     for (product, truth), part in ((day, "day"), (night, "night")):
         name, expected = product.name.partition(".")[0], expected_mask(truth)
         with xarray.open_dataset(tmp_path / f"{name}.nc", engine="h5netcdf") as opened:
@@ -90,6 +91,21 @@ def test_products_get_masks_maps_and_pictures(day, night, model, tmp_path, capsy
         assert min(colours.get(colour, 0) for colour in COLOURS) > 1000  # clear, cloud, no data
 
 
+def test_scene_that_exists_is_masked_again(night, model, tmp_path, capsys):
+    run(tmp_path, model, night[0])
+    (scene,) = tmp_path.rglob("*.hdf")
+    (exported,) = tmp_path.glob("*.nc")
+    made = scene.stat().st_mtime_ns
+    exported.unlink()
+    capsys.readouterr()
+    run(tmp_path, model, night[0])
+    first, second = capsys.readouterr().err.splitlines()
+    assert "skipped" in first and "masked" in second
+    assert scene.stat().st_mtime_ns == made and exported.exists()
+    run(tmp_path, model, night[0], "--overwrite")
+    assert scene.stat().st_mtime_ns > made
+
+
 def test_product_that_cannot_be_used_is_reported_and_the_others_masked(
     day, model, tmp_path, capsys
 ):
@@ -97,7 +113,7 @@ def test_product_that_cannot_be_used_is_reported_and_the_others_masked(
     wrong.mkdir()
     output = tmp_path / "out"
     run(output, model, wrong, day[0], "--format", "geotiff", "netcdf", status=1)
-    first, second, last = capsys.readouterr().err.splitlines()
+    first, _, second, last = capsys.readouterr().err.splitlines()
     assert first.startswith(f"1 of 2, failed: {wrong}: expected an SLSTR Level-1 product")
     assert second.startswith("2 of 2, masked: ")
     assert last == "Error: 1 of 2 failed. The lines above give the reasons."
@@ -108,15 +124,24 @@ def test_product_that_cannot_be_used_is_reported_and_the_others_masked(
     assert {path.suffix for path in output.iterdir()} == {"", ".nc", ".tif", ".png"}
 
 
-@pytest.mark.parametrize("missing", ["product", "model"])
-def test_missing_file_ends_in_one_line_before_anything_is_made(
-    day, model, tmp_path, capsys, missing
+@pytest.mark.parametrize(
+    ("product", "network", "reason"),
+    [
+        ("absent", "model", "No product {}/absent"),
+        ("product", "absent", "No model file {}/absent"),
+        ("product", "damaged.keras", "{}/damaged.keras cannot be read as a Keras model"),
+    ],
+)
+def test_wrong_file_ends_in_one_line_before_anything_is_made(
+    day, model, tmp_path, capsys, product, network, reason
 ):
-    absent, output = tmp_path / "absent", tmp_path / "out"
-    product, network = (absent, model) if missing == "product" else (day[0], absent)
-    run(output, network, product, status=2)
+    (tmp_path / "damaged.keras").write_bytes(b"damaged")
+    paths = {"product": day[0], "model": model}
+    product, network = (paths.get(name, tmp_path / name) for name in (product, network))
+    run(tmp_path / "out", network, product, status=2)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("Error: No ") and str(absent) in line and not output.exists()
+    assert line.startswith(f"Error: {reason.format(tmp_path)}")
+    assert not (tmp_path / "out").exists()
 
 
 def test_positions_can_be_left_out(day, model, tmp_path):
