@@ -36,6 +36,9 @@ import data_loader
 import slstr_cloud
 from harness import REPOSITORY
 from harness.records.results import peaks
+from model import unet
+
+SHAPE = (PATCH, PATCH, 9)
 
 
 def error_lines(capsys):
@@ -588,10 +591,20 @@ def test_model_that_contains_code_is_rejected(settings, tmp_path, capsys, suffix
     assert not os.path.exists(trace)
 
 
-def test_model_of_another_patch_size_is_rejected(finished, settings, tmp_path, capsys):
-    changed = {**settings, "model_file": str(finished / "model.keras"), "PATCH_SIZE": 24}
+@pytest.mark.parametrize(
+    ("trained_here", "patch_size", "reason"),
+    [(True, 28, "divide by 8, found 28 x 28. Choose another PATCH_SIZE"), (False, 24, f"{SHAPE}")],
+)
+def test_patch_size_that_a_model_does_not_take_is_rejected(
+    finished, settings, tmp_path, capsys, trained_here, patch_size, reason
+):
+    path = finished / "model.keras"
+    if not trained_here:
+        path = tmp_path / "one_size.keras"
+        unet(SHAPE).save(path)
+    changed = {**settings, "model_file": str(path), "PATCH_SIZE": patch_size}
     run = start(tmp_path, changed, "--mode", "inference")
-    assert run.status == 2 and "(32, 32, 9)" in capsys.readouterr().err
+    assert run.status == 2 and reason in capsys.readouterr().err
 
 
 def without_labels(dataset, folder, n):

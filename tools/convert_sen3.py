@@ -1,7 +1,7 @@
 r"""Convert Sentinel-3 SLSTR products to scene files for the benchmark.
 
     python tools/convert_sen3.py S3A_SL_1_RBT____*.SEN3 -o data/mine
-    python tools/convert_sen3.py products/*.zip -o data/mine --positions --jobs 2
+    python tools/convert_sen3.py products/*.zip -o data/mine --jobs 2
 
 A product is a Level-1 RBT product (S3A_SL_1_RBT____..., or S3B, S3C), a folder or the zip file as
 downloaded. It becomes DIR/day/<product>.hdf if every measured pixel has the flag `day` in its
@@ -12,6 +12,7 @@ bts      (H, W, 3) brightness temperature of S7 to S9 [K]
 bayes    (H, W, 1) 255 where `bayes_in` has any flag except spare ones; else 0, "clear"
 rads     (H, W, 6) radiance L of S1 to S6 [mW m-2 sr-1 nm-1]
 summary  (H, W, 1) 255 where `confidence_in` has the flag `summary_cloud`
+latitude, longitude  (H, W) [degrees north and east], NaN where missing
 
 E0 is the irradiance of the detector that saw the pixel, from the product's quality files; pixels
 without a known detector get the mean of all detectors. Where the sun is below the horizon the
@@ -24,6 +25,7 @@ product has no `bayes_in`, the scene has no `bayes`: it can be masked, but not s
 Existing scenes are skipped; a product that cannot be read is reported, and the rest is converted.
 """
 
+import argparse
 import concurrent.futures
 import contextlib
 import functools
@@ -130,9 +132,9 @@ def unpacked(path, files, names):
     """
     if missing := [name for name in names if name not in files]:
         more = f" and {counted(len(missing) - 4, 'other')}" if missing[4:] else ""
-        raise UserError(
-            f"missing in the product: {', '.join(missing[:4])}{more}. Download it again."
-        )
+        is_position = all(name.startswith("geodetic") for name in missing)
+        advice = "Download it again" + ", or use --no-positions" * is_position
+        raise UserError(f"missing in the product: {', '.join(missing[:4])}{more}. {advice}.")
     if path.is_dir():
         yield path
         return
@@ -377,7 +379,7 @@ def convert(path, output, view, refs_grid, positions, overwrite):
         overwrite: Whether to convert again if the scene exists.
 
     Returns:
-        "converted" or "skipped", and a text about it.
+        "converted" or "skipped", the path of the scene, and a text about it.
 
     Raises:
         UserError: If the product cannot be read.
@@ -385,7 +387,7 @@ def convert(path, output, view, refs_grid, positions, overwrite):
     name, files = list_product(path)
     targets = {part: output / part / f"{name}.hdf" for part in ("day", "night")}
     if existing := [target for target in targets.values() if target.exists() and not overwrite]:
-        return "skipped", f"{existing[0]} exists. Use --overwrite to convert it again."
+        return "skipped", existing[0], f"{existing[0]} exists. Use --overwrite to convert it again."
     with unpacked(path, files, required_files(view, positions)) as folder:
         scene, by_day = read_product(folder, view, refs_grid, positions)
     part = "day" if by_day else "night"
@@ -402,7 +404,7 @@ def convert(path, output, view, refs_grid, positions, overwrite):
     label = "no bayes, as the product has no Bayesian mask"
     if "bayes" in scene:
         label = f"{np.count_nonzero(scene['bayes']) / (rows * cols):.1%} cloud"
-    return "converted", f"{part}, {rows} x {cols}, {label}: {targets[part]}"
+    return "converted", targets[part], f"{part}, {rows} x {cols}, {label}: {targets[part]}"
 
 
 # --- the command ----------------------------------------------------------------------------
@@ -412,7 +414,8 @@ def attempt(arguments, path):
     """Convert a product as the command line says; an error becomes ("failed", text)."""
     options = ("output", "view", "refs_grid", "positions", "overwrite")
     try:
-        return convert(path, **{name: getattr(arguments, name) for name in options})
+        kind, _, text = convert(path, **{name: getattr(arguments, name) for name in options})
+        return kind, text
     except Exception as error:
         if arguments.verbose:
             traceback.print_exc()
@@ -491,7 +494,10 @@ def main(argv=None):
         help="oblique images are 900 pixels wide: set IMAGE_W (default nadir)",
     )  # fmt: skip
     add("--refs-grid", choices=("1km", "500m"), default="1km", help="grid of refs and rads")
-    add("--positions", action="store_true", help="add latitude and longitude, for export_masks.py")
+    add(
+        "--positions", action=argparse.BooleanOptionalAction, default=True,
+        help="store latitude and longitude, for export_masks.py (default)",
+    )  # fmt: skip
     add("--overwrite", action="store_true", help="convert existing scenes again")
     add("--jobs", type=positive, default=1, metavar="N", help="processes, 1.3 GB of memory each")
     arguments = parser.parse_args(argv)

@@ -9,21 +9,22 @@ netcdf   <scene>.nc with the conventions CF-1.10: `cloud_mask`, `data_available`
 geotiff  <scene>.tif, 0 clear and 1 cloud with a palette, and <scene>_probability.tif. A swath has
          no map projection: the files have ground control points (EPSG:4326) every 64 pixels, which
          `gdalwarp -tps -t_srs EPSG:4326` uses to make a map; none if positions are unknown.
-         The mask of valid pixels in each file marks pixels without data; on a map these and the
-         pixels outside the swath are 255 or NaN.
+         Pixels without data are 255 or NaN, and on a map also those outside the swath; the mask of
+         valid pixels in each file marks them too.
 png      <scene>.png, one pixel for each pixel: cloud white, clear dark blue, no data grey.
 
 Positions are the datasets `latitude` and `longitude`, (H, W), of the scene file, or with --geodetic
 those of the Sentinel-3 product. Pixels without data are those without one of the brightness
-temperatures; NetCDF and GeoTIFF contain the run's mask there too. Scene files are optional: without
-them positions and pixels without data are unknown. Existing files are replaced.
+temperatures. In NetCDF and GeoTIFF they are the fill value, 255 in masks and NaN in probabilities;
+--keep-mask writes what the network says there. Scene files are optional: without them positions and
+pixels without data are unknown, and no pixel is the fill value. Existing files are replaced.
 """
 
 import logging
 import shlex
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -44,6 +45,7 @@ from tools.lib.options import add_mask_arguments, command_parser
 
 MEANINGS = "clear cloud"  # of 0 and 1
 COLOURS = (CLEAR, CLOUD, (140, 140, 140))  # and no data; they differ in brightness
+FILL = np.uint8(255)  # in a mask, where there are no data
 GCP_STEP = 64  # pixels between ground control points
 
 log = logging.getLogger("export_masks")
@@ -54,30 +56,43 @@ class MaskedScene:
     """A mask and what is known about its scene; None or empty where unknown."""
 
     name: str  # of the scene file, without suffix
-    mask: np.ndarray  # uint8 (H, W), 1 is cloud
-    probability: np.ndarray | None  # float32 (H, W)
+    mask: np.ndarray  # uint8 (H, W), 1 is cloud, FILL where it is unknown
+    probability: np.ndarray | None  # float32 (H, W), NaN where it is unknown
     valid: np.ndarray | None  # bool (H, W), whether all brightness temperatures were measured
     positions: dict  # latitude and longitude, float32 (H, W) [degrees], NaN where missing
     about: dict  # origin of the mask, texts by name of a global NetCDF attribute
     times: tuple[datetime, datetime] | None  # start and end of the measurement, UTC
 
+    def filled(self):
+        """The same with the fill value where there are no data, as far as this is known."""
+        if self.valid is None:
+            return self
+        probability = self.probability
+        if probability is not None:
+            probability = np.where(self.valid, probability, np.float32(np.nan))
+        mask = np.where(self.valid, self.mask, FILL)
+        return replace(self, mask=mask, probability=probability)
+
 
 # --- reading --------------------------------------------------------------------------------
 
 
-def describe_run(folder, config, command):
+def describe_run(run, config, command):
     """What all masks of a run have in common: texts by name of a global NetCDF attribute."""
-    run = read_run(folder)
     if run.status != "success":
-        log.warning("%s has the status '%s': some masks may be missing.", folder, run.status)
-    commit = run.results.get("git_commit") or "unknown"
+        log.warning("%s has the status '%s': some masks may be missing.", run.folder, run.status)
+    about = describe_masks(run.results.get("git_commit"), command)
+    return about | {"institution": config.organisation, "run": run.name}
+
+
+def describe_masks(commit, command):
+    """What all masks have in common that a commit of this project and a command have made."""
     return {
         "title": "Cloud mask of a Sentinel-3 SLSTR scene",
-        "institution": config.organisation,
-        "source": f"CloudMask, U-Net on the nine channels of SLSTR at 1 km, commit {commit}",
+        "source": "CloudMask, a network on the nine channels of SLSTR at 1 km, commit "
+        f"{commit or 'unknown'}",
         "history": f"{datetime.now(timezone.utc).isoformat(timespec='seconds')}: {command[:2000]}",
         "references": "MLCommons Science, CloudMask, https://github.com/mlcommons/science",
-        "run": run.name,
     }
 
 
@@ -165,6 +180,8 @@ def write_netcdf(scene, folder):
             options = {"compression": "gzip", "compression_opts": 4, "shuffle": True}
             if values.dtype == np.float32 and np.isnan(values).any():
                 options["fillvalue"] = np.float32(np.nan)
+            if values.dtype == np.uint8 and (values == FILL).any():
+                options["fillvalue"] = FILL
             dimensions, options = (("y", "x"), options) if values.ndim else ((), {})
             variable = file.create_variable(name, dimensions, values.dtype, **options)
             variable[...] = values
@@ -194,7 +211,7 @@ def _write_raster(scene, path, values, is_mask):
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning
 
-    options = {"nodata": 255} if is_mask else {"nodata": np.nan, "predictor": 3}
+    options = {"nodata": FILL} if is_mask else {"nodata": np.nan, "predictor": 3}
     if scene.positions:
         options |= {"gcps": control_points(**scene.positions), "crs": "EPSG:4326"}
     tags = {"flag_values": "0 1", "flag_meanings": MEANINGS} if is_mask else {}
@@ -262,10 +279,10 @@ WRITERS = {"netcdf": write_netcdf, "geotiff": write_geotiff, "png": write_png}
 
 def export(arguments, command):
     """Export the masks of a run."""
-    config = load_config(arguments.run / "config.yaml")
+    run, config = read_run(arguments.run), load_config(arguments.run / "config.yaml")
     masks = find_masks(arguments.run, arguments.scene)
     check_geodetic(arguments.geodetic, masks)
-    about_run = describe_run(arguments.run, config, command)
+    about_run = describe_run(run, config, command)
     try:
         scenes = {path.name: path for path in find_scenes(arguments.data or config.inference_dir)}
     except FileNotFoundError:
@@ -280,7 +297,7 @@ def export(arguments, command):
     folder, positioned = arguments.output or arguments.run / "export", 0
     for path in progress(masks, "Exporting", len(masks)):
         scene = read_masked_scene(path, scenes, arguments.geodetic, about_run)
-        WRITERS[arguments.format](scene, folder)
+        WRITERS[arguments.format](scene if arguments.keep_mask else scene.filled(), folder)
         positioned += bool(scene.positions)
     log.info(
         "Scenes exported: %d, of which %d with positions. Files: %s", len(masks), positioned, folder
@@ -294,6 +311,10 @@ def main(argv=None):
     add_mask_arguments(add)
     add("--format", choices=WRITERS, required=True)
     add("-o", "--output", type=Path, help="folder for the files (default: RUN_DIR/export)")
+    add(
+        "--keep-mask", action="store_true",
+        help="keep the mask and the probability where there are no data, without fill value",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     log_to_screen(arguments.verbose)
     command = shlex.join(["export_masks.py", *(argv or sys.argv[1:])])

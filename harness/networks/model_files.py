@@ -1,5 +1,6 @@
 """Networks from the table or from files: build, read, check, copy and describe them."""
 
+import contextlib
 from pathlib import Path
 
 import keras
@@ -36,16 +37,30 @@ def build_network(network, input_shape, policy="float32"):
     try:
         return check_model(NETWORKS[network](input_shape, policy), network, input_shape)
     except ValueError:  # which layer fails on a wrong size, and how, differs between networks
-        n_rows, n_cols, n_channels = input_shape
-        try:
-            multiple = geometry(NETWORKS[network]((None, None, n_channels))).multiple
-        except ValueError:
-            multiple = 1
-        if n_rows % multiple == n_cols % multiple == 0:
-            raise
+        any_size = (None, None, input_shape[2])
+        _check_size(network, lambda: NETWORKS[network](any_size), input_shape[:2])
+        raise
+
+
+def _check_size(source, build, size):
+    """Check a size against the multiple of a network, as far as its layers tell it.
+
+    Args:
+        source: Name of the network, for the error message.
+        build: Function that returns the network for images of any size, or raises ValueError.
+        size: (rows, cols), None where they vary.
+
+    Raises:
+        UserError: If rows or columns do not divide by the multiple.
+    """
+    try:
+        multiple = geometry(build()).multiple
+    except ValueError:
+        return
+    if any(n and n % multiple for n in size):
         raise UserError(
-            f"The network {network} takes patches whose rows and columns divide by {multiple}, "
-            f"found {n_rows} x {n_cols}. Choose another PATCH_SIZE."
+            f"The network {source} takes images whose rows and columns divide by {multiple}, "
+            f"found {size[0]} x {size[1]}. Choose another PATCH_SIZE."
         ) from None
 
 
@@ -65,15 +80,19 @@ def read_model(path, key="model_file"):
             f"No model file {path}. Set {key} to the .keras file of a trained model."
         )
     try:
-        model = keras.models.load_model(path, compile=False, safe_mode=True)
-        if len(model.inputs) == len(model.outputs) == 1:  # also Sequential, or a list of one input
-            model = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
-        return model
+        return as_functional(keras.models.load_model(path, compile=False, safe_mode=True))
     except Exception as error:
         # Keras' message continues with how to run the code of a trusted model, which has no use
         # here.
         reason = str(error).strip().partition("\n")[0].partition(" If you trust")[0]
         raise UserError(f"{path} cannot be read as a Keras model: {reason}") from error
+
+
+def as_functional(model):
+    """A model of one input and one output, perhaps Sequential or of lists of one, as a function."""
+    if len(model.inputs) == len(model.outputs) == 1:
+        model = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
+    return model
 
 
 def check_model(model, source, patch_shape):
@@ -119,8 +138,9 @@ def cast_model(model, policy, window=None):
 
     Args:
         model: Functional keras.Model.
-        policy: Keras dtype policy of all layers but the last, which computes in float32.
-        window: (rows, cols) of the copy's input; the model's own by default.
+        policy: Keras dtype policy of all layers but the last, which computes in float32; None keeps
+            the model's own.
+        window: (rows, cols) of the copy's input, None where they vary; the model's own by default.
 
     Raises:
         UserError: If the model does not take images of that size.
@@ -130,7 +150,7 @@ def cast_model(model, policy, window=None):
         if not isinstance(layer, keras.Layer):
             return layer  # an operator between tensors takes their dtype
         values = layer.get_config()
-        if layer is not model.layers[-1]:
+        if policy and layer is not model.layers[-1]:
             values["dtype"] = policy
         return type(layer).from_config(values)
 
@@ -139,13 +159,28 @@ def cast_model(model, policy, window=None):
     try:
         copy = keras.models.clone_model(model, input_tensors=inputs, clone_function=convert)
         copy.set_weights(model.get_weights())
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # TypeError: a layer calculates with None
+        _check_size(model.name, lambda: model, shape[:2])
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"The model cannot take images of {shape}: {reason}. Use inference_mode: patches, or a "
             "model that consists of convolutions."
         ) from error
     return copy
+
+
+def save_model(model, path):
+    """Save a model for images of all sizes that its layers allow, whatever it was trained on.
+
+    Args:
+        model: Functional keras.Model.
+        path: Of a .keras or .h5 file.
+    """
+    with contextlib.suppress(UserError):  # a model of one size is saved as it is
+        copy = cast_model(model, None, (None, None))
+        if copy.output_shape[1:3] == (None, None):
+            model = copy
+    model.save(path)
 
 
 def describe(network, model):

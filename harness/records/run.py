@@ -236,8 +236,10 @@ class Run:
                 f"learning_rate ({self._config.learning_rate}), or set precision: float32."
             )
         if row is state.best and self.is_chief:
+            from harness.networks.model_files import save_model
+
             with replacing(self.model_file) as temporary:
-                trainer.model.save(temporary)
+                save_model(trainer.model, temporary)
         if row["epoch"] % self._config.checkpoint_every == 0 or self.stop_reason(state):
             self._save_checkpoint(trainer, state)
         self._save_training(state, facts)

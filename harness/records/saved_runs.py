@@ -157,6 +157,11 @@ def read_run(folder):
         results |= {part: results.get(part) or {} for part in PARTS}
         if wrong := [part for part in PARTS if not isinstance(results[part], dict)]:
             raise ValueError(f"{wrong[0]} should be a dictionary")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{folder} is not the folder of a run: it has no results.json. "
+            "Name the folder of a run."
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{file} should be that of a run ({type(error).__name__}: {error}). "

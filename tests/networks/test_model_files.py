@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from harness.networks.model_files import (
     check_model,
     describe,
     read_model,
+    save_model,
 )
 from model import NETWORKS, unet
 
@@ -136,3 +140,60 @@ def test_model_of_one_size_is_rejected_with_a_reason():
     model = keras.Model(inputs, layers.Reshape((32, 32, 1))(x))
     with pytest.raises(UserError, match=r"\(48, 48, 9\).*inference_mode: patches"):
         cast_model(model, "float32", (48, 48))
+
+
+# Loads a model in plain Keras, and predicts an image and a larger one.
+PLAIN_KERAS = """
+import sys
+import keras, numpy as np
+model = keras.models.load_model(sys.argv[1])
+images = np.load(sys.argv[2])
+np.savez(sys.argv[3], *(model(images[:, :rows, :cols]) for rows, cols in ((32, 32), (64, 96))))
+assert not {"harness", "model", "cloudmask"} & set(sys.modules)
+"""
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_saved_model_takes_all_sizes_in_plain_keras(tmp_path, name, policy):
+    model, path = build_network(name, SHAPE, policy), tmp_path / "model.keras"
+    save_model(model, path)
+    inputs = images(1, 64, 96, 9)
+    np.save(tmp_path / "images.npy", inputs)
+    files = path, tmp_path / "images.npy", tmp_path / "answers.npz"
+    subprocess.run([sys.executable, "-c", PLAIN_KERAS, *files], check=True, cwd=tmp_path)
+    large = NETWORKS[name]((64, 96, 9), policy)
+    large.set_weights(model.get_weights())
+    found = np.load(files[2])
+    np.testing.assert_allclose(found["arr_0"], model(inputs[:, :32, :32]), atol=1e-5)
+    np.testing.assert_allclose(found["arr_1"], large(inputs), atol=1e-5)
+    again = build_network(str(path), SHAPE, policy)  # training starts from the file
+    assert again.input_shape == model.input_shape
+    assert describe(name, again) == describe(name, read_model(path)) == describe(name, model)
+    assert_equal_weights(again, model)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        layers.PReLU(),  # a weight for each pixel
+        layers.Reshape(SHAPE),  # its output has one size, whatever the input
+    ],
+)
+def test_model_of_one_size_is_saved_as_it_is(tmp_path, layer):
+    inputs = keras.Input(SHAPE)
+    model = keras.Model(inputs, layers.Conv2D(1, 1)(layer(inputs)))
+    save_model(model, tmp_path / "model.keras")
+    saved = read_model(tmp_path / "model.keras")
+    assert saved.input_shape == (None, *SHAPE)
+    np.testing.assert_array_equal(saved(images(1, *SHAPE)), model(images(1, *SHAPE)))
+
+
+def test_size_that_a_saved_model_cannot_halve_is_rejected(tmp_path):
+    save_model(unet(SHAPE), tmp_path / "model.keras")
+    model = read_model(tmp_path / "model.keras")
+    reason = "cloudmask_unet .* divide by 8, found 36 x 32.*PATCH_SIZE"
+    with pytest.raises(UserError, match=reason):
+        build_network(str(tmp_path / "model.keras"), (36, 32, 9))
+    with pytest.raises(UserError, match=reason):
+        cast_model(model, "float32", (36, 32))

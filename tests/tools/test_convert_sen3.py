@@ -119,6 +119,8 @@ def test_scene_holds_what_the_product_holds(day, tmp_path, view, shape):
     assert path == tmp_path / "day" / f"{product.stem}.hdf"
     scene = contents(path)
     assert {name: (v.shape, v.dtype.name) for name, v in scene.items()} == {
+        "latitude": (shape, "float32"),
+        "longitude": (shape, "float32"),
         "refs": ((*shape, 6), "float64"),
         "bts": ((*shape, 3), "float32"),
         "bayes": ((*shape, 1), "float64"),
@@ -314,13 +316,23 @@ def pack(product, path):
     return path
 
 
-def test_positions_have_the_names_that_export_masks_reads(day, tmp_path):
-    (path,) = convert(tmp_path, day[0], "--positions")
+@pytest.mark.parametrize("option", [[], ["--positions"]])
+def test_positions_have_the_names_that_export_masks_reads(day, tmp_path, option):
+    (path,) = convert(tmp_path, day[0], *option)
     positions = read_positions(path, None, path.stem, SHAPE)
     assert set(positions) == {"latitude", "longitude"}
     assert np.isnan(positions["latitude"][0, 0])
     for name, degrees in positions.items():
         np.testing.assert_allclose(degrees, day[1][f"{name}_nadir"], atol=1e-5)
+
+
+def test_positions_can_be_left_out(product, tmp_path, capsys):
+    (product / "geodetic_in.nc").unlink()
+    assert convert(tmp_path / "out", product, status=1) == []
+    line = capsys.readouterr().err.splitlines()[0]
+    assert line.endswith("geodetic_in.nc. Download it again, or use --no-positions.")
+    (path,) = convert(tmp_path / "out", product, "--no-positions")
+    assert read_positions(path, None, path.stem, SHAPE) == {}
 
 
 def test_zip_files_and_parallel_jobs_give_the_same_scenes(day, night, tmp_path):

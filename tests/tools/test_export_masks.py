@@ -93,9 +93,12 @@ def test_netcdf_holds_mask_probability_positions_and_time(run, scenes):
         mask, probability = stored(run, scene.stem)
         latitude, longitude = swath()
         with xarray.open_dataset(folder / f"{scene.stem}.nc", engine="h5netcdf") as opened:
-            np.testing.assert_array_equal(opened.cloud_mask, mask)
-            assert opened.cloud_mask.dtype == np.uint8
-            np.testing.assert_array_equal(opened.cloud_probability, probability)
+            valid = measured(scene)
+            np.testing.assert_array_equal(opened.cloud_mask, np.where(valid, mask, np.nan))
+            assert opened.cloud_mask.encoding["dtype"] == np.uint8
+            assert opened.cloud_mask.encoding["_FillValue"] == 255
+            expected = np.where(valid, probability, np.float32(np.nan))
+            np.testing.assert_array_equal(opened.cloud_probability, expected)
             np.testing.assert_array_equal(opened.data_available, measured(scene))
             assert 0 < measured(scene).mean() < 1
             np.testing.assert_array_equal(opened.latitude, latitude.astype(np.float32))
@@ -114,6 +117,26 @@ def test_netcdf_holds_mask_probability_positions_and_time(run, scenes):
             assert opened.attrs["source"].endswith(f"commit {commit or 'unknown'}")
         with h5py.File(folder / f"{scene.stem}.nc") as file:
             assert all(file[name].compression == "gzip" for name in ("cloud_mask", "latitude"))
+
+
+@pytest.mark.parametrize("kind", ["netcdf", "geotiff"])
+def test_mask_of_the_network_is_kept_on_demand(run, scenes, kind):
+    folder = export(run, kind, "--data", scenes[0].parents[1], "--keep-mask")
+    mask, probability = stored(run, scenes[0].stem)
+    assert not measured(scenes[0]).all()
+    if kind == "netcdf":
+        with xarray.open_dataset(folder / f"{scenes[0].stem}.nc", engine="h5netcdf") as opened:
+            found, likely = opened.cloud_mask.values, opened.cloud_probability.values
+    else:
+        with pytest.warns(rasterio.errors.NotGeoreferencedWarning):
+            files = [rasterio.open(folder / f"{scenes[0].stem}{end}.tif")
+                     for end in ("", "_probability")]  # fmt: skip
+        with files[0], files[1]:
+            np.testing.assert_array_equal(files[0].dataset_mask() == 255, measured(scenes[0]))
+            found, likely = (file.read(1) for file in files)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, mask)
+    np.testing.assert_array_equal(likely, probability)
 
 
 def check_cf(paths):
@@ -165,16 +188,17 @@ def test_geotiff_holds_mask_palette_and_missing_pixels(run, scenes):
     mask, probability = stored(run, scenes[0].stem)
     with pytest.warns(rasterio.errors.NotGeoreferencedWarning):  # no positions
         file = rasterio.open(folder / f"{scenes[0].stem}.tif")
+    valid = measured(scenes[0])
     with file:
-        np.testing.assert_array_equal(file.read(1), mask)
-        np.testing.assert_array_equal(file.dataset_mask() == 255, measured(scenes[0]))
+        np.testing.assert_array_equal(file.read(1), np.where(valid, mask, 255))
+        np.testing.assert_array_equal(file.dataset_mask() == 255, valid)
         assert file.nodata == 255  # what gdalwarp puts beside the swath: 0 would be clear
         assert file.colormap(1)[1] == (255, 255, 255, 255) and file.colormap(1)[0][2] > 100
         assert file.tags()["scene"] == scenes[0].name and file.gcps == ([], None)
     with pytest.warns(rasterio.errors.NotGeoreferencedWarning):
         file = rasterio.open(folder / f"{scenes[0].stem}_probability.tif")
     with file:
-        np.testing.assert_array_equal(file.read(1), probability)
+        np.testing.assert_array_equal(file.read(1), np.where(valid, probability, np.nan))
         assert np.isnan(file.nodata)
     assert {path.suffix for path in folder.iterdir()} == {".tif"}
 
@@ -206,7 +230,7 @@ def test_control_points_put_a_geotiff_on_the_map(run, scenes, west):
             dst_transform=rasterio.Affine(step, 0, left, 0, -step, top),
             SRC_METHOD="GCP_TPS",
         )
-    rows, cols = np.nonzero(on_map)
+    rows, cols = np.nonzero(on_map == 1)
     assert top - step * (rows.mean() + 0.5) == pytest.approx(latitude[50, 100], abs=0.005)
     found = left + step * (cols.mean() + 0.5)
     assert found == pytest.approx(longitude[50, 100] % 360, abs=0.01)
@@ -278,7 +302,8 @@ def test_export_replaces_an_earlier_one(run, scenes):
     with pytest.warns(rasterio.errors.NotGeoreferencedWarning):
         file = rasterio.open(folder / f"{scenes[0].stem}.tif")
     with file, h5py.File(run / "masks" / f"{scenes[0].stem}.h5") as masks:
-        np.testing.assert_array_equal(file.read(1), masks["mask"])
+        expected = np.where(measured(scenes[0]), masks["mask"], 255)
+        np.testing.assert_array_equal(file.read(1), expected)
     assert not (folder / f"{scenes[0].stem}_probability.tif").exists()
 
 
@@ -305,6 +330,7 @@ DATA = ["--data", "DATA"]
 @pytest.mark.parametrize(
     ("damage", "options", "reason"),
     [
+        (lambda run, _: (run / "results.json").unlink(), [], "RUN is not the folder of a run"),
         (lambda run, _: shutil.rmtree(run / "masks"), [], "No masks in"),
         (lambda run, scene: os.truncate(run / "masks" / f"{scene.stem}.h5", 2000), [], "MASK"),
         (None, ["--scene", "S3A_other"], "'S3A_other'"),
