@@ -1,5 +1,6 @@
 """README.md and docs/: the commands work, the links lead somewhere, the numbers are right."""
 
+import json
 import os
 import re
 import shutil
@@ -59,7 +60,7 @@ def execute(commands, checkout):
 
 @pytest.fixture(scope="session")
 def checkout(tmp_path_factory):
-    """A copy of the repository after `make demo`, with tiny scenes in data/."""
+    """A copy of the repository after `make demo`, with tiny scenes in data/ and a product."""
     folder = tmp_path_factory.mktemp("docs") / "cloudmask"
     files = subprocess.run(
         ["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=True
@@ -73,6 +74,9 @@ def checkout(tmp_path_factory):
     (folder / "demo.txt").write_text(execute("make demo", folder))
     demo = folder / "demo/outputs"
     make_dataset(folder / "data", train=4, inference=2, height=96, width=128, seed=7)
+    options = json.dumps({"height": 96, "width": 128, "views": ["nadir"]})
+    builder = REPOSITORY / "tests/tools/sen3_product.py"
+    subprocess.run([sys.executable, builder, folder / "products", options], check=True)
     for file, values in {"config.yaml": TINY, "target/demo.yaml": {"epochs": 1}}.items():
         config = yaml.safe_load((folder / file).read_text()) | values
         (folder / file).write_text(yaml.safe_dump(config))
