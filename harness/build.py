@@ -45,6 +45,7 @@ def open_run(task, ranks, found, skipped):
     try:
         work = json_sha256([mode, repr(config), names, str(task.folder)])
         devices = open_devices(config, ranks, folder=str(folder), skipped=skipped, work=work)
+        check_network(config, mode)
         if mode != "inference":
             check_training(config, devices)
         chief = devices.announcements[0]
@@ -78,24 +79,36 @@ def open_devices(config, ranks, **facts):
     )  # fmt: skip
 
 
+def check_network(config, mode):
+    """Check that the network, or the model to mask with, takes patches of the configured size.
+
+    Raises:
+        UserError: If it does not, or cannot be read.
+    """
+    import keras
+
+    from harness.networks.model_files import build_network, load_model
+
+    if mode == "inference":
+        load_model(config.model_file, config.patch_shape)
+    else:
+        build_network(config.network, config.patch_shape)
+        keras.utils.set_random_seed(config.seed)  # the weights have consumed random numbers
+
+
 def check_training(config, devices):
     """Check what can only be checked once devices and tables are known.
 
     Raises:
-        UserError: If batch_size, network, loss or augment cannot be used.
+        UserError: If batch_size, loss or augment cannot be used.
     """
     from harness.training.losses import LOSSES
-    from model import NETWORKS
 
     if config.batch_size < devices.n_replicas:
         raise UserError(
             f"batch_size {config.batch_size} is the global batch of all replicas, and there are "
             f"{devices.n_replicas}. Set it to at least {devices.n_replicas}."
         )
-    if not config.network.endswith(".keras"):
-        choose(NETWORKS, "network", config.network)
-    elif not Path(config.network).is_file():
-        raise UserError(f"No file {config.network}. Set network to a .keras file or a name.")
     choose(LOSSES, "loss", config.loss)
     choose(AUGMENTATIONS, "augment", config.augment)
 
