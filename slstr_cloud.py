@@ -77,7 +77,7 @@ def run_benchmark(task, ranks):
         log.info("Run %s", run.folder)
         for line in results.plan(config, mode, scenes, devices):
             log.info("  %s", line)
-        run.begin()
+        run.begin(build.clear_file_cache(config, devices, found.all))
         if mode != "inference":
             train(config, devices, run, scenes)
         if mode != "train":

@@ -5,22 +5,28 @@ What these objects call takes arrays, paths and numbers instead of the whole con
 
 import contextlib
 import functools
+import logging
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 
 from data_loader import MIXED_SCENES, PatchBatches, PatchGrid, SceneError, read_patches
+from harness.console import format_bytes
 from harness.data.bad_scenes import START
 from harness.data.cache import cached
+from harness.data.page_cache import evict
 from harness.errors import UserError
-from harness.files import json_sha256, lock
+from harness.files import json_sha256, lock, walk_files
 from harness.records.run import Run
 from harness.records.run_folder import make_folder
 from harness.signals import install_handlers
 from harness.training.augmentation import AUGMENTATIONS, patch_rng
 
 BOARD_PATCHES = 4  # whose masks TensorBoard shows
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -77,6 +83,42 @@ def open_devices(config, ranks, **facts):
         ranks, config.gpu, config.nodes, config.cpu_devices, config.deterministic, config.xla,
         config.seed, **facts,
     )  # fmt: skip
+
+
+def clear_file_cache(config, devices, paths):
+    """Evict scenes from the file cache of each node if the configuration says so.
+
+    Args:
+        config: Config.
+        devices: Devices.
+        paths: All scene files of the run.
+
+    Returns:
+        Counts of `page_cache.evict` over all nodes, `seconds` and whether all is `cleared`; None if
+        it was not asked for.
+    """
+    if not config.clear_file_cache:
+        return None
+    begin, is_first = time.perf_counter(), devices.launch.local_rank == 0
+    decoded = walk_files(config.cache_dir) if config.cache_dir else ()
+    counts = evict([*paths, *decoded] if is_first else [])  # once per node
+    counts = {name: round(sum(devices.gather(n))) for name, n in counts.items()}
+    total, left, untold = counts.values()
+    if left:
+        log.warning(
+            "The file cache is not clear: %s of %s remain in it. The file system is in memory, or "
+            "another process uses the files.", format_bytes(left), format_bytes(total),
+        )  # fmt: skip
+    if untold:
+        log.warning(
+            "Whether the file cache is clear is unknown for %s of %s: the kernel tells only those "
+            "who may write to the files, and not on file systems with a cache of their own.",
+            format_bytes(untold), format_bytes(total),
+        )  # fmt: skip
+    if not left and not untold:
+        log.info("  file cache  cleared of %s of scenes", format_bytes(total))
+    seconds = time.perf_counter() - begin
+    return {**counts, "seconds": seconds, "cleared": left == untold == 0}
 
 
 def check_network(config, mode):

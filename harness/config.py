@@ -117,6 +117,7 @@ class Config(BaseModel):
     mlperf_logfile: FilePath = Path("mlperf_cloudmask.log")
     cache_dir: FilePath | None = None
     no_cache: bool | None = None
+    clear_file_cache: bool = False
     on_bad_scene: Literal["stop", "skip"] = "stop"
     read_timeout: Annotated[float, Number, Field(gt=0, le=1e6)] = 600.0
 
