@@ -1,6 +1,7 @@
 """Make a series of runs, one after the other, here or by a launcher, and continue it later."""
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -10,7 +11,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 from harness import REPOSITORY
@@ -80,7 +80,7 @@ def make_runs(runs, resume):
     parent = runs[0].folder.parent
     parent.mkdir(parents=True, exist_ok=True)
     seconds = []  # of the runs so far
-    with lock(parent / ".series.lock", f"Another command makes runs in {parent}. Wait for it."):
+    with lock(parent, f"Another command makes runs in {parent}. Wait for it to finish."):
         for number, run in enumerate(runs, 1):
             title = f"Run {number} of {len(runs)}, {run.folder}"
             action, options = _prepare(run, resume)
@@ -117,9 +117,8 @@ def _prepare(run, resume):
                 if earlier["status"] == "success":
                     return "kept", []
                 return "continues", ["--resume", str(run.folder), *options]
-        aside = run.folder.with_name(
-            f"{run.folder.name}-aborted-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
-        )
+        names = (f"{run.folder.name}-aborted-{n}" for n in itertools.count(1))
+        aside = next(p for p in map(run.folder.with_name, names) if not p.exists())
         run.folder.rename(aside)
         log.warning("%s was aborted and is repeated; its files are now in %s", run.folder, aside)
     return "starts", new
