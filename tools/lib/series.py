@@ -93,6 +93,8 @@ def make_runs(runs, resume):
                 total = statistics.mean(seconds) * (len(runs) - number + 1)
                 left = f"; about {format_duration(total)} left in all"
             log.info("%s: %s%s", title, action, left)
+            if run.launch:
+                log.info("  by %s; its progress is in %s", run.launch, run.folder / "rank-0.log")
             begin = time.monotonic()
             _start(run, options)
             seconds.append(time.monotonic() - begin)
