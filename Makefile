@@ -38,6 +38,7 @@ torture: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck -x target/*.sh target/*.job target/*.bash .ci/run
 
 clean:
 	rm -rf $(VENV) $(DEMO)

@@ -13,6 +13,7 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 
+import harness.missing_packages  # noqa: F401, isort: skip  (before all packages)
 import numpy as np
 
 import data_loader
@@ -39,8 +40,7 @@ log = logging.getLogger("cloudmask")
 def main(argv=None):
     """Run the program and return its exit status.
 
-    0 is success, 2 an error that the user can fix, 143 and 130 mean SIGTERM and SIGINT, and 1 is
-    any other error.
+    0 is success, 2 an error that the user can fix, 143 SIGTERM, 130 SIGINT, 1 any other error.
     """
     arguments = parse_arguments(argv)
     log_to_screen(arguments.verbose)
@@ -77,7 +77,7 @@ def run_benchmark(task, ranks):
         log.info("Run %s", run.folder)
         for line in results.plan(config, mode, scenes, devices):
             log.info("  %s", line)
-        run.begin()
+        run.begin(build.clear_file_cache(config, devices, found.all))
         if mode != "inference":
             train(config, devices, run, scenes)
         if mode != "train":

@@ -5,22 +5,28 @@ What these objects call takes arrays, paths and numbers instead of the whole con
 
 import contextlib
 import functools
+import logging
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 
 from data_loader import MIXED_SCENES, PatchBatches, PatchGrid, SceneError, read_patches
+from harness.console import format_bytes
 from harness.data.bad_scenes import START
 from harness.data.cache import cached
+from harness.data.page_cache import evict
 from harness.errors import UserError
-from harness.files import json_sha256, lock
+from harness.files import json_sha256, lock, walk_files
 from harness.records.run import Run
 from harness.records.run_folder import make_folder
 from harness.signals import install_handlers
 from harness.training.augmentation import AUGMENTATIONS, patch_rng
 
 BOARD_PATCHES = 4  # whose masks TensorBoard shows
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -45,6 +51,7 @@ def open_run(task, ranks, found, skipped):
     try:
         work = json_sha256([mode, repr(config), names, str(task.folder)])
         devices = open_devices(config, ranks, folder=str(folder), skipped=skipped, work=work)
+        check_network(config, mode)
         if mode != "inference":
             check_training(config, devices)
         chief = devices.announcements[0]
@@ -82,24 +89,72 @@ def open_devices(config, ranks, **facts):
     )  # fmt: skip
 
 
+def clear_file_cache(config, devices, paths):
+    """Evict scenes from the file cache of each node if the configuration says so.
+
+    Args:
+        config: Config.
+        devices: Devices.
+        paths: All scene files of the run.
+
+    Returns:
+        Counts of `page_cache.evict` over all nodes, `seconds` and whether all is `cleared`; None if
+        it was not asked for.
+    """
+    if not config.clear_file_cache:
+        return None
+    begin, is_first = time.perf_counter(), devices.is_first_on_node
+    decoded = walk_files(config.cache_dir) if config.cache_dir else ()
+    counts = evict([*paths, *decoded] if is_first else [])  # once per node
+    counts = {name: round(sum(devices.gather(n))) for name, n in counts.items()}
+    total, left, untold = counts.values()
+    if left:
+        log.warning(
+            "The file cache is not clear: %s of %s remain in it. The file system is in memory, or "
+            "another process uses the files.", format_bytes(left), format_bytes(total),
+        )  # fmt: skip
+    if untold:
+        log.warning(
+            "Whether the file cache is clear is unknown for %s of %s: the kernel tells only those "
+            "who may write to the files, and not on file systems with a cache of their own.",
+            format_bytes(untold), format_bytes(total),
+        )  # fmt: skip
+    if not left and not untold:
+        log.info("  file cache  cleared of %s of scenes", format_bytes(total))
+    seconds = time.perf_counter() - begin
+    return {**counts, "seconds": seconds, "cleared": left == untold == 0}
+
+
+def check_network(config, mode):
+    """Check that the network, or the model to mask with, takes patches of the configured size.
+
+    Raises:
+        UserError: If it does not, or cannot be read.
+    """
+    import keras
+
+    from harness.networks.model_files import build_network, load_model
+
+    if mode == "inference":
+        load_model(config.model_file, config.patch_shape)
+    else:
+        build_network(config.network, config.patch_shape)
+        keras.utils.set_random_seed(config.seed)  # the weights have consumed random numbers
+
+
 def check_training(config, devices):
     """Check what can only be checked once devices and tables are known.
 
     Raises:
-        UserError: If batch_size, network, loss or augment cannot be used.
+        UserError: If batch_size, loss or augment cannot be used.
     """
     from harness.training.losses import LOSSES
-    from model import NETWORKS
 
     if config.batch_size < devices.n_replicas:
         raise UserError(
             f"batch_size {config.batch_size} is the global batch of all replicas, and there are "
             f"{devices.n_replicas}. Set it to at least {devices.n_replicas}."
         )
-    if not config.network.endswith(".keras"):
-        choose(NETWORKS, "network", config.network)
-    elif not Path(config.network).is_file():
-        raise UserError(f"No file {config.network}. Set network to a .keras file or a name.")
     choose(LOSSES, "loss", config.loss)
     choose(AUGMENTATIONS, "augment", config.augment)
 

@@ -5,8 +5,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.config import Config, load_config
+from harness.config import MODEL_SUFFIXES, Config, load_config
 from harness.errors import UserError
+from harness.preflight import check_model
 from harness.records.resume import MODES, find_requeued, load_resumed
 
 
@@ -73,20 +74,24 @@ def choose_task(arguments):
     folder = arguments.resume
     if arguments.model and (arguments.mode != "inference" or folder):
         raise UserError("--model can only be used with --mode inference of a new run.")
+    if arguments.model and arguments.model.suffix not in MODEL_SUFFIXES:
+        raise UserError(f"--model takes a .keras or .h5 file, found {arguments.model}.")
     if folder is None:
         overrides = list(arguments.set)
         if arguments.model:
             overrides.append(f"model_file={json.dumps(str(arguments.model))}")
         config = load_config(arguments.config or "config.yaml", overrides)
         mode = arguments.mode or "benchmark"
-        if mode == "check":
-            return Task(config, mode)
         if mode == "inference":  # the model is an input, relative to the current directory
             config = config.model_copy(update={"model_file": config.model_file.absolute()})
-        folder = find_requeued(config, mode)
+        folder = None if mode == "check" else find_requeued(config, mode)
         if folder is None:
+            check_model(config, mode)
             return Task(config, mode)
     config, earlier = load_resumed(folder, arguments.config, arguments.set)
     if arguments.mode not in (None, earlier["mode"]):
         raise UserError(f"{folder} is a run with --mode {earlier['mode']}: remove --mode.")
-    return Task(config, earlier["mode"], folder.resolve(), earlier)
+    task = Task(config, earlier["mode"], folder.resolve(), earlier)
+    if not task.is_finished:
+        check_model(config, task.mode)
+    return task

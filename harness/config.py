@@ -22,12 +22,14 @@ from harness.errors import UserError
 
 MAX_BYTES = 1 << 20  # of a configuration file; the one we ship has about 4500
 MAX_ERRORS = 30  # reported at once
+SIMILAR = 0.6  # of difflib's 0 to 1: 'epoch' and 'epochs' are at 0.9, 'foo' and 'platform' at 0.4
 COMBINED = ("PATCH_SIZE", "CROP_SIZE", "IMAGE_H", "IMAGE_W", "clip_offset")
 RESERVED = (  # names in a run's folder
     "config.yaml", "results.json", "history.csv", "scenes.csv", "samples.csv", "report.html",
     "report_scenes", "masks", "checkpoints", "bad_scenes", "tensorboard",
 )  # fmt: skip
 FILE_KEYS = ("model_file", "log_file", "mlperf_logfile")  # files that a run writes
+MODEL_SUFFIXES = (".keras", ".h5")
 FOLDER_KEYS = ("train_dir", "inference_dir", "output_dir", "cache_dir")
 V1_UPPER_CASE = ("patch_size", "image_h", "image_w", "n_channels", "min_sst", "crop_size")
 
@@ -115,6 +117,7 @@ class Config(BaseModel):
     mlperf_logfile: FilePath = Path("mlperf_cloudmask.log")
     cache_dir: FilePath | None = None
     no_cache: bool | None = None
+    clear_file_cache: bool = False
     on_bad_scene: Literal["stop", "skip"] = "stop"
     read_timeout: Annotated[float, Number, Field(gt=0, le=1e6)] = 600.0
 
@@ -203,7 +206,7 @@ class Config(BaseModel):
             problems.append(f"profile_steps {list(self.profile_steps)} should be [first, last]")
         if self.profile_steps and not self.tensorboard:
             problems.append("profile_steps needs tensorboard: true")
-        if self.model_file.suffix not in (".keras", ".h5"):
+        if self.model_file.suffix not in MODEL_SUFFIXES:
             problems.append(f"model_file {self.model_file} must end in .keras or .h5")
         problems += self._wrong_file_names()
         if problems:
@@ -290,7 +293,8 @@ def load_config(path, overrides=()):
         raise UserError(
             f"{path} should contain lines of 'key: value', found a {type(values).__name__}."
         )
-    return check({**values, **dict(map(_override, overrides))}, path)
+    overriding = dict(map(_override, overrides))
+    return check({**values, **overriding}, path, overriding)
 
 
 def _override(text):
@@ -303,8 +307,17 @@ def _override(text):
         raise UserError(f"--set {key}: '{value}' is not a YAML value: {error}.") from None
 
 
-def check(values, source):
-    """Turn a dictionary of values into a Config, or raise one UserError with all its errors."""
+def check(values, source, overriding=()):
+    """Turn a dictionary of values into a Config.
+
+    Args:
+        values: {key: value}.
+        source: What error messages name: the file of the values.
+        overriding: Keys whose value is that of the option --set.
+
+    Raises:
+        UserError: With all errors of the values.
+    """
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -315,9 +328,14 @@ def check(values, source):
             Config.model_validate({k: v for k, v in values.items() if k not in bad})
         except ValidationError as error:
             errors += error.errors()
-    lines = dict.fromkeys(_explain(e) for e in errors[:MAX_ERRORS])
+    places = {}  # {file or option: its errors}
+    for e in errors[:MAX_ERRORS]:
+        keys = e["loc"][:1] or re.findall(r"\w+", e["msg"])  # a combination names its keys
+        place = "--set" if set(keys) & set(overriding) else source
+        places.setdefault(place, {})[_explain(e)] = None
+    text = "; ".join(f"{place}: {'; '.join(lines)}" for place, lines in places.items())
     more = f"; and {len(errors) - MAX_ERRORS} more" if len(errors) > MAX_ERRORS else ""
-    raise UserError(f"{source}: {'; '.join(lines)}{more}.")
+    raise UserError(f"{text}{more}.")
 
 
 def _explain(error):
@@ -325,8 +343,9 @@ def _explain(error):
     if error["type"] == "extra_forbidden":
         known = [field.alias for field in Config.model_fields.values()]
         folded = {name.lower(): name for name in known}
-        near = difflib.get_close_matches(key.lower(), folded, n=1, cutoff=0.0)
-        return f"unknown key {_shown(key)}, the nearest known one is '{folded[near[0]]}'"
+        near = difflib.get_close_matches(key.lower(), folded, n=1, cutoff=SIMILAR)
+        hint = f"similar: '{folded[near[0]]}'" if near else "config.yaml lists all keys"
+        return f"unknown key {_shown(key)} ({hint})"
     message = error["msg"].removeprefix("Value error, ")
     return f"{key}: {message}, found {_shown(error['input'])}" if key else message
 

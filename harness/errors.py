@@ -3,7 +3,14 @@
 import errno
 import os
 
-INSTALL_TOOLS = "pip install -r requirements-tools.txt"
+from harness import REPOSITORY
+
+# Packages, by the names that are imported, of requirements-tools.txt; all others are of
+# requirements.txt.
+TOOLS_PACKAGES = {
+    "PIL", "boto3", "botocore", "h5netcdf", "onnx", "onnxruntime", "rasterio", "scipy",
+    "tensorboard", "tf2onnx",
+}  # fmt: skip
 
 
 class UserError(ValueError):
@@ -16,6 +23,8 @@ class Failure(RuntimeError):
 
 def one_line(error):
     """The text of an error on the screen; with its type where the message is not ours."""
+    if isinstance(error, ModuleNotFoundError):
+        return missing_package(error.name)
     if isinstance(error, OSError) and error.filename:
         # HDF5 fills strerror with many lines of its own.
         reason = os.strerror(error.errno) if error.errno else error.strerror
@@ -26,12 +35,22 @@ def one_line(error):
     return f"{type(error).__name__}: {first} (use --verbose for the traceback)"
 
 
+def missing_package(name):
+    """What to do about a missing package, as one line."""
+    package, python = str(name).partition(".")[0], REPOSITORY / ".venv/bin/python"
+    missing = f"the package {package} is missing. Install it: pip install -r"
+    if package in TOOLS_PACKAGES:
+        return f"{missing} requirements-tools.txt"
+    made = f", or use {python}, which `make demo` made" if python.exists() else ""
+    return f"{missing} requirements.txt{made}"
+
+
 def is_user_error(error):
-    """Whether the user can fix an error: a wrong value, file or permission, or a full disk."""
+    """Whether the user can fix an error: a wrong value or file, a missing package, a full disk."""
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.ENOSPC, errno.EDQUOT):
         return True
     return isinstance(
         error,
         UserError | FileNotFoundError | FileExistsError | NotADirectoryError
-        | IsADirectoryError | PermissionError,
+        | IsADirectoryError | PermissionError | ModuleNotFoundError,
     )  # fmt: skip

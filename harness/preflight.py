@@ -1,5 +1,6 @@
-"""Before a run: which scenes it uses, and whether the disk has room for its results."""
+"""Before a run: its model, which scenes it uses, and whether the disk has room for its results."""
 
+import ast
 import logging
 import shutil
 from collections import Counter
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_loader import SceneError, check_scene, find_scenes, split_scenes
+from harness import REPOSITORY
 from harness.console import counted, format_bytes, progress
 from harness.data.bad_scenes import START, BadScenes
 from harness.data.prefetch import ReaderPool
@@ -128,6 +130,42 @@ class FoundScenes:
         good, inference = sets
         train, validation = split_scenes(good, train_split) if good else ([], [])
         return Scenes(train, validation, inference)
+
+
+def check_model(config, mode):
+    """Check the network or the model file of a run, as far as that needs no TensorFlow.
+
+    Raises:
+        UserError: If there is no such network or file.
+    """
+    if mode == "inference":
+        if not config.model_file.is_file():
+            raise UserError(
+                f"No model file {config.model_file}. Name a trained model, for example --model "
+                "outputs/RUN/model.keras."
+            )
+    elif config.network.endswith(".keras"):
+        if not Path(config.network).is_file():
+            raise UserError(f"No file {config.network}. Set network to a .keras file or a name.")
+    elif (names := network_names()) and config.network not in names:
+        raise UserError(
+            f"Unknown network '{config.network}'. Set network to {' or '.join(names)}, or to the "
+            "path of a .keras file."
+        )
+
+
+def network_names():
+    """The names in NETWORKS of model.py, which imports TensorFlow and is therefore only read.
+
+    Returns:
+        List of the names; empty if the table is not written as a dictionary of texts.
+    """
+    tree = ast.parse((REPOSITORY / "model.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "NETWORKS":
+            keys = getattr(node.value, "keys", [])
+            return [key.value for key in keys if isinstance(key, ast.Constant)]
+    return []
 
 
 def choose_skipped(config, mode, found, folder=None):

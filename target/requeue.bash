@@ -2,7 +2,7 @@
 # time limit (#SBATCH --signal=B:USR1@300) the run receives SIGTERM, saves a checkpoint and exits with
 # 143; the job is then requeued, and the program finds its run and continues it.
 requeue_unless_done() {
-    local near_limit= status=0
+    local near_limit='' status=0
     trap 'near_limit=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1    # to the step's processes
     "$@" &
     wait $! || status=$?

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import keras
 import numpy as np
 import pytest
 from conftest import HEIGHT, PATCH, WIDTH
@@ -12,6 +13,7 @@ import data_loader
 from harness import build
 from harness.config import load_config
 from harness.errors import UserError
+from harness.networks.model_files import build_network
 from harness.training.augmentation import AUGMENTATIONS
 from model import unet
 
@@ -69,8 +71,6 @@ def test_augment_changes_training_patches_alone(configure):
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"network": "unett"}, "Unknown network 'unett'. Choose one of unet"),
-        ({"network": "absent.keras"}, "absent.keras. Set network"),
         ({"loss": "squared"}, "Unknown loss 'squared'. Choose one of cross_entropy"),
         ({"augment": "noise"}, f"Choose one of {', '.join(AUGMENTATIONS)}"),
         ({"batch_size": 2}, "there are 3. Set it to at least 3"),
@@ -103,3 +103,16 @@ def test_reference_predictor_takes_patches_in_float32(configure):
     scene = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     scene = np.pad(scene, (*plain.grid.padding, (0, 0)))
     np.testing.assert_array_equal(reference(scene)[0], plain(scene)[0])
+
+
+def test_check_of_the_network_changes_no_initial_weight(configure):
+    config = configure()
+
+    def weights():
+        return build_network(config.network, config.patch_shape).get_weights()
+
+    keras.utils.set_random_seed(config.seed)
+    expected = weights()
+    build.check_network(config, "train")
+    for found, wanted in zip(weights(), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)

@@ -179,6 +179,24 @@ def test_set_overrides_the_file_in_yaml(tmp_path):
         load(tmp_path, "epochs: 3", "epochs")
 
 
+@pytest.mark.parametrize(
+    ("text", "override", "error"),
+    [
+        ("", "epochs=none", "--set: epochs: "),
+        ("", "epoch=3", "--set: unknown key 'epoch' (similar: 'epochs')."),
+        ("foo: 1", "seed=2", "config.yaml: unknown key 'foo' (config.yaml lists all keys)."),
+        ("", "CROP_SIZE=300", "--set: CROP_SIZE 300 must be smaller than PATCH_SIZE 256."),
+        ("CROP_SIZE: 300", "seed=2", "config.yaml: CROP_SIZE 300 must be smaller than PATCH_SIZE"),
+        ("seed: x", "epochs=0", "config.yaml: seed: "),
+        ("seed: x", "epochs=0", "; --set: epochs: "),
+    ],
+)
+def test_error_names_the_file_or_the_option_of_the_key(tmp_path, text, override, error):
+    with pytest.raises(UserError) as raised:
+        load(tmp_path, text, override)
+    assert error in str(raised.value)
+
+
 def test_paths_expand_variables(tmp_path, monkeypatch):
     monkeypatch.setenv("SCENES", "/scenes")
     assert str(load(tmp_path, "train_dir: ${SCENES}/one-day").train_dir) == "/scenes/one-day"

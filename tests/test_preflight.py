@@ -1,6 +1,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -10,9 +12,11 @@ from conftest import HEIGHT, PATCH, WIDTH, results, rewrite, rows, spoil, start
 import data_loader
 import slstr_cloud
 from data_loader import SceneError
+from harness import REPOSITORY
 from harness.console import format_bytes, format_duration, table
 from harness.data.bad_scenes import BadScenes
-from harness.preflight import Scenes, check_free_space, check_scenes
+from harness.preflight import Scenes, check_free_space, check_scenes, network_names
+from model import NETWORKS
 
 SHAPE = (HEIGHT, WIDTH, 9)
 
@@ -369,3 +373,32 @@ def test_bad_scenes_are_recorded_and_can_be_tried_again(tmp_path):
     ]
     bad.forget("inference")
     assert bad.paths("inference") == [] and bad.paths("start") == [str(tmp_path / "t")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--set", "network=nonet"], f"Set network to {' or '.join(NETWORKS)}"),
+        (["--set", "network=no.keras"], "no.keras"),
+        (["--mode", "inference"], "--model outputs/RUN/model.keras"),
+        (["--mode", "inference", "--model", "no.keras"], "no.keras"),
+    ],
+)
+def test_missing_models_are_reported_before_tensorflow_is_imported(tmp_path, arguments, reason):
+    (tmp_path / "config.yaml").touch()
+    code = (
+        f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); import slstr_cloud\n"
+        "status = slstr_cloud.main(sys.argv[1:]); print(status, 'tensorflow' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "False"]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("Error: ") and reason in line
+
+
+def test_names_of_networks_are_those_of_the_table(tmp_path, monkeypatch):
+    assert network_names() == list(NETWORKS)
+    monkeypatch.setattr("harness.preflight.REPOSITORY", tmp_path)
+    (tmp_path / "model.py").write_text("NETWORKS = dict(mine=None)")
+    assert network_names() == []  # then the table is asked once TensorFlow is imported

@@ -503,13 +503,26 @@ def test_other_scenes_are_rejected(copy_of_stopped, tmp_path, quick, capsys):
     assert "scenes" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", "{}"])
-def test_folder_that_is_no_run_is_one_error_line(tmp_path, content, capsys):
-    if content is not None:
-        (tmp_path / "results.json").write_text(content)
-    assert resume(tmp_path) == 2
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        (None, "no such folder"),
+        ({}, "it has no results.json and no config.yaml"),
+        ({"results.json": "{}"}, "it has no config.yaml"),
+        ({"results.json": "", "config.yaml": ""}, "its results.json is damaged"),
+        ({"results.json": "[]", "config.yaml": ""}, "its results.json is damaged"),
+        ({"results.json": "{}", "config.yaml": ""}, "its results.json is damaged"),
+    ],
+)
+def test_folder_that_is_no_run_is_one_error_line(tmp_path, files, reason, capsys):
+    folder = tmp_path / "run"
+    if files is not None:
+        folder.mkdir()
+        for name, content in files.items():
+            (folder / name).write_text(content)
+    assert resume(folder) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "cannot be resumed" in line
+    assert f"{folder} cannot be resumed: {reason}" in line and "Errno" not in line
 
 
 def test_run_that_cannot_begin_to_sample_is_aborted_and_resumes(copy_of_stopped, whole, capsys):

@@ -479,6 +479,9 @@ def copy_of_training_scenes(dataset, tmp_path):
         ({"output_dir": "/proc/nowhere"}, "/proc/nowhere"),
         ({"IMAGE_H": 120}, "dataset 'refs' has shape (100, 135, 6)"),
         ({"N_CHANNELS": 8}, "dataset 'refs' has shape (100, 135, 6)"),
+        ({"PATCH_SIZE": 30}, "rows and columns divide by 8, found 30 x 30"),
+        ({"network": "nonet"}, "Unknown network 'nonet'. Set network to unet"),
+        ({"network": "{tmp_path}/no.keras"}, "no.keras"),
     ],
 )  # fmt: skip
 def test_user_error_is_one_line_and_exit_status_2(settings, tmp_path, capsys, change, words):
@@ -489,6 +492,7 @@ def test_user_error_is_one_line_and_exit_status_2(settings, tmp_path, capsys, ch
     run = start(tmp_path, {**settings, **change})
     (line,) = error_lines(capsys)
     assert run.status == 2 and words in line
+    assert run.folder is None
 
 
 def test_bad_scene_aborts_the_run_with_its_name(dataset, settings, tmp_path, capfd):
@@ -569,7 +573,9 @@ def test_unreadable_model_is_named(settings, tmp_path, capsys, monkeypatch, cont
     if content:
         model.write_bytes(content)
     run = start(tmp_path, settings, "--mode", "inference", "--model", "m.keras")
-    assert run.status == 2 and str(model) in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert run.status == 2 and str(model) in error and ("--model" in error or content)
+    assert run.folder is None
 
 
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
@@ -605,6 +611,7 @@ def test_patch_size_that_a_model_does_not_take_is_rejected(
     changed = {**settings, "model_file": str(path), "PATCH_SIZE": patch_size}
     run = start(tmp_path, changed, "--mode", "inference")
     assert run.status == 2 and reason in capsys.readouterr().err
+    assert run.folder is None
 
 
 def without_labels(dataset, folder, n):
@@ -687,6 +694,11 @@ def test_model_whose_output_is_not_finite_is_rejected(settings, tmp_path, capsys
     arguments = "--mode", "inference", "--model", str(tmp_path / "m.keras")
     run = start(tmp_path / "out", settings, *arguments)
     assert run.status == 1 and "probabilities that are not finite" in capsys.readouterr().err
+
+
+def test_file_that_is_no_model_is_rejected_by_its_name(settings, tmp_path, capsys):
+    run = start(tmp_path, settings, "--mode", "inference", "--model", "m.txt")
+    assert run.status == 2 and "--model takes a .keras or .h5 file" in capsys.readouterr().err
 
 
 def test_option_model_is_for_inference_only(settings, tmp_path, capsys):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # python tools/x.py, from anywhere
 
+import harness.missing_packages  # noqa: E402, F401
+
 log = logging.getLogger("tools")
 
 
@@ -22,7 +24,7 @@ def exit_status(work, verbose=False, when_stopped=""):
         0; 2 for an error that the user can fix, also a missing package; 130 after SIGINT; 143 after
         SIGTERM in a command that handles it; 1 for any other error.
     """
-    from harness.errors import INSTALL_TOOLS, is_user_error, one_line
+    from harness.errors import is_user_error, one_line
     from harness.signals import Interrupted
 
     try:
@@ -36,9 +38,6 @@ def exit_status(work, verbose=False, when_stopped=""):
     except Exception as error:
         if verbose:
             traceback.print_exc()
-        if isinstance(error, ModuleNotFoundError):
-            log.error("Error: the package %s is missing. Install it: %s", error.name, INSTALL_TOOLS)
-            return 2
         log.error("Error: %s", one_line(error))
         return 2 if is_user_error(error) else 1
     return 0

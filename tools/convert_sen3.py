@@ -44,11 +44,12 @@ import zlib
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path, PurePosixPath
 
+from _command import exit_status  # isort: skip  (before all packages)
+
 # NetCDF-4 is HDF5: h5py reads it, and netCDF4 would load a second HDF5 library.
 import h5py
 import numpy as np
 
-from _command import exit_status
 from harness.console import counted, log_to_screen
 from harness.data.hdf5 import is_fill, open_hdf5, open_numbers, unpack
 from harness.data.scene_files import PRODUCT_NAME

@@ -28,10 +28,11 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
+from _command import exit_status  # isort: skip  (before all packages)
+
 import h5py
 import numpy as np
 
-from _command import exit_status
 from harness.config import load_config
 from harness.console import log_to_screen, printable, progress
 from harness.data.hdf5 import open_hdf5, open_numbers

@@ -22,9 +22,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+from _command import exit_status  # isort: skip  (before all packages)
+
 import numpy as np
 
-from _command import exit_status
 from harness.config import load_config
 from harness.console import log_to_screen
 from harness.errors import Failure, UserError

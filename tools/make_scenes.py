@@ -15,10 +15,11 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+from _command import exit_status  # isort: skip  (before all packages)
+
 import h5py
 import numpy as np
 
-from _command import exit_status
 from harness.console import log_to_screen
 from harness.errors import UserError
 from harness.files import replacing

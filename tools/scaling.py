@@ -5,30 +5,26 @@ r"""Measure how training scales over replicas: make runs at several counts, or r
         --launch 'sbatch --wait --nodes={ranks} target/rivanna.sh'
     python tools/scaling.py -o scaling RUN_DIR [RUN_DIR ...]
 
-Writes scaling.csv, scaling.txt (a table for people, with the fitted serial share) and scaling.png.
+The same command makes the runs that are missing, and repeats aborted ones. Also if a run fails, it
+writes scaling.csv, scaling.txt (a table for people, with the fitted serial share) and scaling.png.
 patches_per_second and seconds_per_epoch are those of the training steps of all epochs but the
 first, as results.json gives them.
 """
 
 import argparse
-import contextlib
 import hashlib
-import json
 import logging
-import os
-import shlex
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 from _command import exit_status
-from harness import REPOSITORY
 from harness.console import log_to_screen
 from harness.errors import UserError
 from harness.files import write_csv, write_text
-from harness.parallel.rendezvous import reserve_port
 from harness.records import saved_runs
+from harness.signals import Interrupted, install_handlers
+from tools.lib.series import PlannedRun, add_run_arguments, make_runs
 
 COLUMNS = (
     "scaling", "replicas", "nodes", "ranks", "batch_size", "repeats", "patches_per_second",
@@ -50,45 +46,22 @@ def plan(replicas, ranks, kinds, batch_size, repeats):
     return [(*run, repeat) for repeat in range(repeats) for run in dict.fromkeys(runs)]
 
 
-def make_run(run, output, arguments):
-    """Make one run of `plan`, unless it exists; return its folder."""
+def planned_run(run, output, arguments):
+    """A run of `plan` as a PlannedRun."""
     n, ranks, batch_size, repeat = run
     settings = repr((arguments.config, arguments.set, arguments.launch))  # each has its own runs
     key = hashlib.sha256(settings.encode()).hexdigest()[:8]
-    name = f"{key}-replicas{n}-ranks{ranks}-batch{batch_size}-{repeat}"
-    folder = output / "runs" / name
-    log.info("%s %s", name, "exists" if folder.exists() else "...")
-    if folder.exists():
-        return folder
-    folder.parent.mkdir(exist_ok=True)
-    changed = [f"batch_size={batch_size}", f"output_dir={folder.parent}", f"run_name={name}"]
+    changes = [*arguments.set, f"batch_size={batch_size}"]
     if not arguments.launch:
-        changed += [f"cpu_devices={n if ranks == 1 else 1}", *["gpu=0"] * bool(arguments.replicas)]
-    options = ["--config", arguments.config, "--mode", "train", "--set", *arguments.set, *changed]
-    if not arguments.launch:
-        command = [sys.executable, str(REPOSITORY / "slstr_cloud.py"), *options]
-        run_here(command, ranks, folder.with_name(f"{name}.log"))
-        return folder
-    command = shlex.split(arguments.launch.format(ranks=ranks, replicas=n))
-    if status := subprocess.run([*command, *options], check=False).returncode:
-        raise UserError(f"{shlex.join(command)} ended with exit status {status}, see above.")
-    return folder
-
-
-def run_here(command, ranks, log_file):
-    """Run a command in so many processes, connected by TF_CONFIG; messages go to the log file."""
-    environments = [{}]
-    if ranks > 1:
-        with contextlib.ExitStack() as stack:
-            sockets = [stack.enter_context(reserve_port()) for _ in range(ranks)]
-            cluster = {"worker": [f"localhost:{s.getsockname()[1]}" for s in sockets]}
-        tasks = ({"type": "worker", "index": rank} for rank in range(ranks))
-        environments = [{"TF_CONFIG": json.dumps({"cluster": cluster, "task": t})} for t in tasks]
-    with log_file.open("w", encoding="utf-8") as file:
-        started = [subprocess.Popen(command, env=os.environ | e, stderr=file) for e in environments]
-        statuses = [process.wait() for process in started]
-    if any(statuses):
-        raise UserError(f"A run ended with exit status {statuses}. {log_file} gives the reason.")
+        changes += [f"cpu_devices={n if ranks == 1 else 1}", *["gpu=0"] * bool(arguments.replicas)]
+    return PlannedRun(
+        output / "runs" / f"{key}-replicas{n}-ranks{ranks}-batch{batch_size}-{repeat}",
+        arguments.config,
+        changes,
+        mode="train",
+        launch=arguments.launch and arguments.launch.format(ranks=ranks, replicas=n),
+        ranks=ranks,
+    )
 
 
 def read_run(folder):
@@ -217,15 +190,13 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN_DIR", help="read these runs instead of making some")
     add("-o", "--output", type=Path, required=True, help="folder for the results")
-    add("--config", default="config.yaml", help="configuration of the runs (default config.yaml)")
     add("--replicas", type=int, nargs="*", default=[], help="virtual CPU devices in one process")
     add("--ranks", type=int, nargs="*", default=[], help="processes, here or with --launch")
     add("--kinds", nargs="+", choices=("strong", "weak"), default=["strong", "weak"])
     add("--batch-size", type=int, default=32, help="global batch of one replica (default 32)")
     add("--repeats", type=int, default=3, help="runs of each count (default 3)")
     add("--launch", help="command that starts {ranks} ranks and takes the program's options")
-    add("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[])
-    add("--verbose", action="store_true", help="show tracebacks")
+    add_run_arguments(add)
     arguments = parser.parse_args(argv)
     if not (arguments.runs or arguments.replicas or arguments.ranks):
         parser.error("name runs to read, or use --replicas or --ranks to make some")
@@ -234,26 +205,38 @@ def parse_arguments(argv):
 
 def work(arguments):
     """Make or read runs, and write the tables and the plot."""
-    output = arguments.output.resolve()
+    output, failure = arguments.output, None
     output.mkdir(parents=True, exist_ok=True)
-    counts = arguments.replicas, arguments.ranks, arguments.kinds
-    runs = plan(*counts, arguments.batch_size, arguments.repeats)
-    folders = arguments.runs or [make_run(run, output, arguments) for run in runs]
+    folders = arguments.runs
+    if not folders:
+        counts = arguments.replicas, arguments.ranks, arguments.kinds
+        runs = plan(*counts, arguments.batch_size, arguments.repeats)
+        runs = [planned_run(run, output, arguments) for run in runs]
+        try:
+            make_runs(runs, resume=False)  # a resumed run has other times than a whole one
+        except (UserError, Interrupted) as error:
+            failure = error
+        folders = [run.folder for run in runs if run.has_finished]
     rows = tabulate([read_run(folder) for folder in folders])
+    if rows:
+        write_csv(output / "scaling.csv", COLUMNS, rows)
+        write_text(output / "scaling.txt", text_table(rows))
+        draw(rows, output / "scaling.png")
+        sys.stdout.write(text_table(rows))
+        log.info("Tables and plot of %d runs are in %s", len(folders), output)
+    if failure:
+        raise failure
     if not rows:
         raise UserError("Scaling needs runs with at least two numbers of replicas, found one.")
-    write_csv(output / "scaling.csv", COLUMNS, rows)
-    write_text(output / "scaling.txt", text_table(rows))
-    draw(rows, output / "scaling.png")
-    sys.stdout.write(text_table(rows))
-    log.info("Tables and plot are in %s", output)
 
 
 def main(argv=None):
     """Run the program and return its exit status."""
     arguments = parse_arguments(argv)
     log_to_screen(arguments.verbose)
-    return exit_status(lambda: work(arguments), arguments.verbose)
+    install_handlers()
+    again = "The same command makes the remaining runs."
+    return exit_status(lambda: work(arguments), arguments.verbose, again)
 
 
 if __name__ == "__main__":

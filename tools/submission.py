@@ -37,10 +37,11 @@ import statistics
 import sys
 from pathlib import Path
 
+from _command import exit_status  # isort: skip  (before all packages)
+
 import yaml
 from mlperf_logging.mllog import constants
 
-from _command import exit_status
 from harness.config import FILE_KEYS, FOLDER_KEYS, Config, check, load_config, resolved
 from harness.console import counted, format_bytes, log_to_screen, printable
 from harness.errors import UserError

@@ -34,6 +34,13 @@ def load_resumed(folder, config_file=None, overrides=()):
         UserError: If this is not the folder of a run, or keys that matter have changed.
     """
     folder = Path(folder)
+    files = ("results.json", "config.yaml")
+    if missing := [name for name in files if not (folder / name).exists()]:
+        reason = f"it has no {' and no '.join(missing)}" if folder.is_dir() else "no such folder"
+        raise UserError(
+            f"{folder} cannot be resumed: {reason}. --resume takes the folder of a run, with "
+            f"{' and '.join(files)}."
+        )
     try:
         with open_regular(folder / "results.json") as results:
             earlier = json.loads(results.read())
@@ -43,8 +50,8 @@ def load_resumed(folder, config_file=None, overrides=()):
         _ = [part["start"] + part["status"] for part in parts], sum(p["seconds"] for p in parts)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
-            f"{folder} cannot be resumed: --resume needs the folder of a run with its config.yaml "
-            f"and results.json ({type(error).__name__}: {error})."
+            f"{folder} cannot be resumed: its results.json is damaged ({type(error).__name__}: "
+            f"{error}). Restore it, or start a new run."
         ) from None
     if (found := earlier.get("format")) != FORMAT:
         raise UserError(

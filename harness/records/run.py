@@ -132,15 +132,20 @@ class Run:
         """A file of the run: in its folder unless absolute."""
         return self.folder / name
 
-    def begin(self):
-        """Log who runs what and that the set-up begins; or that the run continues."""
+    def begin(self, file_cache):
+        """Log who runs what and that the set-up begins; or that the run continues.
+
+        Args:
+            file_cache: How far the file cache was cleared, see build.clear_file_cache; or None.
+        """
+        self.results["parts"][-1]["file_cache"] = file_cache
         if self.continues:
             state = self._found[1]
             log.info("Continuing in epoch %d, step %d.", state.epoch, state.step + 1)
             self.mllog.event(mlperf_log.RESUMED, self.part, metadata={"epoch_num": state.epoch})
             return
         mlperf_log.log_submission(self.mllog, self._config, self.results["git_commit"])
-        self.mllog.event(keys.CACHE_CLEAR, False)  # the system's file cache is left as it is
+        self.mllog.event(keys.CACHE_CLEAR, file_cache is not None and file_cache["cleared"])
         if self.part:
             self.mllog.event(mlperf_log.RESUMED, self.part, metadata={"epoch_num": 1})
         self.mllog.start(keys.INIT_START)

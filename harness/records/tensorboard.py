@@ -5,7 +5,7 @@ tensorboard --logdir outputs/RUN/tensorboard
 
 import numpy as np
 
-from harness.errors import INSTALL_TOOLS, UserError
+from harness.errors import UserError, missing_package
 
 COLDEST, WARMEST = -3.5, 1.5  # normalised S9 shown as white and black: 193 K, 303 K
 
@@ -42,10 +42,8 @@ class TensorBoard(NoBoard):
 
         try:
             import tensorboard  # noqa: F401  (tf.summary needs it)
-        except ModuleNotFoundError:
-            raise UserError(
-                f"tensorboard: true needs the package tensorboard. Install it: {INSTALL_TOOLS}"
-            ) from None
+        except ModuleNotFoundError as error:
+            raise UserError(f"tensorboard: true: {missing_package(error.name)}") from None
         self._tf, self._folder = tf, str(folder)
         self._channels, self._cloud = channels, cloud
         self._profile_steps, self._is_profiling = profile_steps or (0, 0), False

@@ -6,7 +6,6 @@ stands in for jsrun here.
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ STANDIN = Path(__file__).with_name("lsf_standin.py")
 SCRIPTS = sorted([*TARGET.glob("*.sh"), *TARGET.glob("*.job")])
 TWO_NODES = "batch2 1 127.0.0.1 42 127.0.0.2 42"  # as LSF: the launch node, then the compute nodes
 PROGRAM = ["python", "slstr_cloud.py", "--config"]
+JOB = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "8", "CLOUDMASK_CONDA": "cloudmask"}
 
 
 def stub(path, script):
@@ -33,7 +33,7 @@ def stub(path, script):
 @pytest.fixture
 def site(tmp_path):
     """A folder with stubs of the site's programs, which write down their arguments, a line each."""
-    for name in ("module", "srun", "jsrun"):
+    for name in ("module", "sbatch", "srun", "jsrun"):
         stub(tmp_path / name, f"printf '%s\\n' \"$@\" > '{tmp_path}/{name}.arguments'")
     stub(tmp_path / "conda", "echo 'conda() { true; }'")
     return tmp_path
@@ -75,13 +75,6 @@ class TestEveryScript:
         assert os.access(script, os.X_OK)
         subprocess.run(["bash", "-n", script], check=True)
 
-    @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck")
-    def test_shellcheck_finds_nothing(self, script):
-        found = subprocess.run(
-            ["shellcheck", "-x", script], capture_output=True, text=True, check=False
-        )
-        assert found.stdout == ""
-
     def test_names_no_file_of_the_repository_that_does_not_exist(self, script):
         words = script.read_text().replace("(", " ").replace(";", " ").split()
         named = {word for word in words if word.startswith(("target/", "slstr", "environment."))}
@@ -90,18 +83,16 @@ class TestEveryScript:
 
     def test_stops_where_the_environment_is_missing(self, script, site):
         stub(site / "conda", "echo 'conda() { echo no environment >&2; return 1; }'")
-        ended = run_script(
-            script.name, site=site, SLURM_CPUS_PER_TASK="8", LSB_MCPU_HOSTS=TWO_NODES
-        )
+        ended = run_script(script.name, site=site, **JOB, LSB_MCPU_HOSTS=TWO_NODES)
         assert ended.returncode == 1
         assert "no environment" in ended.stderr
         assert not list(site.glob("*run.arguments"))  # srun, jsrun
 
 
-@pytest.mark.parametrize("script", ["rivanna.sh", "pearl.sh"])
+@pytest.mark.parametrize("script", ["rivanna.sh", "pearl.sh", "slurm.sh"])
 class TestSlurmScripts:
     def test_start_the_program_with_srun_and_pass_arguments_on(self, script, site):
-        ended = run_script(script, "--set", "run_name=a b", site=site, SLURM_CPUS_PER_TASK="8")
+        ended = run_script(script, "--set", "run_name=a b", site=site, **JOB)
         assert (ended.returncode, ended.stderr) == (0, "")
         *options, a, b, c, config, key, value = arguments_of("srun", site)
         assert [a, b, c, config] == [*PROGRAM, "config.yaml"]
@@ -109,12 +100,63 @@ class TestSlurmScripts:
         assert "--cpus-per-task=8" in options  # srun does not inherit it since Slurm 22.05
 
     def test_take_another_configuration(self, script, site):
-        run_script(script, site=site, SLURM_CPUS_PER_TASK="8", CLOUDMASK_CONFIG="my own.yaml")
+        run_script(script, site=site, **JOB, CLOUDMASK_CONFIG="my own.yaml")
         assert arguments_of("srun", site)[-1] == "my own.yaml"
 
     def test_exit_with_the_programs_status(self, script, site):
         stub(site / "srun", "exit 143")
-        assert run_script(script, site=site, SLURM_CPUS_PER_TASK="8").returncode == 143
+        assert run_script(script, site=site, **JOB).returncode == 143
+
+
+class TestAnySlurm:
+    """target/slurm.sh, which submits itself."""
+
+    @pytest.mark.parametrize(
+        ("variables", "options"),
+        [
+            (
+                {},
+                ["--nodes=1", "--gres=gpu:1", "--cpus-per-task=8", "--mem=64G", "--time=12:00:00"],
+            ),
+            (
+                {"ACCOUNT": "a b", "PARTITION": "p", "NODES": "2", "GPUS": "a100:4", "CPUS": "4",
+                 "MEMORY": "9G", "TIME": "1:00:00"},
+                ["--account=a b", "--partition=p", "--nodes=2", "--gres=gpu:a100:4",
+                 "--cpus-per-task=4", "--mem=9G", "--time=1:00:00"],
+            ),
+            (dict.fromkeys(["NODES", "GPUS", "CPUS", "MEMORY", "TIME"], ""), []),
+        ],
+    )  # fmt: skip
+    def test_submits_itself_with_what_the_variables_say(self, site, variables, options):
+        environment = {f"CLOUDMASK_{name}": value for name, value in variables.items()}
+        ended = run_script("slurm.sh", "--set", "run_name=a b", site=site, **environment)
+        assert (ended.returncode, ended.stderr) == (0, "")
+        script = [str(TARGET / "slurm.sh"), "--set", "run_name=a b"]
+        assert arguments_of("sbatch", site) == [*options, *script]
+        assert not (site / "srun.arguments").exists()
+
+    @pytest.mark.parametrize(
+        ("variables", "python"),
+        [
+            ({"CONTAINER": "my.sif"}, ["apptainer", "exec", "--nv", "my.sif", "python"]),
+            ({"CONTAINER": "c", "GPUS": ""}, ["apptainer", "exec", "c", "python"]),
+            ({"CONDA": "mine"}, ["python"]),
+            ({"VENV": "{site}"}, ["python"]),
+        ],
+    )
+    def test_job_uses_container_conda_or_venv(self, site, variables, python):
+        stub(site / "conda", f"echo 'conda() {{ echo conda $2 > {site}/used; }}'")
+        (site / "bin").mkdir()
+        (site / "bin/activate").write_text(f"echo venv > {site}/used\n")
+        values = {f"CLOUDMASK_{k}": v.format(site=site) for k, v in variables.items()}
+        job = {"SLURM_JOB_ID": "7", "CLOUDMASK_MODULES": "one two"}
+        ended = run_script("slurm.sh", site=site, **job, **values)
+        assert (ended.returncode, ended.stderr) == (0, "")
+        words = arguments_of("srun", site)
+        assert words == ["--wait=90", *python, "slstr_cloud.py", "--config", "config.yaml"]
+        used = (site / "used").read_text().strip() if (site / "used").exists() else None
+        assert used == {"CONDA": "conda mine", "VENV": "venv"}.get(next(iter(variables)))
+        assert arguments_of("module", site) == ["load", "two"]  # the last of two calls
 
 
 class TestSummit:

@@ -1,4 +1,4 @@
-"""Tests of target/rivanna.sh and target/pearl.sh on a real Slurm, whose two nodes are this host.
+"""Tests of the scripts in target/ on a real Slurm, whose two nodes are this host.
 
 What the site gives is stubbed on PATH: `module`, and `conda`, whose environment is the one that
 runs the tests. All else is as on Rivanna: sbatch, the script's options, its GPU request, srun.
@@ -140,12 +140,37 @@ def test_slurm_accepts_the_options_of_the_pearl_script(cluster, options):
     cluster.run("sbatch", "--test-only", *options, REPOSITORY / "target" / "pearl.sh")
 
 
-@pytest.mark.parametrize("n_nodes", [1, 2])
+def test_series_of_runs_starts_the_script_for_any_cluster(cluster, site, settings, tmp_path):
+    (tmp_path / "config.yaml").touch()
+    series = tmp_path / "series"
+    cluster.run(
+        *(sys.executable, REPOSITORY / "tools" / "repeat.py", "-o", series, "--repeats", "1"),
+        *("--config", tmp_path / "config.yaml", "--launch", REPOSITORY / "target" / "slurm.sh"),
+        *settings,
+        timeout=JOB_SECONDS,
+        PATH=site,
+        SBATCH_WAIT="1",
+        SBATCH_OUTPUT=str(tmp_path / "job.out"),
+        CLOUDMASK_ACCOUNT="group",
+        CLOUDMASK_PARTITION="gpu",
+        CLOUDMASK_NODES="2",
+        CLOUDMASK_GPUS="a100:4",
+        CLOUDMASK_CONDA="cloudmask",
+    )
+    assert (series / "comparison.md").exists()
+    job = json.loads((series / "run-1" / "results.json").read_text())["job"]
+    facts = cluster.facts(job)
+    assert (facts["Account"], facts["TresPerNode"]) == ("group", "gres:gpu:a100:4")
+    assert (facts["NodeList"], facts["Requeue"]) == ("n[1-2]", "1")
+    check_run(facts, series / "run-1", n_nodes=2)
+
+
+@pytest.mark.parametrize(("script", "n_nodes"), [("rivanna.sh", 1), ("slurm.sh", 2)])
 def test_job_that_meets_its_time_limit_is_requeued_and_goes_on(
-    cluster, site, settings, tmp_path, n_nodes
+    cluster, site, settings, tmp_path, script, n_nodes
 ):
-    nodes = [f"--nodes={n_nodes}", "--ntasks-per-node=1"]
-    job = start_job(cluster, site, nodes, "rivanna.sh", [*settings, *LONG], tmp_path)
+    nodes = [f"--nodes={n_nodes}", "--ntasks-per-node=1", "--export=ALL,CLOUDMASK_CONDA=cloudmask"]
+    job = start_job(cluster, site, nodes, script, [*settings, *LONG], tmp_path)
     history = tmp_path / "run" / "history.csv"
     wait_until(lambda: history.exists() and len(epochs_of(tmp_path / "run")) >= 2, job, cluster)
     # What slurmctld does 300 s before the limit; a limit counts in whole minutes.
@@ -162,8 +187,9 @@ def test_job_that_meets_its_time_limit_is_requeued_and_goes_on(
 
 
 def test_slurm_sends_the_signal_before_the_limit_of_the_script(cluster, tmp_path):
-    script = (REPOSITORY / "target" / "rivanna.sh").read_text()
-    assert "#SBATCH --signal=B:USR1@300" in script and "#SBATCH --requeue" in script
+    for name in ("rivanna.sh", "slurm.sh"):
+        script = (REPOSITORY / "target" / name).read_text()
+        assert "#SBATCH --signal=B:USR1@300" in script and "#SBATCH --requeue" in script
     (tmp_path / "job.sh").write_text(
         "#!/bin/bash\nsource target/requeue.bash\n"
         "requeue_unless_done srun bash -c 'trap \"exit 143\" TERM; sleep 90 & wait'\n"

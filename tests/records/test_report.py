@@ -632,7 +632,7 @@ def test_missing_package_is_named_with_the_command_that_installs_it(run, monkeyp
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert report.main([str(run)]) == 2
     error = capsys.readouterr().err
-    assert "matplotlib" in error and "pip install -r requirements-tools.txt" in error
+    assert "matplotlib" in error and "pip install -r requirements.txt" in error
 
 
 def test_several_runs_need_an_output_file(run, capsys):

@@ -147,6 +147,9 @@ if options["epochs"] == "0":
     sys.exit(3)
 folder = pathlib.Path(options["output_dir"], options["run_name"])
 folder.mkdir(parents=True)
+if pathlib.Path("fail").exists() and ranks == 2:
+    (folder / "results.json").write_text('{"status": "aborted"}')
+    sys.exit(3)
 training = {"epochs_run": 3, "patches_per_second": 10 * ranks, "train_seconds_per_epoch": [9, 1, 1]}
 (folder / "results.json").write_text(json.dumps({
     "status": "success", "devices": {"replicas": ranks, "ranks": ranks, "nodes": ranks},
@@ -175,6 +178,28 @@ def test_launcher_starts_the_runs_of_each_count_once(tmp_path, capsys):
     assert len(list((tmp_path / "out/runs").iterdir())) == 4
     launch(tmp_path, epochs=4)  # other settings make other runs
     assert len(list((tmp_path / "out/runs").iterdir())) == 8
+
+
+def test_what_exists_is_tabulated_and_aborted_runs_are_repeated(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = [write_run(tmp_path / f"of-{n}", n, 10 * n) for n in (1, 2)]
+    assert scale(tmp_path / "out", *runs)[0] == 0
+    launch(tmp_path, epochs=3)
+    finished = sorted((tmp_path / "out/runs").glob("*-ranks2-*"))
+    for run in finished:  # as if they had been killed
+        (run / "results.json").write_text('{"status": "running"}')
+    (tmp_path / "fail").touch()
+    capsys.readouterr()
+    status, rows, _ = launch(tmp_path, epochs=3)
+    assert status == 2
+    error = capsys.readouterr().err
+    assert "ended with exit status 3" in error and f"Run 2 of 4, {finished[0]}: starts" in error
+    (tmp_path / "fail").unlink()
+    status, rows, _ = launch(tmp_path, epochs=3)
+    assert status == 0
+    assert [(row["ranks"], row["repeats"]) for row in rows] == [(1, 2), (2, 2)]
+    # Each that was killed, and the one that failed
+    assert len(list((tmp_path / "out/runs").glob("*-ranks2-*-aborted-*"))) == 3
 
 
 def test_launcher_that_fails_is_an_error(tmp_path, capsys):

@@ -38,7 +38,7 @@ def run(command, arguments, folder):
     return done.returncode, done.stderr, set(json.loads(done.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("command", ["download_data", "make_scenes", *WRONG_PATHS])
+@pytest.mark.parametrize("command", ["download_data", "make_scenes", "repeat", *WRONG_PATHS])
 @pytest.mark.parametrize(("option", "expected"), [("--help", 0), ("--unknown", 2)])
 def test_help_and_usage_errors_import_no_heavy_package(tmp_path, command, option, expected):
     status, _, imported = run(command, [option], tmp_path)

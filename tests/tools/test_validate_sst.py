@@ -604,13 +604,17 @@ def test_wrong_options_are_usage_errors(run, tmp_path, capsys, options):
     assert f"error: {options[0]} should be" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("package", ["scipy.spatial", "matplotlib.figure"])
+@pytest.mark.parametrize(
+    ("package", "file"),
+    [("scipy.spatial", "requirements-tools.txt"), ("matplotlib.figure", "requirements.txt")],
+)
 def test_missing_package_is_reported_before_files_are_written(
-    known, tmp_path, monkeypatch, capsys, package
+    known, tmp_path, monkeypatch, capsys, package, file
 ):
     run, matchups = known
     monkeypatch.setitem(sys.modules, package, None)
     assert run.validate(write(tmp_path / "table.csv", matchups)) == 2
     error = capsys.readouterr().err
-    assert package in error and "pip install -r requirements-tools.txt" in error
+    assert f"the package {package.partition('.')[0]} is missing" in error
+    assert f"pip install -r {file}" in error
     assert not (run.folder / "sst").exists()
