@@ -9,11 +9,11 @@ DEMO = demo
 
 # A stamp is newer than the requirements that the environment was made from.
 $(VENV)/.run: requirements.txt
-	@target/install.sh $(PYTHON) $(VENV) $<
+	@target/install.bash $(PYTHON) $(VENV) $<
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.txt requirements-tools.txt requirements.txt
-	@target/install.sh $(PYTHON) $(VENV) $<
+	@target/install.bash $(PYTHON) $(VENV) $<
 	@touch $@
 
 # The first run is DEMO/outputs/demo, which the documentation uses as its example; others get a name.

@@ -2,7 +2,7 @@
 # Install packages into a virtual environment, which is made if there is none, and say every five
 # seconds how far it is: pip alone is silent for up to a minute.
 #
-# Usage: target/install.sh PYTHON ENVIRONMENT REQUIREMENTS
+# Usage: target/install.bash PYTHON ENVIRONMENT REQUIREMENTS
 set -euo pipefail
 python=$1 environment=$2 requirements=$3
 
