@@ -48,7 +48,7 @@ import numpy as np
 
 from _command import exit_status
 from harness.console import log_to_screen
-from harness.data.hdf5 import is_fill, open_hdf5, open_numbers, unpack
+from harness.data.hdf5 import is_fill, open_hdf5, open_numbers, read_all, unpack
 from harness.data.scene_files import PRODUCT_NAME
 from harness.errors import Failure, UserError, one_line
 from harness.files import replacing
@@ -191,7 +191,7 @@ def read_flags(path, name, shape, needed=()):
                 f"'{name}' should have one mask for each flag, including "
                 f"{' '.join(needed) or 'any'}, found {len(masks)} masks for '{' '.join(flags)}'"
             )
-        packed = dataset[:]
+        packed = read_all(dataset)
         present = ~is_fill(dataset, packed)
     pairs = zip(flags, masks, strict=True)
     return {flag: (packed & mask != 0) & present for flag, mask in pairs if flag in kept}
