@@ -84,18 +84,15 @@ def check_training(config, devices):
     Raises:
         UserError: If batch_size, network, loss or augment cannot be used.
     """
+    from harness.networks.model_files import network_file
     from harness.training.losses import LOSSES
-    from model import NETWORKS
 
     if config.batch_size < devices.n_replicas:
         raise UserError(
             f"batch_size {config.batch_size} is the global batch of all replicas, and there are "
             f"{devices.n_replicas}. Set it to at least {devices.n_replicas}."
         )
-    if not config.network.endswith(".keras"):
-        choose(NETWORKS, "network", config.network)
-    elif not Path(config.network).is_file():
-        raise UserError(f"No file {config.network}. Set network to a .keras file or a name.")
+    network_file(config.network)
     choose(LOSSES, "loss", config.loss)
     choose(AUGMENTATIONS, "augment", config.augment)
 

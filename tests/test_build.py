@@ -70,7 +70,7 @@ def test_augment_changes_training_patches_alone(configure):
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"network": "unett"}, "Unknown network 'unett'. Choose one of unet"),
+        ({"network": "unett"}, "Unknown network 'unett'. Set network to unet"),
         ({"network": "absent.keras"}, "absent.keras. Set network"),
         ({"loss": "squared"}, "Unknown loss 'squared'. Choose one of cross_entropy"),
         ({"augment": "noise"}, f"Choose one of {', '.join(AUGMENTATIONS)}"),
