@@ -14,8 +14,7 @@ from data_loader import read_scene
 from harness.data.hdf5 import open_hdf5
 from harness.data.mask_files import read_mask
 from harness.files import replacing
-
-THRESHOLD = 0.5  # cloud where the probability is higher
+from harness.inference.scores import THRESHOLD
 
 log = logging.getLogger(__name__)
 
