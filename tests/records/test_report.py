@@ -154,6 +154,23 @@ def test_times_add_up_to_the_duration_of_the_run(run):
     assert sum(shown) == pytest.approx(50, abs=0.1)
 
 
+def test_times_have_no_rest_where_parts_are_unknown_or_longer_than_the_run(run):
+    change(run, seconds=0.5)
+    assert "other: start" not in page_of(run).text
+    change(run, training=None, inference=None, parts=[], seconds=9.0)
+    assert "other: start" not in page_of(run).text
+
+
+def test_scene_without_any_data_is_drawn(tmp_path):
+    """Its limits are those of numbers from 0 to 1, and no pixel has a colour."""
+    missing = np.full((4, 5, 3), np.nan, np.float32)
+    scene = pictures.MaskedScene(np.zeros((4, 5), bool), None, None, missing)
+    colour, grey, _ = pictures.panels(scene)
+    assert grey.note.startswith("0 to 1 K;")
+    for panel in (colour, grey):
+        assert (panel.pixels == pictures.NOT_MEASURED).all()
+
+
 def test_calibration_agrees_with_scikit_learn(run):
     masks = mask_files(run)
     scenes = pictures.scenes_by_name(results(run)["config"]["inference_dir"])
