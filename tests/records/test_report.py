@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 from conftest import HEIGHT, WIDTH, results, rows, start
+from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
@@ -242,12 +243,26 @@ def test_reflectances_may_be_on_the_finer_grid(run):
     fine = run / scenes[name].name
     shutil.copy(scenes[name], fine)
     with h5py.File(fine, "a") as file:
-        refs = file["refs"][:].repeat(2, axis=0).repeat(2, axis=1)
+        refs = file["refs"][..., :3].repeat(2, axis=0).repeat(2, axis=1)  # S1 to S3 are enough
         del file["refs"]
         file["refs"] = refs
     found = pictures.read_masked_scene(masks[name], fine)
     assert found.reflectances.shape == (HEIGHT, WIDTH, 3)
     np.testing.assert_array_equal(found.reflectances, coarse.reflectances)
+
+
+def test_chart_has_its_lines_the_diagonal_and_a_legend(monkeypatch):
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda f, *args, **kwargs: figures.append(f) or savefig(f, *args, **kwargs),
+    )
+    charts.chart("", "x", "y", {"network": ([0.1, 0.9], [0.2, 0.7])}, diagonal="perfect")
+    (axes,), (legend,) = figures[0].axes, figures[0].legends
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines == {"network": [[0.1, 0.2], [0.9, 0.7]], "perfect": [[0, 0], [1, 1]]}
+    assert [text.get_text() for text in legend.get_texts()] == ["network", "perfect"]
 
 
 def contrast(a, b):
