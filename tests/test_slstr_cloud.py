@@ -222,6 +222,9 @@ def test_log_has_the_two_lines_of_v1_1(finished):
     assert [name.strip() for name in fields][:6] == [
         "samples", "epochs", "bs", "nodes", "gpus", "time_per_epoch",
     ]  # fmt: skip
+    seconds = [float(row["seconds"]) for row in rows(finished / "history.csv")]
+    assert float(fields["time_per_epoch"]) == pytest.approx(np.mean(seconds), abs=0.01)
+    assert len(seconds) > 1
     fields = dict(part.strip().split("=") for part in inference.split(",")[1:])
     assert list(fields)[:6] == [
         "inferences", "bs", "nodes", "gpus", "time_per_inference", "accuracy",
