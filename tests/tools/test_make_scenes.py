@@ -13,15 +13,11 @@ from scipy.ndimage import label as connected_regions
 
 from harness.data.scene_files import product_times as product_times
 from tools.make_scenes import (
-    WATER,
-    CloudLayer,
-    Surface,
     is_day,
     main,
     make_dataset,
     make_scene,
     product_name,
-    reflect_sun,
     write_scene,
 )
 
@@ -155,21 +151,6 @@ def test_land_clear_by_day_is_brighter_than_sea_and_cloud_is_brighter_than_both(
     assert 0.05 < land.mean() < 0.45
     assert np.median(infrared[land]) > 2 * np.median(infrared[~cloud & ~land])
     assert np.median(red[cloud]) > 2 * np.median(red[land])
-
-
-def test_cloud_adds_its_own_reflection_and_all_between_it_and_the_ground():
-    """A thin cloud over snow: light crosses the cloud, then is reflected up and down many times."""
-    shape, albedo = (4, 5), 0.2
-    field = {name: np.full(shape, value) for name, value in {"land": True, "snow": 1.0}.items()}
-    zeros = np.zeros(shape)
-    surface = Surface(field["land"], zeros, zeros, zeros, field["snow"], zeros)
-    nothing, cloud = (CloudLayer(WATER, zeros, zeros + a, zeros, 1.0) for a in (0, albedo))
-    clear = reflect_sun(np.random.default_rng(0), surface, [nothing])[0, 0, 0]
-    ground = clear * (1 - 0.9 * albedo)  # in the cloud's shadow
-    series = sum((1 - albedo) ** 2 * ground * (albedo * ground) ** n for n in range(50))
-    expected = WATER.reflectance[0] * albedo + series
-    found = reflect_sun(np.random.default_rng(0), surface, [cloud])[0]
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_threshold_fails_on_warm_cloud_and_on_cold_clear_surface():
