@@ -13,7 +13,7 @@ import numpy as np
 from data_loader import OUT_OF_RANGE_MESSAGE, PatchGrid, SceneError, read_scene
 from harness.data.hdf5 import open_hdf5, open_numbers
 from harness.errors import UserError
-from harness.inference.masks import THRESHOLD
+from harness.inference.scores import THRESHOLD
 
 N_CHANNELS = 9  # S1 to S9
 BATCH = 4  # patches that pass through the network at once; as a run on a CPU
@@ -67,11 +67,11 @@ def predict_scene(model, path, mode="patches", patch_size=256, crop_size=80):
     model = read_model(Path(model)) if is_path else as_functional(model)
     check_model(model, source if is_path else model.name, (*model.input_shape[1:3], N_CHANNELS))
     device = "/GPU:0" if tf.config.list_physical_devices("GPU") else "/CPU:0"
+    grid = PatchGrid(height, width, patch_size, crop_size)
     if mode == "patches":
-        grid = PatchGrid(height, width, patch_size, crop_size)
         predictor = Predictor(model, device, grid, BATCH)
     else:
-        predictor = predictor_that_fits(model, device, height, width)
+        predictor = predictor_that_fits(model, device, height, width, grid.padding)
     shape = (height, width, N_CHANNELS)
     scene = read_scene(path, shape, predictor.grid.padding, labelled=False)
     if scene.out_of_range:

@@ -25,7 +25,7 @@ from harness.data.prefetch import ReaderPool, exit_process
 from harness.errors import is_user_error, one_line
 from harness.files import file_sha256
 from harness.inference import scores
-from harness.inference.masks import THRESHOLD, MaskFolder, compare_masks
+from harness.inference.masks import MaskFolder, compare_masks
 from harness.parallel.launchers import detect_launch
 from harness.parallel.rendezvous import open_rendezvous
 from harness.preflight import FoundScenes, choose_skipped
@@ -234,7 +234,7 @@ def mask_scenes(config, devices, run, masks, on_bad_scene, paths, predictor):
                     f"{run.model_file} gives probabilities that are not finite for {path}. Use "
                     "another model, or precision: float32."
                 )
-            mask = (probability > THRESHOLD).astype(np.uint8)
+            mask = (probability > scores.THRESHOLD).astype(np.uint8)
             stitched = time.perf_counter()
             label = None if scene.cloud is None else scene.cloud[..., 0]
             row = scores.score_scene(mask, label, scene.valid, scene.bt_12um, config.min_sst)

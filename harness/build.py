@@ -237,11 +237,11 @@ def open_predictor(config, devices, model, device):
     from harness.training.trainer import POLICIES
 
     height, width, policy = config.image_h, config.image_w, POLICIES[config.precision]
+    grid = PatchGrid(height, width, config.patch_size, config.crop_size)
     if config.inference_mode == "patches":
-        grid = PatchGrid(height, width, config.patch_size, config.crop_size)
         batch = devices.micro_batch(config.micro_batch, config.batch_size, replicas=1)
         return Predictor(model, device, grid, batch, policy, config.xla)
-    return predictor_that_fits(model, device, height, width, policy, config.xla)
+    return predictor_that_fits(model, device, height, width, grid.padding, policy, config.xla)
 
 
 def open_reference_predictor(config, devices, model, device):

@@ -116,3 +116,22 @@ def test_check_of_the_network_changes_no_initial_weight(configure):
     build.check_network(config, "train")
     for found, wanted in zip(weights(), expected, strict=True):
         np.testing.assert_array_equal(found, wanted)
+
+
+def test_scene_mode_pools_the_same_pixels_as_patches(configure):
+    """Patches of 128 trimmed by 56, more than the U-Net sees: only the scene's edges may differ."""
+    # 136 rows at stride 16: 9 patches, 60 rows of padding above, which is 4 more than a multiple
+    # of 8; 150 columns: 10 patches, 61 columns on the left, 5 more than a multiple of 8.
+    size = {"IMAGE_H": 136, "IMAGE_W": 150, "PATCH_SIZE": 128, "CROP_SIZE": 112}
+    devices = SimpleNamespace(micro_batch=lambda *_, **__: 8)
+    keras.utils.set_random_seed(0)
+    model = unet((128, 128, 9))
+    scene = np.random.default_rng(0).normal(size=(136, 150, 9)).astype(np.float32)
+    found = []
+    for mode in ("patches", "scene"):
+        predictor = build.open_predictor(
+            configure(inference_mode=mode, **size), devices, model, "/CPU:0"
+        )
+        found.append(predictor(np.pad(scene, (*predictor.grid.padding, (0, 0))))[0])
+    interior = np.s_[51:-51, 51:-51]
+    np.testing.assert_allclose(found[1][interior], found[0][interior], atol=1e-5)

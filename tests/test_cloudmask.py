@@ -29,7 +29,7 @@ def masked(finished, model, settings, tmp_path_factory):
     return {"patches": finished / "masks", "scene": run.folder / "masks"}
 
 
-@pytest.mark.parametrize(("mode", "options"), [("patches", AS_RUN), ("scene", {"mode": "scene"})])
+@pytest.mark.parametrize(("mode", "options"), [("patches", AS_RUN), ("scene", AS_RUN | {"mode": "scene"})])
 def test_scene_gets_the_mask_of_a_run(dataset, model, masked, mode, options):
     paths = sorted((dataset / "ssts").rglob("S3A*.hdf"))
     assert len(paths) == 2

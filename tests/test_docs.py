@@ -15,7 +15,7 @@ from conftest import results
 from data_loader import SPLIT_SEED, PatchGrid
 from harness import REPOSITORY
 from harness.config import Config
-from harness.inference.masks import THRESHOLD
+from harness.inference.scores import THRESHOLD
 from harness.networks.geometry import geometry
 from make_scenes import make_dataset
 from model import NETWORKS

@@ -1,8 +1,10 @@
+import itertools
 import json
 import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -12,7 +14,7 @@ from conftest import HEIGHT, PATCH, WIDTH, results, rewrite, rows, spoil, start
 import data_loader
 import slstr_cloud
 from data_loader import SceneError
-from harness import REPOSITORY
+from harness import REPOSITORY, check
 from harness.console import format_bytes, format_duration, table
 from harness.data.bad_scenes import BadScenes
 from harness.preflight import Scenes, check_free_space, check_scenes, network_names
@@ -322,13 +324,9 @@ def test_free_space_of_a_missing_folder_is_that_of_its_parent(tmp_path):
 # --- --mode check
 
 
-def seconds(duration):
-    """The seconds of '4 min 10 s'."""
-    units = {"s": 1, "min": 60, "h": 3600}
-    return sum(float(n) * units[unit] for n, unit in re.findall(r"([\d.]+) (\w+)", duration))
-
-
-def test_mode_check_prints_what_it_finds_and_makes_no_run(tmp_path, copy, capsys):
+def test_mode_check_prints_what_it_finds_and_makes_no_run(tmp_path, copy, capsys, monkeypatch):
+    # Every step, the evaluation, and the reading and masking of a scene take a second each.
+    monkeypatch.setattr(check, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     strange = train_scenes(copy)[0]
     rewrite(strange, compression="gzip")
     checked = start(tmp_path / "out", {**copy, "epochs": 400}, "--mode", "check")
@@ -341,9 +339,13 @@ def test_mode_check_prints_what_it_finds_and_makes_no_run(tmp_path, copy, capsys
     cloud = f"{np.mean([scene.cloud.mean() for scene in scenes]):.1%}"
     assert found["cloud"].split()[0] == cloud
     assert any("free" in line for line in lines)
-    (durations,) = re.findall("  (.*) per epoch, (.*) for 400 epochs", "\n".join(lines))
-    per_epoch, total = map(seconds, durations)
-    assert total > 100 * per_epoch  # both are rounded
+    assert found["reading"].count("1.000 s per scene") == 2
+    text = "\n".join(lines)
+    n_steps = -(-5 * 12 // copy["batch_size"])  # 5 of 7 scenes of 12 patches; 2 validate
+    epoch = n_steps * (1 + 2 / 5)
+    durations = map(format_duration, (epoch, 400 * epoch))
+    assert "  {} per epoch, {} for 400 epochs (from 3 steps)".format(*durations) in text
+    assert "  2.0 s for 2 scenes (from one)" in text
 
 
 def test_mode_check_reports_bad_scenes(tmp_path, copy, capsys):

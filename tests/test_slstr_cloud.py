@@ -197,13 +197,15 @@ def test_scene_mode_masks_in_one_pass_and_counts_differing_pixels(finished, sett
     once = {**settings, "model_file": str(finished / "model.keras"), "inference_mode": "scene"}
     folder = start(tmp_path, {**once, "keep_probability": True}, "--mode", "inference").folder
     model = keras.models.load_model(finished / "model.keras")
-    whole = keras.models.clone_model(model, input_tensors=keras.Input((104, 136, 9)))
+    whole = keras.models.clone_model(model, input_tensors=keras.Input((104, 144, 9)))
     whole.set_weights(model.get_weights())
     differing = {}
     for path in data_loader.find_scenes(settings["inference_dir"]):
         scene = data_loader.read_scene(path, (HEIGHT, WIDTH, 9))
-        padded = np.pad(scene.channels, [(2, 2), (0, 1), (0, 0)])  # to multiples of 8
-        expected = whole(padded[None]).numpy()[0, 2:102, :135, 0]
+        # Before the scene the remainder by 8 of what is before it in patches, 10 rows and 14
+        # columns; after it up to multiples of 8.
+        padded = np.pad(scene.channels, [(2, 2), (6, 3), (0, 0)])
+        expected = whole(padded[None]).numpy()[0, 2:102, 6:141, 0]
         with h5py.File(folder / "masks" / f"{path.stem}.h5") as file:
             np.testing.assert_allclose(file["probability"], expected, atol=1e-5)
             with h5py.File(finished / "masks" / f"{path.stem}.h5") as patches:
@@ -225,6 +227,9 @@ def test_log_has_the_two_lines_of_v1_1(finished):
     assert [name.strip() for name in fields][:6] == [
         "samples", "epochs", "bs", "nodes", "gpus", "time_per_epoch",
     ]  # fmt: skip
+    seconds = [float(row["seconds"]) for row in rows(finished / "history.csv")]
+    assert float(fields["time_per_epoch"]) == pytest.approx(np.mean(seconds), abs=0.01)
+    assert len(seconds) > 1
     fields = dict(part.strip().split("=") for part in inference.split(",")[1:])
     assert list(fields)[:6] == [
         "inferences", "bs", "nodes", "gpus", "time_per_inference", "accuracy",

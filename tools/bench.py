@@ -17,7 +17,7 @@ limit        Of the network: its rate of floating-point operations divided by th
              Of the loader: its rate divided by that of h5py alone.
 
 Rows torch/... give our value, with PyTorch's as the baseline: eager, or with torch.compile.
-The JSON file has all digits.
+The JSON file of -o has all digits.
 """
 
 import argparse
@@ -41,7 +41,8 @@ from harness.errors import Failure, UserError
 from harness.files import write_text
 from tools.lib.bench.rows import is_wanted, text_table
 
-# Functions of tools/lib/bench/measurements.py, and the first words of the names of their rows.
+# Functions of tools/lib/bench/measurements.py or torch_unet.py, and the first words of the names of
+# their rows.
 GROUPS = {
     "measure_loading": ("raw_read", "loader_naive", "loader"),
     "measure_first_batch": ("time_to_first_batch",),
@@ -60,17 +61,23 @@ log = logging.getLogger("bench")
 def measure(bench, groups, rows, output, verbose):
     """Measure groups, add their rows in the order of the table, and write them after each group.
 
+    Args:
+        bench: Bench.
+        groups: Those of GROUPS that are wanted.
+        rows: List of the rows, which grows.
+        output: JSON file to write, or None.
+        verbose: Whether to show the tracebacks of groups that failed.
+
     Returns:
         Number of groups that failed.
     """
-    from tools.lib.bench import measurements
-
     n_failed = 0
     for name, words in groups.items():
-        function = getattr(measurements, name)
-        log.info("%s: %s", ", ".join(words), function.__doc__.partition("\n")[0])
+        module = "torch_unet" if name == "measure_against_torch" else "measurements"
         begin = time.perf_counter()
         try:
+            function = getattr(importlib.import_module(f"tools.lib.bench.{module}"), name)
+            log.info("%s: %s", ", ".join(words), function.__doc__.partition("\n")[0])
             for row in function(bench):
                 if is_wanted(row.name, bench.only):
                     rows.append(row)
@@ -79,7 +86,8 @@ def measure(bench, groups, rows, output, verbose):
             log.error("    failed: %s: %s", type(error).__name__, error, exc_info=verbose)
         finally:
             rows.sort(key=lambda row: WORDS.index(row.name.partition("/")[0]))
-            write_text(output, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+            if output:
+                write_text(output, json.dumps([asdict(row) for row in rows], indent=1) + "\n")
         log.info("    %s", format_duration(time.perf_counter() - begin))
     return n_failed
 
@@ -111,7 +119,7 @@ def parse_arguments(argv):
     add("--quick", action="store_true", help="fewer repeats and fewer rows")
     add("--against", choices=("torch",), help="compare with PyTorch, which must be installed")
     add("--only", nargs="+", metavar="NAME", default=[], help="rows whose names start with this")
-    add("-o", "--output", type=Path, default=Path("bench.json"), help="default: bench.json")
+    add("-o", "--output", type=Path, metavar="FILE", help="JSON file to write the rows to")
     add("--size", type=int, nargs=2, default=(1200, 1500), metavar=("H", "W"), help="of a scene")
     add("--patch", type=int, default=256, metavar="P", help="rows and columns of a patch")
     add("--verbose", action="store_true", help="show tracebacks and TensorFlow's messages")
@@ -184,7 +192,7 @@ def work(arguments):
     if not rows:
         raise UserError(f"No row starts with {' or '.join(arguments.only)}; see --help.")
     duration = format_duration(time.perf_counter() - begin)
-    log.info("%s; all rows are in %s", duration, arguments.output)
+    log.info("%s%s", duration, f"; all rows are in {arguments.output}" if arguments.output else "")
 
 
 def main(argv=None):

@@ -51,7 +51,7 @@ import h5py
 import numpy as np
 
 from harness.console import counted, log_to_screen
-from harness.data.hdf5 import is_fill, open_hdf5, open_numbers, unpack
+from harness.data.hdf5 import is_fill, open_hdf5, open_numbers, read_all, unpack
 from harness.data.scene_files import PRODUCT_NAME
 from harness.errors import Failure, UserError, one_line
 from harness.files import replacing
@@ -195,7 +195,7 @@ def read_flags(path, name, shape, needed=()):
                 f"{' '.join(needed) or 'any'}, found {counted(len(masks), 'mask')} for "
                 f"'{' '.join(flags)}'"
             )
-        packed = dataset[:]
+        packed = read_all(dataset)
         present = ~is_fill(dataset, packed)
     pairs = zip(flags, masks, strict=True)
     return {flag: (packed & mask != 0) & present for flag, mask in pairs if flag in kept}

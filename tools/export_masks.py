@@ -35,7 +35,7 @@ import numpy as np
 
 from harness.config import load_config
 from harness.console import log_to_screen, printable, progress
-from harness.data.hdf5 import open_hdf5, open_numbers
+from harness.data.hdf5 import open_hdf5, open_numbers, read_all
 from harness.data.mask_files import find_masks, measured_pixels, read_mask
 from harness.data.positions import check_geodetic, read_positions
 from harness.data.scene_files import PRODUCT_NAME, find_scenes, product_times
@@ -113,7 +113,7 @@ def read_masked_scene(path, scenes, geodetic, about_run):
     with open_hdf5(path) as file:
         mask = read_mask(file)
         probability = open_numbers(file, "probability", mask.shape, optional=True)
-        probability = None if probability is None else probability[:]
+        probability = None if probability is None else read_all(probability)
         about = {key: file.attrs[key] for key in ("scene", "threshold", "model", "model_sha256")}
     if scene_file := scenes.get(about["scene"]):
         read_mask_and_label(path, scene_file)  # checks that this is the file that was masked

@@ -164,13 +164,14 @@ def export(source, kind, output):
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # GPUs round to TF32, which would be a difference
     import harness.quiet_tensorflow  # noqa: F401  (before any other import of TensorFlow)
     from data_loader import BT_OFFSET, BT_SCALE, REFLECTANCE_OFFSET
+    from harness.inference.scores import THRESHOLD
 
     network = read_network(source)
     about = {
         "model_sha256": file_sha256(source),
         "channels": f"S1 to S6: reflectance - {REFLECTANCE_OFFSET}; "
         f"S7 to S9: (brightness temperature [K] - {BT_OFFSET}) / {BT_SCALE}",
-        "probability": "of cloud; the mask is cloud where it is above 0.5",
+        "probability": f"of cloud; the mask is cloud where it is above {THRESHOLD}",
     }
     write, run, tolerance = FORMATS[kind]
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -33,8 +33,7 @@ from harness.data.positions import read_positions
 from harness.data.scene_files import product_times
 from harness.errors import Failure, one_line
 from harness.files import file_sha256, replacing
-from harness.inference.masks import THRESHOLD
-from harness.inference.scores import ratio
+from harness.inference.scores import THRESHOLD, ratio
 from harness.records.run_folder import git_commit
 from tools.convert_sen3 import convert
 from tools.export_masks import COLOURS, WRITERS, MaskedScene, describe_masks

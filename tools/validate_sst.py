@@ -52,7 +52,7 @@ import numpy as np
 
 from harness.config import load_config
 from harness.console import log_to_screen, progress, table
-from harness.data.hdf5 import open_hdf5, open_numbers, unpack
+from harness.data.hdf5 import open_hdf5, open_numbers, read_all, unpack
 from harness.data.hdf5_links import open_dataset
 from harness.data.hdf5_rows import check_storage
 from harness.data.mask_files import find_masks, measured_pixels, read_mask
@@ -315,7 +315,7 @@ def _match_scene(path, scenes, geodetic, latitude, longitude):
                 raise ValueError("it should have a dataset 'bts'")
             if bayes is None:
                 raise SkippedScene("no Bayesian mask 'bayes'")
-            label = bayes[:][..., 0][pixel]
+            label = read_all(bayes)[..., 0][pixel]
         found["measured"] = measured[pixel] & np.isfinite(label)
         found["cloudmask"], found["bayes"] = mask[pixel] != 0, label != 0
     return found

@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 
 from harness.data.hdf5_links import open_dataset
-from harness.data.hdf5_rows import check_storage
+from harness.data.hdf5_rows import check_storage, read_all
 from harness.errors import UserError
 from harness.files import check_regular
 
@@ -50,6 +50,8 @@ def open_hdf5(path, name=None, advice="Make or copy it again.", error_class=User
 
 def open_numbers(file, name, shape=None, optional=False):
     """Open a dataset of numbers after checking its headers; see `open_dataset` for its safety.
+
+    Read it with `read_all` or in blocks of rows, which check its chunks first.
 
     Args:
         file: h5py.File of `open_hdf5`.
@@ -102,7 +104,7 @@ def unpack(dataset):
     Raises:
         ValueError: If `scale_factor` or `add_offset` is not finite.
     """
-    packed = dataset[:]
+    packed = read_all(dataset)
     scale, offset = _attribute(dataset, "scale_factor", 1), _attribute(dataset, "add_offset", 0)
     if not np.isfinite([scale, offset]).all():
         raise ValueError(

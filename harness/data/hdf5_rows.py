@@ -96,6 +96,20 @@ def read_blocks(dataset, rows, cols, multiple=1):
     return _contiguous_blocks(dataset, offset, rows, cols, multiple)
 
 
+def read_all(dataset):
+    """Read all numbers of a dataset that passed `check_storage`.
+
+    Raises:
+        OSError: If the file is truncated or damaged.
+    """
+    if "gzip" in _filters(dataset):
+        check_chunk = _chunk_checker(dataset)
+        pairs = zip(dataset.shape, dataset.chunks, strict=True)
+        for corner in itertools.product(*(range(0, n, step) for n, step in pairs)):
+            check_chunk(corner)
+    return dataset[...]
+
+
 def _filters(dataset):
     """The filters that a chunk passes when it is written, by name or number."""
     properties = dataset.id.get_create_plist()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.data.hdf5 import open_numbers
+from harness.data.hdf5 import open_numbers, read_all
 from harness.errors import UserError
 
 
@@ -43,7 +43,7 @@ def read_mask(file):
     mask = open_numbers(file, "mask", (None, None))
     if mask.dtype != np.uint8:
         raise ValueError(f"'mask' should hold bytes, found {mask.dtype}")
-    return mask[:]
+    return read_all(mask)
 
 
 def measured_pixels(file, shape):
@@ -59,5 +59,5 @@ def measured_pixels(file, shape):
     temperatures = open_numbers(file, "bts", (*shape, 3), optional=True)
     if temperatures is None:
         return None
-    temperatures = temperatures[:]
+    temperatures = read_all(temperatures)
     return (np.isfinite(temperatures) & (temperatures != 0)).all(axis=-1)

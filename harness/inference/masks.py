@@ -12,10 +12,9 @@ import numpy as np
 
 from data_loader import read_scene
 from harness.data.hdf5 import open_hdf5
+from harness.data.mask_files import read_mask
 from harness.files import replacing
-from harness.inference.scores import SCORES
-
-THRESHOLD = 0.5  # cloud where the probability is higher
+from harness.inference.scores import SCORES, THRESHOLD
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +102,7 @@ class MaskFolder:
             with open_hdf5(self._file(path)) as file:
                 if any(file.attrs[key] != value for key, value in self._made_from(path).items()):
                     return None
-                _ = file["mask"][:]
+                read_mask(file)
                 return json.loads(file.attrs["row"])
         except (OSError, KeyError, ValueError) as error:
             log.warning("The mask of %s is damaged and is made again: %s", path.stem, error)

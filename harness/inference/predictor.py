@@ -89,7 +89,7 @@ class Predictor:
         return parts.concat()
 
 
-def predictor_that_fits(model, device, height, width, policy="float32", xla=False):
+def predictor_that_fits(model, device, height, width, patch_padding, policy="float32", xla=False):
     """Make a Predictor of whole scenes, or of as few strips as fit the device's memory.
 
     Args:
@@ -97,6 +97,7 @@ def predictor_that_fits(model, device, height, width, policy="float32", xla=Fals
         device: Name of the device, '/GPU:0'.
         height: Rows of a scene.
         width: Columns of a scene.
+        patch_padding: `padding` of its PatchGrid.
         policy: Keras dtype policy.
         xla: Whether the network is compiled.
 
@@ -105,7 +106,7 @@ def predictor_that_fits(model, device, height, width, policy="float32", xla=Fals
     """
     size = geometry(model)
     for n_strips in STRIPS_TRIED:
-        grid = StripGrid(height, width, n_strips, size.margin, size.multiple)
+        grid = StripGrid(height, width, patch_padding, n_strips, size.margin, size.multiple)
         needed = size.bytes_per_pixel * math.prod(grid.window)
         try:
             if device.startswith("/CPU") and needed > free_memory():

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+THRESHOLD = 0.5  # cloud where the probability is higher
 TARGET_ACCURACY = 0.9  # MLCommons Science, policy.adoc: mean over scenes
 COUNTS = ("tp", "fp", "fn", "tn")  # true and false positives, false and true negatives
 

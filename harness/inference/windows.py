@@ -14,6 +14,8 @@ class StripGrid:
     Args:
         height: Rows of the scene.
         width: Columns of the scene.
+        patch_padding: `padding` of the scene's PatchGrid. The network pools the same pixels as in
+            its patches if the distance between these divides by `multiple`.
         n_strips: Number of strips.
         radius: How far the network sees from a pixel [pixels]; a multiple of `multiple`.
         multiple: What rows and columns of the network's input must be divisible by.
@@ -25,10 +27,13 @@ class StripGrid:
         corners: int (n_strips, 2), first row and column of each strip in the padded scene.
     """
 
-    def __init__(self, height, width, n_strips, radius, multiple):
-        missing = (-height % multiple, -width % multiple)  # 1500 columns: 4 to 1504
-        self.padding = tuple((n // 2, n - n // 2) for n in missing)
-        padded, cols = height + missing[0], width + missing[1]
+    def __init__(self, height, width, patch_padding, n_strips, radius, multiple):
+        # 1500 columns, 82 to the left in patches: 2 left and 2 right, together 1504.
+        phases = (n % multiple for n, _ in patch_padding)
+        self.padding = tuple(
+            (n, -(n + length) % multiple) for n, length in zip(phases, (height, width), strict=True)
+        )
+        padded, cols = height + sum(self.padding[0]), width + sum(self.padding[1])
         n = n_strips
         rows = multiple * -(-(padded + 2 * radius * (n - 1)) // (multiple * n))
         first = [multiple * (i * (padded - rows) // (multiple * max(n - 1, 1))) for i in range(n)]

@@ -22,17 +22,10 @@ def build_network(network, input_shape, policy="float32"):
         keras.Model from (batch, P, P, C) to probabilities (batch, P, P, 1).
 
     Raises:
-        UserError: If there is no such network, or it does not take such patches.
-        FileNotFoundError: If there is no such file.
+        UserError: If there is no such network or file, or it does not take such patches.
     """
-    if network not in NETWORKS:
-        path = Path(network)
-        if path.suffix != ".keras":
-            raise UserError(
-                f"Unknown network '{network}'. Set network to {' or '.join(NETWORKS)}, or to the "
-                "path of a model file, which must end in .keras."
-            )
-        model = check_model(read_model(path, "network"), path, input_shape)
+    if path := network_file(network):
+        model = check_model(read_model(path), path, input_shape)
         return cast_model(model, policy, input_shape[:2])
     try:
         return check_model(NETWORKS[network](input_shape, policy), network, input_shape)
@@ -64,12 +57,30 @@ def _check_size(source, build, size):
         ) from None
 
 
-def read_model(path, key="model_file"):
+def network_file(network):
+    """The path of the model file that the key `network` names; None for a name in NETWORKS.
+
+    Raises:
+        UserError: If it is neither.
+    """
+    if network in NETWORKS:
+        return None
+    path = Path(network)
+    if path.suffix != ".keras":
+        raise UserError(
+            f"Unknown network '{network}'. Set network to {' or '.join(NETWORKS)}, or to the path "
+            "of a model file, which must end in .keras."
+        )
+    if not path.is_file():
+        raise UserError(f"No model file {path}. Set network to the .keras file of a trained model.")
+    return path
+
+
+def read_model(path):
     """Load a functional Keras model; a file that contains code is rejected.
 
     Args:
         path: Of a .keras or .h5 file.
-        key: Configuration key of the path, for the error message.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -77,7 +88,7 @@ def read_model(path, key="model_file"):
     """
     if not path.is_file():
         raise FileNotFoundError(
-            f"No model file {path}. Set {key} to the .keras file of a trained model."
+            f"No model file {path}. Set model_file to the .keras file of a trained model."
         )
     try:
         return as_functional(keras.models.load_model(path, compile=False, safe_mode=True))

@@ -29,7 +29,7 @@ from harness.records.mlperf_log import keys, open_mlperf_log
 from harness.records.run_folder import FORMAT, git_commit, now, package_versions
 from harness.records.run_warnings import mask_warnings, training_warnings
 from harness.records.tensorboard import NoBoard, TensorBoard
-from harness.signals import Interrupted
+from harness.signals import Interrupted, deferred
 from harness.training.checkpoints import Checkpoints
 from harness.training.state import TrainingState
 
@@ -91,6 +91,16 @@ class Run:
         self._opened = time.perf_counter()
         self._rank_log_file = self.folder / f"rank-{devices.rank}.log"
         self._rank_log = log_to_file(self._rank_log_file)
+        self.mllog = None
+        try:
+            self._begin_part(parts, earlier, scenes_sha256)
+        except BaseException:  # then nobody calls __exit__
+            self._close_logs()
+            raise
+
+    def _begin_part(self, parts, earlier, scenes_sha256):
+        """Open the MLPerf log, and write the configuration and the results of a new part."""
+        config, devices, mode = self._config, self._devices, self.mode
         self._mlperf_file = self.path(config.mlperf_logfile) if self.is_chief else None
         n_kept = self._found[1].mlperf_bytes if self._found else 0
         self.mllog = open_mlperf_log(self._mlperf_file, REPOSITORY, n_kept)
@@ -396,6 +406,7 @@ class Run:
             raise
         return self
 
+    @deferred(always=True)  # or a signal would leave the status "running"
     def __exit__(self, kind, error, traceback):
         status = keys.SUCCESS if error is None else keys.ABORTED
         text = None if error is None else f"{kind.__name__}: {error}"
@@ -424,9 +435,13 @@ class Run:
                 aborted = f"Aborted: {text}"
                 record = log.makeRecord(log.name, logging.ERROR, "", 0, aborted, (), None)
                 self._rank_log.handle(record)
-            for handler in (*self.mllog.logger.handlers, self._rank_log):
-                with contextlib.suppress(OSError):  # a full disk, which has been reported
-                    handler.close()
+            self._close_logs()
+
+    def _close_logs(self):
+        for handler in (*(self.mllog.logger.handlers if self.mllog else ()), self._rank_log):
+            with contextlib.suppress(OSError):  # a full disk, which has been reported
+                handler.close()
+        logging.getLogger().removeHandler(self._rank_log)
 
     def _log_stop(self, status):
         if self._is_timed:

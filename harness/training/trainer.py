@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from harness.errors import UserError
+from harness.inference.scores import THRESHOLD
 from harness.networks.fused_upsampling import fuse_upsampling
 from harness.parallel.devices import on_replicas
 
@@ -160,7 +161,7 @@ class Trainer:
         loss *= 1 + (self._cloud_weight - 1) * label[..., 0]
         patch_loss = weight * tf.reduce_mean(loss, axis=(1, 2))  # (m,)
         correct = tf.reduce_sum(
-            tf.cast((probability > 0.5) == (label > 0.5), tf.float32), axis=(1, 2, 3)
+            tf.cast((probability > THRESHOLD) == (label > 0), tf.float32), axis=(1, 2, 3)
         )  # (m,), exact: below 2^24 pixels
         pixels = float(label.shape[1] * label.shape[2])
         sums = tf.stack([patch_loss * pixels, weight * correct, weight * pixels])  # (3, m)

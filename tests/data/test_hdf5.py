@@ -1,10 +1,11 @@
 import os
+import zlib
 
 import h5py
 import numpy as np
 import pytest
 
-from harness.data.hdf5 import MAX_NUMBERS, open_hdf5, open_numbers, unpack
+from harness.data.hdf5 import MAX_NUMBERS, open_hdf5, open_numbers, read_all, unpack
 from harness.errors import UserError
 
 
@@ -86,3 +87,20 @@ def test_packed_numbers_are_scaled_and_fill_values_are_missing(path, fill):
         file["x"].attrs["scale_factor"] = np.inf
         with pytest.raises(ValueError, match="finite scale_factor"):
             unpack(file["x"])
+
+
+@pytest.mark.parametrize("read", [read_all, unpack])
+def test_chunk_that_inflates_to_another_size_is_not_read(tmp_path, read):
+    """HDF5 has no such limit: it inflates a bomb completely, and reads beyond a chunk's end."""
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        good = file.create_dataset("good", (40, 30), "f4", chunks=(16, 16), compression="gzip")
+        good[:] = numbers = np.arange(1200, dtype="f4").reshape(40, 30)
+        for name, content in (("bomb", bytes(1 << 20)), ("short", b"abc")):
+            bad = file.create_dataset(name, (40, 30), "f4", chunks=(16, 16), compression="gzip")
+            bad.id.write_direct_chunk((32, 16), zlib.compress(content))
+    with h5py.File(tmp_path / "a.h5") as file:
+        np.testing.assert_array_equal(read(open_numbers(file, "good")), numbers)
+        with pytest.raises(OSError, match="'/bomb' .* inflates to more than 1024 bytes"):
+            read(open_numbers(file, "bomb"))
+        with pytest.raises(OSError, match="'/short' .* inflates to 3 bytes, expected 1024"):
+            read(open_numbers(file, "short"))

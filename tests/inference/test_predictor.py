@@ -12,6 +12,8 @@ from harness.inference.windows import StripGrid
 from harness.networks.geometry import geometry
 from model import NETWORKS, unet
 
+EVEN = ((0, 0), (0, 0))  # the padding of patches that begin with the scene
+
 
 def with_strong_weights(model):
     """Give a model weights by which its output depends visibly on all that it can see."""
@@ -43,11 +45,23 @@ def test_patches_equal_a_plain_loop_over_the_model(batch):
 
 def test_one_pass_equals_the_model_on_the_padded_scene():
     model = with_strong_weights(unet((None, None, 9)))
-    grid = StripGrid(50, 70, 1, 56, 8)
-    assert grid.window == (56, 72)
+    grid = StripGrid(50, 70, ((19, 0), (9, 0)), 1, 56, 8)
+    assert grid.window == (56, 72) and grid.padding == ((3, 3), (1, 1))
     padded = padded_scene(grid, 50, 70)
     probability, _ = Predictor(model, "/CPU:0", grid, 1)(padded)
     np.testing.assert_allclose(probability, model(padded[None])[0, 3:53, 1:71, 0], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "patch_size", "crop_size", "padding"),
+    [
+        ((1200, 1500), 256, 80, ((0, 0), (2, 2))),  # of patches: 56 above, 82 on the left
+        ((300, 375), 64, 24, ((6, 6), (0, 1))),  # of patches: 22 and 24
+    ],
+)
+def test_one_pass_has_the_remainder_of_the_padding_of_patches(size, patch_size, crop_size, padding):
+    patches = PatchGrid(*size, patch_size, crop_size)
+    assert StripGrid(*size, patches.padding, 1, 56, 8).padding == padding
 
 
 def test_normalisation_uses_its_moving_averages():
@@ -77,11 +91,11 @@ def test_strips_agree_with_the_whole_scene(build, monkeypatch):
     size = geometry(model)
     height, width = 8 * size.margin, 30
     monkeypatch.setattr(prediction, "free_memory", lambda: 1e9)
-    whole = predictor_that_fits(model, "/CPU:0", height, width)
+    whole = predictor_that_fits(model, "/CPU:0", height, width, EVEN)
     padded = padded_scene(whole.grid, height, width)
     expected, _ = whole(padded)
     for n in (2, 3):
-        grid = StripGrid(height, width, n, size.margin, size.multiple)
+        grid = StripGrid(height, width, EVEN, n, size.margin, size.multiple)
         assert len(grid.corners) == n and grid.window[0] < 0.7 * height
         probability, _ = Predictor(model, "/CPU:0", grid, 1)(padded)
         np.testing.assert_allclose(probability, expected, atol=1e-4)
@@ -89,7 +103,7 @@ def test_strips_agree_with_the_whole_scene(build, monkeypatch):
 
 def test_smaller_overlap_than_the_margin_would_show():
     model = with_strong_weights(unet((None, None, 9)))
-    whole, short = StripGrid(400, 30, 1, 56, 8), StripGrid(400, 30, 2, 16, 8)
+    whole, short = (StripGrid(400, 30, EVEN, *n, 8) for n in ((1, 56), (2, 16)))
     padded = padded_scene(whole, 400, 30)
     expected, _ = Predictor(model, "/CPU:0", whole, 1)(padded)
     assert np.abs(Predictor(model, "/CPU:0", short, 1)(padded)[0] - expected).max() > 1e-3
@@ -100,10 +114,11 @@ def test_scene_that_does_not_fit_is_predicted_in_strips(monkeypatch):
     bytes_per_pixel = geometry(model).bytes_per_pixel
     for free, n_strips in ((481 * 32, 1), (479 * 32, 2), (295 * 32, 4)):  # of 480, 296, 208 rows
         monkeypatch.setattr(prediction, "free_memory", lambda free=free: free * bytes_per_pixel)
-        assert len(predictor_that_fits(model, "/CPU:0", 480, 32).grid.corners) == n_strips
+        found = predictor_that_fits(model, "/CPU:0", 480, 32, EVEN)
+        assert len(found.grid.corners) == n_strips
     monkeypatch.setattr(prediction, "free_memory", lambda: 0)
     with pytest.raises(UserError, match="too little memory .* 8 parts.*inference_mode: patches"):
-        predictor_that_fits(model, "/CPU:0", 480, 32)
+        predictor_that_fits(model, "/CPU:0", 480, 32, EVEN)
 
 
 def test_memory_error_of_the_device_leads_to_strips(monkeypatch):
@@ -114,7 +129,7 @@ def test_memory_error_of_the_device_leads_to_strips(monkeypatch):
             return super().__call__(scene)
 
     monkeypatch.setattr(prediction, "Predictor", SmallDevice)
-    found = predictor_that_fits(unet((32, 32, 9)), "/CPU:0", 480, 32)
+    found = predictor_that_fits(unet((32, 32, 9)), "/CPU:0", 480, 32, EVEN)
     assert len(found.grid.corners) == 2
 
 
@@ -142,4 +157,4 @@ def test_network_that_is_not_local_is_rejected_for_whole_scenes():
     x = keras.layers.Dense(32 * 32)(keras.layers.Flatten(name="flat")(inputs))
     model = keras.Model(inputs, keras.layers.Reshape((32, 32, 1))(x))
     with pytest.raises(UserError, match="flat .*inference_mode: patches"):
-        predictor_that_fits(model, "/CPU:0", 48, 48)
+        predictor_that_fits(model, "/CPU:0", 48, 48, EVEN)

@@ -68,6 +68,12 @@ SMALL = {
         ), 2 + 1, 1,
     ),
     "pool": (chain(lambda: layers.MaxPool2D(2), lambda: layers.UpSampling2D(2)), 1, 2),
+    "bilinear": (  # half of the pixels see the small one before their own, half that after it
+        chain(
+            lambda: layers.AveragePooling2D(2),
+            lambda: layers.UpSampling2D(2, interpolation="bilinear"),
+        ), 2, 2,
+    ),
     "overlapping pool": (
         chain(lambda: layers.AveragePooling2D(3, 2, "same"), lambda: layers.UpSampling2D(2)), 2, 2,
     ),

@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 from conftest import HEIGHT, WIDTH, results, rows, start
+from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
@@ -220,6 +221,23 @@ def test_times_add_up_to_the_duration_of_the_run(run):
     assert sum(shown) == pytest.approx(50, abs=0.1)
 
 
+def test_times_have_no_rest_where_parts_are_unknown_or_longer_than_the_run(run):
+    change(run, seconds=0.5)
+    assert "other: start" not in page_of(run).text
+    change(run, training=None, inference=None, parts=[], seconds=9.0)
+    assert "other: start" not in page_of(run).text
+
+
+def test_scene_without_any_data_is_drawn(tmp_path):
+    """Its limits are those of numbers from 0 to 1, and no pixel has a colour."""
+    missing = np.full((4, 5, 3), np.nan, np.float32)
+    scene = pictures.MaskedScene(np.zeros((4, 5), bool), None, None, missing)
+    colour, grey, _ = pictures.panels(scene)
+    assert grey.note.startswith("0 to 1 K;")
+    for panel in (colour, grey):
+        assert (panel.pixels == pictures.NOT_MEASURED).all()
+
+
 def test_calibration_agrees_with_scikit_learn(run):
     masks = mask_files(run)
     scenes = pictures.scenes_by_name(results(run)["config"]["inference_dir"])
@@ -339,12 +357,26 @@ def test_reflectances_may_be_on_the_finer_grid(run):
     fine = run / scenes[name].name
     shutil.copy(scenes[name], fine)
     with h5py.File(fine, "a") as file:
-        refs = file["refs"][:].repeat(2, axis=0).repeat(2, axis=1)
+        refs = file["refs"][..., :3].repeat(2, axis=0).repeat(2, axis=1)  # S1 to S3 are enough
         del file["refs"]
         file["refs"] = refs
     found = pictures.read_masked_scene(masks[name], fine)
     assert found.reflectances.shape == (HEIGHT, WIDTH, 3)
     np.testing.assert_array_equal(found.reflectances, coarse.reflectances)
+
+
+def test_chart_has_its_lines_the_diagonal_and_a_legend(monkeypatch):
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda f, *args, **kwargs: figures.append(f) or savefig(f, *args, **kwargs),
+    )
+    charts.chart("", "x", "y", {"network": ([0.1, 0.9], [0.2, 0.7])}, diagonal="perfect")
+    (axes,), (legend,) = figures[0].axes, figures[0].legends
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines == {"network": [[0.1, 0.2], [0.9, 0.7]], "perfect": [[0, 0], [1, 1]]}
+    assert [text.get_text() for text in legend.get_texts()] == ["network", "perfect"]
 
 
 def contrast(a, b):

@@ -1,18 +1,25 @@
 import csv
 import json
 import logging
+import os
 import re
 import shutil
+import signal
 import subprocess
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
+from harness.config import Config
 from harness.console import PlainFormatter, log_to_file, printable
 from harness.errors import UserError
 from harness.files import write_csv
 from harness.records import run_folder
 from harness.records.mlperf_log import open_mlperf_log
 from harness.records.resume import load_resumed
+from harness.records.run import Run
+from harness.signals import Interrupted, install_handlers
 
 FORGED = "S3A_a\nError: all is lost\x1b[2J\u202efdh\udcff\r.hdf"
 ESCAPED = r"S3A_a\nError: all is lost\x1b[2J\u202efdh\udcff\r.hdf"
@@ -102,3 +109,47 @@ def test_damaged_results_of_a_run_are_the_users_to_mend(finished, tmp_path, part
     (run / "results.json").write_text(json.dumps({**told, "parts": parts}))
     with pytest.raises(UserError, match="cannot be resumed"):
         load_resumed(run)
+
+
+DEVICES = SimpleNamespace(
+    is_chief=True, rank=0, n_ranks=1, kind="CPU", summary=dict, peak_gpu_memory=list
+)
+
+
+def new_run(settings, folder, **keys):
+    folder.mkdir()
+    config = Config.model_validate({**settings, "sampling": False, **keys})
+    return Run(config, DEVICES, "train", folder)
+
+
+def test_run_that_cannot_begin_closes_its_logs(settings, tmp_path):
+    (tmp_path / "file").touch()
+    handlers = logging.getLogger().handlers[:]
+    with pytest.raises(OSError, match="file"):
+        new_run(settings, tmp_path / "run", log_file=str(tmp_path / "file" / "x.log"))
+    assert logging.getLogger().handlers == handlers
+    assert not [f for f in psutil.Process().open_files() if f.path.startswith(str(tmp_path))]
+
+
+@pytest.mark.parametrize("error", [None, ValueError("wrong")])
+def test_signals_while_a_run_ends_wait_until_its_results_say_how(
+    settings, tmp_path, monkeypatch, error
+):
+    def stop():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    install_handlers()
+    try:
+        with pytest.raises(Interrupted), new_run(settings, tmp_path / "run") as run:
+            monkeypatch.setattr(run.board, "close", stop)
+            if error:
+                raise error
+    finally:
+        install_handlers()  # forgets the signals
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    expected = ("aborted", "ValueError: wrong") if error else ("success", None)
+    assert (results["status"], results["error"]) == expected

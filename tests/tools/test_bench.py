@@ -57,6 +57,13 @@ def test_operations_of_the_network_agree_with_a_count_by_hand(rows_cols, channel
     assert gflop == pytest.approx(2e-9 * pixel * n_rows * n_cols)
 
 
+def test_table_is_printed_and_a_file_written_only_where_asked(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert bench.main([*QUICK, "--only", "gemm/float32"]) == 0
+    assert "gemm/float32  GFLOP/s" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_quick_run_has_all_rows(quick):
     threads = {f"loader/contiguous/{n} thread{'s' * (n > 1)}" for n in thread_counts()}

@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from harness import REPOSITORY
 from tools import scaling
@@ -47,6 +49,18 @@ def scale(output, *arguments):
         rows = [{k: number(v) for k, v in row.items()} for row in csv.DictReader(file)]
     assert (output / "scaling.png").read_bytes().startswith(b"\x89PNG")
     return status, rows, (output / "scaling.txt").read_text()
+
+
+def test_ideal_line_is_a_speed_up_of_the_number_of_replicas(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    common = {"scaling": "strong", "ranks": 1, "min": 1.0, "median": 2.0, "max": 3.0}
+    rows = [common | {"replicas": n, "speed_up": 0.9 * n} for n in (1, 4)]
+    scaling.draw(rows, tmp_path / "scaling.png")
+    ideal, measured, *_ = figures[0].axes[0].lines
+    assert ideal.get_label() == "ideal"
+    np.testing.assert_array_equal(ideal.get_xydata(), [[1, 1], [4, 4]])
+    np.testing.assert_allclose(measured.get_xydata(), [[1, 0.9], [4, 3.6]])
 
 
 def amdahl(n, share):

@@ -376,6 +376,15 @@ def test_training_repeats_bit_for_bit():
         np.testing.assert_array_equal(a, b)
 
 
+def test_micro_batches_pass_one_after_the_other():
+    """Else TensorFlow keeps the memory of up to ten of them."""
+    trainer, _, feed = trainer_and_feed(1)
+    for step in (trainer.train_step, trainer.eval_step):
+        graph = step.get_concrete_function(next(feed)).graph
+        loops = [op for op in graph.get_operations() if op.type in ("While", "StatelessWhile")]
+        assert [op.get_attr("parallel_iterations") for op in loops] == [1]
+
+
 def test_warm_up_traces_both_steps_and_changes_nothing():
     trainer, batches, feed = trainer_and_feed(2)
     variables = [*trainer.model.variables, *trainer.optimizer.variables]

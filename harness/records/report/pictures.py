@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.data.hdf5 import open_hdf5, open_numbers
+from harness.data.hdf5 import open_hdf5, open_numbers, read_all
 from harness.data.mask_files import measured_pixels, read_mask
 from harness.data.positions import read_positions
 from harness.data.scene_files import walk_scenes
@@ -116,7 +116,7 @@ def read_mask_and_label(mask_path, scene_path):
         size = int(file.attrs.get("scene_bytes", -1))
     with open_hdf5(scene_path) as file:
         label = open_numbers(file, "bayes", (*mask.shape, None), optional=True)
-        label = None if label is None else np.nan_to_num(label[..., 0]) != 0
+        label = None if label is None else np.nan_to_num(read_all(label)[..., 0]) != 0
     if label is not None and np.isfinite(accuracy):
         is_same = abs(np.mean(mask == label) - accuracy) < 1e-6
     else:
@@ -137,7 +137,7 @@ def read_masked_scene(mask_path, scene_path):
     """
     mask, label = read_mask_and_label(mask_path, scene_path)
     with open_hdf5(scene_path) as file:
-        temperatures = nan_where_missing(open_numbers(file, "bts", (*mask.shape, 3))[:])
+        temperatures = nan_where_missing(read_all(open_numbers(file, "bts", (*mask.shape, 3))))
         refs = open_numbers(file, "refs", (None, None, None))
         fold = refs.shape[0] // mask.shape[0]  # 2 on the 500 m grid: every other pixel is enough
         if fold not in (1, 2) or refs.shape[:2] != (fold * mask.shape[0], fold * mask.shape[1]):
@@ -145,11 +145,11 @@ def read_masked_scene(mask_path, scene_path):
                 f"'refs' should have the grid {mask.shape} or its double: {refs.shape}"
             )
         is_day = refs.shape[2] >= 3
-        refs = nan_where_missing(refs[:][::fold, ::fold, 2::-1]) if is_day else None
+        refs = nan_where_missing(read_all(refs)[::fold, ::fold, 2::-1]) if is_day else None
         is_day = is_day and (refs > 0).mean() > 0.01
     with open_hdf5(mask_path) as file:
         probability = open_numbers(file, "probability", mask.shape, optional=True)
-        probability = None if probability is None else probability[:]
+        probability = None if probability is None else read_all(probability)
     positions = read_positions(scene_path, None, scene_path.stem, mask.shape)
     return MaskedScene(mask, label, refs if is_day else None, temperatures, probability, positions)
 
@@ -165,7 +165,7 @@ def read_label_and_probability(mask_path, scene_path):
     """
     with open_hdf5(mask_path) as file:
         probability = open_numbers(file, "probability", (None, None), optional=True)
-        probability = None if probability is None else probability[:]
+        probability = None if probability is None else read_all(probability)
     if probability is None:
         return None
     _, label = read_mask_and_label(mask_path, scene_path)

@@ -476,13 +476,3 @@ def measure_memory(bench):
     first = next(iter(peaks))
     for name, values in peaks.items():
         yield make_row(name, "GB", values, first, peaks[first])
-
-
-# --- PyTorch --------------------------------------------------------------------------------
-
-
-def measure_against_torch(bench):
-    """The same network in PyTorch: training steps, and a scene without reading it."""
-    from tools.lib.bench import torch_unet
-
-    yield from torch_unet.measure(bench)

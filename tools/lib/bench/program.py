@@ -56,9 +56,10 @@ def inference_grids(config):
     """The windows of a scene by `inference_mode`; those of `scene` without strips."""
     size = config.image_h, config.image_w
     network = geometry(build_network(config))
+    patches = data_loader.PatchGrid(*size, config.patch_size, config.crop_size)
     return {
-        "patches": data_loader.PatchGrid(*size, config.patch_size, config.crop_size),
-        "scene": StripGrid(*size, 1, network.margin, network.multiple),
+        "patches": patches,
+        "scene": StripGrid(*size, patches.padding, 1, network.margin, network.multiple),
     }
 
 

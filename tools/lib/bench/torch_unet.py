@@ -158,8 +158,8 @@ def inference_functions(bench, theirs, mode, precision, model):
     }
 
 
-def measure(bench):
-    """Yield the rows of training steps and scenes compared with PyTorch's."""
+def measure_against_torch(bench):
+    """The same network in PyTorch: training steps, and a scene without reading it."""
     model = program.build_network(bench.config)
     theirs = TorchProgram(bench, model)
     check_same_network(theirs, model)
