@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -827,3 +828,14 @@ def test_malformed_manifest_is_one_line(scenes, download, capsys, text, reason):
     if text:
         assert download() == 2
         assert download.files() == {}
+
+
+def test_etag_is_computed_a_mebibyte_at_a_time(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(8 << 20))
+    tracemalloc.start()
+    try:
+        etag = download_data.compute_etag(tmp_path / "file", 8 << 20, 0)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert etag == hashlib.md5(bytes(8 << 20)).hexdigest() and peak < 4 << 20
