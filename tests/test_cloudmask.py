@@ -29,12 +29,12 @@ def masked(finished, model, settings, tmp_path_factory):
     return {"patches": finished / "masks", "scene": run.folder / "masks"}
 
 
-@pytest.mark.parametrize(("mode", "options"), [("patches", AS_RUN), ("scene", AS_RUN | {"mode": "scene"})])
-def test_scene_gets_the_mask_of_a_run(dataset, model, masked, mode, options):
+@pytest.mark.parametrize("mode", ["patches", "scene"])
+def test_scene_gets_the_mask_of_a_run(dataset, model, masked, mode):
     paths = sorted((dataset / "ssts").rglob("S3A*.hdf"))
     assert len(paths) == 2
     for path in paths:
-        mask, probability = predict_scene(model, path, **options)
+        mask, probability = predict_scene(model, path, mode=mode, **AS_RUN)
         assert (mask.dtype, probability.dtype) == (np.uint8, np.float32)
         with h5py.File(masked[mode] / f"{path.stem}.h5") as file, h5py.File(path) as scene:
             np.testing.assert_array_equal(mask, file["mask"])
