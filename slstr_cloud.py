@@ -19,6 +19,7 @@ import numpy as np
 import data_loader
 from harness import build
 from harness.check import check
+from harness.clock import active_seconds
 from harness.command_line import choose_task, parse_arguments
 from harness.console import log_to_screen, progress
 from harness.data.prefetch import ReaderPool, exit_process
@@ -122,9 +123,9 @@ def train(config, devices, run, scenes):
                 run.begin_epoch(state)
                 train_epoch(run, trainer, training, training_feed, state)
                 run.begin_evaluation(state)
-                begin = time.perf_counter()
+                begin = active_seconds()
                 validated = evaluate(trainer, validation, validation_feed)
-                evaluation_seconds = time.perf_counter() - begin
+                evaluation_seconds = active_seconds() - begin
                 with deferred(always=True):
                     trained = trainer.pop_train_metrics()
                     row = results.epoch_row(state, trained, validated, evaluation_seconds)
@@ -138,26 +139,25 @@ def train_epoch(run, trainer, training, feed, state):
     """Take the remaining steps of an epoch; a signal waits for the end of the current step."""
     from harness.training.trainer import replace_tensorflow_errors
 
-    begin = time.perf_counter() - state.seconds
+    begin = active_seconds() - state.seconds
     first, n_steps = state.step, training.n_steps
     steps = progress(range(first, n_steps), f"Epoch {state.epoch}", n_steps - first)
     for _ in run.board.profiled(steps, (state.epoch - 1) * n_steps + first + 1):
         with replace_tensorflow_errors(training, trainer), deferred():
-            asked = time.perf_counter()
+            asked = active_seconds()
             batch = next(feed)
-            state.input_seconds += time.perf_counter() - asked
+            state.input_seconds += active_seconds() - asked
             trainer.train_step(batch)
-            state.step, state.seconds = state.step + 1, time.perf_counter() - begin
+            state.step, state.seconds = state.step + 1, active_seconds() - begin
         if state.step % STEPS_UNWATCHED and state.step < n_steps:
             continue
         if n := trainer.first_bad_step():
             paths = training.scenes_of(state.epoch - 1, first + n - 1)
             raise FloatingPointError(
                 f"The loss was not finite in epoch {state.epoch}, step {first + n} of {n_steps}, "
-                f"with patches of {', '.join(path.name for path in paths)}. Lower learning_rate, "
-                "or set precision: float32."
+                f"with patches of {', '.join(path.name for path in paths)}. Lower learning_rate."
             )
-    state.seconds = time.perf_counter() - begin
+    state.seconds = active_seconds() - begin
 
 
 def evaluate(trainer, validation, feed):
@@ -190,7 +190,7 @@ def infer(config, devices, run, paths):
         run.bad_scenes.forget("inference")
     devices.gather(0)  # all ranks begin together
     run.mllog.start(mlperf_log.INFERENCE_START)
-    begin = time.perf_counter()
+    begin = active_seconds()
     on_bad_scene = run.bad_scenes.handler("inference", paths)
     mask_with = functools.partial(mask_scenes, config, devices, run, masks, on_bad_scene)
     shown = [progress(paths, "Masking", len(paths)), *[paths] * (len(predictors) - 1)]
@@ -200,7 +200,7 @@ def infer(config, devices, run, paths):
         except BaseException:
             masks.stop()  # or leaving the pool would wait for all scenes
             raise
-    seconds = devices.gather(time.perf_counter() - begin)
+    seconds = devices.gather(active_seconds() - begin)
     run.mllog.end(mlperf_log.INFERENCE_STOP)
     if run.is_chief:
         run.end_inference(masks, paths, max(seconds), facts)

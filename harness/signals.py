@@ -1,8 +1,15 @@
-"""SIGTERM and SIGINT end the program in order, and never in the middle of a step."""
+"""Signals end the program in order, and never in the middle of a step."""
 
 import contextlib
 import signal
 from types import SimpleNamespace
+
+from harness.clock import active_seconds
+
+# SIGHUP: the terminal was closed; the others: warnings of schedulers that the time is nearly over.
+STOPPING = (
+    signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU, signal.SIGUSR1, signal.SIGUSR2,
+)  # fmt: skip
 
 _state = SimpleNamespace(deferred=False, always=False, received=None)
 
@@ -19,15 +26,19 @@ class Interrupted(SystemExit):
 
 
 def install_handlers(reset=True):
-    """Let SIGTERM and SIGINT raise Interrupted; again after TensorFlow has taken SIGTERM.
+    """Let the signals STOPPING raise Interrupted; again after TensorFlow has taken SIGTERM.
+
+    A signal that is ignored, as SIGHUP under nohup, stays ignored.
 
     Args:
         reset: Whether signals received earlier are forgotten.
     """
     if reset:
         _state.received = None
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _receive)
+    for number in STOPPING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _receive)
+    active_seconds.start()
 
 
 def check_signals():

@@ -6,12 +6,12 @@ import sys
 import pytest
 
 from harness import REPOSITORY
-from harness.signals import Interrupted, check_signals, deferred, install_handlers
+from harness.signals import STOPPING, Interrupted, check_signals, deferred, install_handlers
 
 
 @pytest.fixture(autouse=True)
 def signals():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in STOPPING}
     install_handlers()
     yield
     install_handlers()  # forgets those of the test
@@ -19,10 +19,18 @@ def signals():
         signal.signal(number, handler)
 
 
-def test_signal_ends_the_program_with_128_and_its_number():
+@pytest.mark.parametrize("number", STOPPING)
+def test_signal_ends_the_program_with_128_and_its_number(number):
     with pytest.raises(Interrupted) as told:
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert told.value.code == 143 and "SIGTERM" in str(told.value)
+        os.kill(os.getpid(), number)
+    assert told.value.code == 128 + number and number.name in str(told.value)
+
+
+def test_ignored_signal_stays_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    install_handlers()
+    os.kill(os.getpid(), signal.SIGHUP)
+    check_signals()
 
 
 @pytest.mark.parametrize(
