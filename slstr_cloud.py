@@ -9,7 +9,6 @@ import: functions that need it import their modules themselves, so that mistakes
 import contextlib
 import functools
 import logging
-import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 
@@ -155,7 +154,8 @@ def train_epoch(run, trainer, training, feed, state):
             paths = training.scenes_of(state.epoch - 1, first + n - 1)
             raise FloatingPointError(
                 f"The loss was not finite in epoch {state.epoch}, step {first + n} of {n_steps}, "
-                f"with patches of {', '.join(path.name for path in paths)}. Lower learning_rate."
+                f"with patches of {', '.join(path.name for path in paths)}. Lower learning_rate, "
+                "or set precision: float32."
             )
     state.seconds = active_seconds() - begin
 
@@ -210,7 +210,7 @@ def mask_scenes(config, devices, run, masks, on_bad_scene, paths, predictor):
     """Mask scenes with one device; the next scene is read while the current one is masked."""
 
     def read(path):
-        begin = time.perf_counter()
+        begin = active_seconds()
         try:
             scene = data_loader.read_scene(
                 path, config.scene_shape, predictor.grid.padding, labelled=run.mode != "inference"
@@ -218,16 +218,16 @@ def mask_scenes(config, devices, run, masks, on_bad_scene, paths, predictor):
         except data_loader.SceneError as error:
             on_bad_scene(path, error)
             scene = None
-        return path, scene, time.perf_counter() - begin
+        return path, scene, active_seconds() - begin
 
-    last = time.perf_counter()
+    last = active_seconds()
     with ReaderPool(1, config.read_timeout) as reader:
         for path, scene, read_seconds in reader.prefetch(read, masks.take(paths), 1):
             if scene is None:
                 continue
             if scene.out_of_range:
                 log.warning(data_loader.OUT_OF_RANGE_MESSAGE, path, scene.out_of_range)
-            begin = time.perf_counter()
+            begin = active_seconds()
             probability, network_seconds = predictor(scene.channels)
             if not np.isfinite(probability).all():
                 raise FloatingPointError(
@@ -235,10 +235,10 @@ def mask_scenes(config, devices, run, masks, on_bad_scene, paths, predictor):
                     "another model, or precision: float32."
                 )
             mask = (probability > scores.THRESHOLD).astype(np.uint8)
-            stitched = time.perf_counter()
+            stitched = active_seconds()
             label = None if scene.cloud is None else scene.cloud[..., 0]
             row = scores.score_scene(mask, label, scene.valid, scene.bt_12um, config.min_sst)
-            scored = time.perf_counter()
+            scored = active_seconds()
             row |= {
                 "scene": path.stem,
                 "day_night": data_loader.day_or_night(path),
@@ -253,7 +253,7 @@ def mask_scenes(config, devices, run, masks, on_bad_scene, paths, predictor):
             }
             kept = probability if config.keep_probability else None
             masks.write(path, mask, kept, row, model=str(run.model_file))
-            last = time.perf_counter()
+            last = active_seconds()
 
 
 if __name__ == "__main__":

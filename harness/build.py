@@ -107,22 +107,22 @@ def clear_file_cache(config, devices, paths):
     decoded = walk_files(config.cache_dir) if config.cache_dir else ()
     counts = evict([*paths, *decoded] if is_first else [])  # once per node
     counts = {name: round(sum(devices.gather(n))) for name, n in counts.items()}
-    total, left, untold = counts.values()
+    total, left, unknown = counts.values()
     if left:
         log.warning(
             "The file cache is not clear: %s of %s remain in it. The file system is in memory, or "
             "another process uses the files.", format_bytes(left), format_bytes(total),
         )  # fmt: skip
-    if untold:
+    if unknown:
         log.warning(
             "Whether the file cache is clear is unknown for %s of %s: the kernel tells only those "
             "who may write to the files, and not on file systems with a cache of their own.",
-            format_bytes(untold), format_bytes(total),
+            format_bytes(unknown), format_bytes(total),
         )  # fmt: skip
-    if not left and not untold:
+    if not left and not unknown:
         log.info("  file cache  cleared of %s of scenes", format_bytes(total))
     seconds = time.perf_counter() - begin
-    return {**counts, "seconds": seconds, "cleared": left == untold == 0}
+    return {**counts, "seconds": seconds, "cleared": left == unknown == 0}
 
 
 def check_network(config, mode):

@@ -21,7 +21,8 @@ class ActiveClock:
     def start(self):
         """Notice suspensions from now on; to be called before other threads start."""
         if self._thread is None and hasattr(signal, "sigtimedwait"):  # not on macOS
-            # All threads block it, so that it waits for the one that asks for it.
+            # All threads block it, so that it waits for the one that asks for it. Processes
+            # started later inherit that; it ends their suspensions all the same.
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCONT])
             self._thread = threading.Thread(target=self._watch, name="clock", daemon=True)
             self._thread.start()
@@ -31,8 +32,8 @@ class ActiveClock:
             last = time.perf_counter()
             if signal.sigtimedwait([signal.SIGCONT], TICK_SECONDS):
                 seconds = time.perf_counter() - last
-                if seconds > 2 * TICK_SECONDS:  # otherwise nothing was suspended
-                    self._suspended += seconds
+                # The last look was up to a second before the suspension.
+                self._suspended += max(0.0, seconds - TICK_SECONDS)
 
     def __call__(self):
         """The time [s]."""

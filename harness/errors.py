@@ -8,7 +8,7 @@ from harness import REPOSITORY
 # Packages, by the names that are imported, of requirements-tools.txt; all others are of
 # requirements.txt.
 TOOLS_PACKAGES = {
-    "PIL", "boto3", "botocore", "h5netcdf", "onnx", "onnxruntime", "rasterio", "scipy",
+    "boto3", "botocore", "h5netcdf", "onnx", "onnxruntime", "rasterio", "scipy",
     "tensorboard", "tf2onnx",
 }  # fmt: skip
 

@@ -23,9 +23,10 @@ import sys
 import traceback
 from pathlib import Path
 
+from _command import exit_status  # isort: skip  (before all packages)
+
 import numpy as np
 
-from _command import exit_status
 from cloudmask import N_CHANNELS, predict_scene
 from data_loader import REFLECTANCE_OFFSET, read_scene
 from harness.console import log_to_screen
@@ -154,7 +155,7 @@ def mask_all(arguments, command):
     import harness.quiet_tensorflow  # noqa: F401  (before any other import of TensorFlow)
     from harness.networks.model_files import read_model
 
-    model = read_model(arguments.model, "--model")
+    model = read_model(arguments.model)
     options = {"view": "nadir", "refs_grid": "1km"}
     options |= {"positions": arguments.positions, "overwrite": arguments.overwrite}
     n_failed, total = 0, len(arguments.products)

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from harness.files import open_regular
+
 # File systems that keep data in caches of their own, which mincore does not see.
-OWN_CACHE = ("afs", "beegfs", "fuse", "gpfs")
+OWN_CACHE = ("afs", "beegfs", "fuse", "gpfs", "zfs")
 MOUNTS = Path("/proc/self/mountinfo")
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -34,16 +36,16 @@ def evict(paths):
         size = remaining = 0
         try:
             size = os.path.getsize(path)
-            with open(path, "rb", buffering=0) as file:
+            with open_regular(Path(path)) as file:
                 os.fsync(file.fileno())  # pages that are not on the disk yet cannot be evicted
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                is_told = may_ask(file, types)
-                remaining = resident_bytes(file) if is_told else 0
+                is_known = may_ask(file, types)
+                remaining = resident_bytes(file) if is_known else 0
         except OSError:
-            is_told = False
+            is_known = False
         counts["bytes"] += size
         counts["remaining_bytes"] += remaining
-        counts["unverified_bytes"] += 0 if is_told else max(size, 1)
+        counts["unverified_bytes"] += 0 if is_known else max(size, 1)
     return counts
 
 

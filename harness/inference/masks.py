@@ -4,13 +4,13 @@ import json
 import logging
 import shutil
 import threading
-import time
 from contextlib import suppress
 
 import h5py
 import numpy as np
 
 from data_loader import read_scene
+from harness.clock import active_seconds
 from harness.data.hdf5 import open_hdf5
 from harness.data.mask_files import read_mask
 from harness.files import replacing
@@ -69,13 +69,13 @@ class MaskFolder:
             attributes: More attributes of the file.
         """
         with replacing(self._file(path)) as temporary:
-            begin = time.perf_counter()
+            begin = active_seconds()
             with h5py.File(temporary, "w") as file:
                 file.create_dataset("mask", data=mask, compression="gzip", compression_opts=1)
                 if probability is not None:
                     file.create_dataset("probability", data=probability)
                 file.attrs.update(scene=path.name, **self._made_from(path), **attributes)
-                seconds = time.perf_counter() - begin
+                seconds = active_seconds() - begin
                 row = {**row, "write_seconds": seconds, "seconds": row["seconds"] + seconds}
                 file.attrs["row"] = json.dumps(row)
 

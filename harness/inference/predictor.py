@@ -3,13 +3,13 @@
 import contextlib
 import logging
 import math
-import time
 from pathlib import Path
 
 import numpy as np
 import psutil
 import tensorflow as tf
 
+from harness.clock import active_seconds
 from harness.errors import UserError
 from harness.inference.windows import StripGrid
 from harness.networks.fused_upsampling import fuse_upsampling
@@ -62,10 +62,10 @@ class Predictor:
             The probability of cloud, float32 of the scene's shape without padding, and the seconds
             that the network took.
         """
-        begin = time.perf_counter()
+        begin = active_seconds()
         with tf.device(self.device):
             windows = self._predict(tf.constant(scene)).numpy()
-        seconds = time.perf_counter() - begin
+        seconds = active_seconds() - begin
         return self.grid.stitch(windows[: len(self.grid.corners)]), seconds
 
     @tf.function

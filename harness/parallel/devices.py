@@ -209,7 +209,7 @@ def open_devices(
             rendezvous.announce(address=address, **facts)
             announcements = rendezvous.wait_for_all()
             addresses = launch.addresses or [other["address"] for other in announcements]
-            rendezvous.check_network(addresses)
+            rendezvous.check_connections(addresses)
     shares = [share_of_gpus(announcements, rank, gpu) for rank in range(launch.n_ranks)]
     used = found[slice(*shares[launch.rank])]
     kind = "GPU" if used else "CPU"
@@ -286,9 +286,7 @@ def share_of_gpus(announcements, rank, gpu="auto"):
         for r, other in enumerate(announcements)
         if (other["node"], other["visible"]) == (own["node"], own["visible"])
     ]
-    n_gpus = own["gpus"]
-    if len(sharing) == 1:
-        return 0, n_gpus if gpu == "auto" else min(gpu, n_gpus)
+    n_gpus = own["gpus"] if gpu == "auto" else min(gpu, own["gpus"])
     if n_gpus % len(sharing):
         raise UserError(
             f"{len(sharing)} ranks cannot share the {n_gpus} GPUs of a node equally. Start as "

@@ -8,6 +8,7 @@ a host collide), and none supports jsrun.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -42,14 +43,18 @@ class RankError(RuntimeError):
     """Another rank failed or was lost; the message names it, and the reason if known."""
 
 
+class StartError(UserError, RankError):
+    """Another rank failed before the run began; the user can fix that."""
+
+
 class Rendezvous:
     """Where the ranks of one start announce who they are and, later, why they failed.
 
     An announcement is a small JSON file in a folder below output_dir, which the chief removes at
     the end. It holds a random `key` of its process and the keys that this has seen of the others:
     once all ranks have seen each other's keys, no file is of an earlier start. Afterwards a counter
-    in it, `beat`, shows that its rank is alive. No clock is compared with another one, and none of
-    them runs while the program is suspended.
+    in it, `beat`, shows that its rank is alive, and is compared with our own: clocks of nodes may
+    differ, and no rank is lost because the program was suspended.
     """
 
     def __init__(self, launch, output_dir):
@@ -64,7 +69,11 @@ class Rendezvous:
         self._keys = None  # of all ranks, once they have met
 
     def announce(self, **facts):
-        """Write this rank's announcement; it replaces an earlier one."""
+        """Write this rank's announcement; it replaces that of an earlier start.
+
+        Raises:
+            UserError: If the folder is not ours, or another process has the number of this rank.
+        """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = self.folder.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
@@ -72,9 +81,31 @@ class Rendezvous:
                 f"{self.folder} belongs to another user, or is no folder. Remove it, or set an "
                 "output_dir of your own."
             )
+        if self._own["facts"] is None:
+            self._check_unused()
         with self._lock:
             self._own["facts"] = facts
             self._write()
+
+    def _check_unused(self):
+        """Raise UserError if a living process announces itself as this rank."""
+        first = self._announcements().get(self.launch.rank)
+        if first is None or first["age"] > LOST_HEARTBEATS * HEARTBEAT_SECONDS:
+            return
+        deadline = time.monotonic() + 2 * HEARTBEAT_SECONDS
+        while time.monotonic() < deadline:  # wait for its next sign of life
+            time.sleep(HEARTBEAT_SECONDS / 10)
+            found = self._announcements().get(self.launch.rank)
+            if found is None or found["key"] != first["key"]:
+                return
+            if found["beat"] != first["beat"]:
+                raise UserError(self._two_processes())
+
+    def _two_processes(self):
+        return (
+            f"Two processes are rank {self.launch.rank} in {self.folder}. Each needs a number of "
+            "its own: start the program once per output_dir."
+        )
 
     def _write(self):
         own = self._files[self.launch.rank]
@@ -89,19 +120,21 @@ class Rendezvous:
                 if self._own["facts"] is not None:
                     self._write()
 
-    def _cards(self):
+    def _announcements(self):
         """All announcements, of earlier starts too: {rank: dictionary}."""
-        if self.folder.is_dir():
+        with contextlib.suppress(OSError):
             os.listdir(self.folder)  # makes a network file system refresh its cache
         found = {}
         for rank, file in enumerate(self._files):
-            with contextlib.suppress(FileNotFoundError):
-                try:
-                    found[rank] = read_card(file)
-                except (ValueError, KeyError, TypeError) as error:
-                    raise UserError(
-                        f"{file} is no announcement of a rank ({error}). Remove {self.folder}."
-                    ) from None
+            try:
+                found[rank] = read_announcement(file)
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{file} is no announcement of a rank ({error}). Remove {self.folder}."
+                ) from None
+            except OSError as error:  # ESTALE: replaced meanwhile, on NFS
+                if error.errno not in (errno.ENOENT, errno.ESTALE):
+                    raise
         return found
 
     def read(self):
@@ -110,29 +143,29 @@ class Rendezvous:
         Raises:
             UserError: If another process has the number of this rank.
         """
-        cards, me, own = self._cards(), self.launch.rank, self._own
-        if own["facts"] is not None and me in cards and cards[me]["key"] != own["key"]:
-            raise UserError(
-                f"Two processes are rank {me} in {self.folder}. Each needs a number of its own: "
-                "start one program per output_dir, with one launcher."
-            )
+        found, me, own = self._announcements(), self.launch.rank, self._own
         with self._lock:
-            seen = {str(rank): card["key"] for rank, card in cards.items()}
-            if own["facts"] is not None and seen != own["seen"] and self._keys is None:
-                own["seen"] = seen
-                self._write()
-            for rank, card in cards.items():
-                if card["beat"] != self._heard.get(rank, (None,))[0]:
-                    self._heard[rank] = (card["beat"], own["beat"])
-        return {rank: card["facts"] for rank, card in cards.items() if self._is_current(rank, card)}
+            if own["facts"] is not None:
+                if me in found and found[me]["key"] != own["key"]:
+                    raise UserError(self._two_processes())
+                seen = {str(rank): other["key"] for rank, other in found.items()}
+                if seen != own["seen"] and self._keys is None:
+                    own["seen"] = seen
+                    self._write()
+            found = {rank: other for rank, other in found.items() if self._is_current(rank, other)}
+            for rank, other in found.items():
+                if other["beat"] != self._heard.get(rank, (None,))[0]:
+                    self._heard[rank] = (other["beat"], own["beat"])
+        return {rank: other["facts"] for rank, other in found.items()}
 
-    def _is_current(self, rank, card):
+    def _is_current(self, rank, announcement):
         """Whether an announcement belongs to this start of the program."""
+        key, seen = announcement["key"], announcement["seen"]
         if self._keys is not None:
-            return card["key"] == self._keys[rank]
-        if "error" in card["facts"]:  # it may have failed before it saw this rank
-            return card["age"] < LOST_HEARTBEATS * HEARTBEAT_SECONDS
-        return self._own["key"] in (card["key"], card["seen"].get(str(self.launch.rank)))
+            return key == self._keys[rank]
+        if "error" in announcement["facts"]:  # it may have failed before it saw this rank
+            return announcement["age"] < LOST_HEARTBEATS * HEARTBEAT_SECONDS
+        return self._own["key"] in (key, seen.get(str(self.launch.rank)))
 
     def failure(self):
         """What is known about another rank's failure, as text; None if all is well."""
@@ -160,7 +193,7 @@ class Rendezvous:
         while True:
             found = self.read()
             if failure := announced_failure(found):
-                raise UserError(failure)
+                raise StartError(failure)
             if len(found) == self.launch.n_ranks:
                 self._keys = [self._own["seen"][str(r)] for r in range(self.launch.n_ranks)]
                 return [found[rank] for rank in range(self.launch.n_ranks)]
@@ -183,7 +216,7 @@ class Rendezvous:
             f"{self.folder.parent}."
         )
 
-    def check_network(self, addresses):
+    def check_connections(self, addresses):
         """Try to reach all ranks, and wait until they have tried too.
 
         TensorFlow would wait for ever, and not say for which rank.
@@ -209,12 +242,17 @@ class Rendezvous:
         while True:
             found = self.read()
             if failure := announced_failure(found):
-                raise UserError(failure)
+                raise StartError(failure)
             if sum("connected" in facts for facts in found.values()) == len(addresses):
                 return
             if time.monotonic() > deadline:
                 raise UserError(f"Not all ranks could connect within {WAIT_SECONDS} s.")
             time.sleep(0.1)
+
+    def _is_own(self):
+        with contextlib.suppress(OSError, UserError):
+            return self._announcements().get(self.launch.rank, {}).get("key") == self._own["key"]
+        return False
 
     def wait_for_failure(self, seconds=FAILURE_SECONDS):
         """Wait for another rank to announce its failure; None if none does in this time."""
@@ -254,10 +292,21 @@ class Rendezvous:
 
     def __exit__(self, kind, error, traceback):
         self._stopped.set()
+        self._heartbeat.join(HEARTBEAT_SECONDS)
         if self.launch.rank == 0:
             if error is not None:
                 time.sleep(2 * FAILURE_SECONDS)  # the others may still look for the reason
+            # Another start that uses this folder by mistake must not take it from a living one.
+            if self._is_own():
+                self._remove()
+
+    def _remove(self):
+        """Remove the folder; other ranks may still write their last signs of life."""
+        for _ in range(5):
             shutil.rmtree(self.folder, ignore_errors=True)
+            if not self.folder.exists():
+                return
+            time.sleep(0.1)
 
 
 @dataclass(frozen=True)
@@ -295,7 +344,7 @@ def announced_failure(announcements):
     return next(failures, None)
 
 
-def read_card(file):
+def read_announcement(file):
     """An announcement: `key`, `seen`, `beat`, `facts`, and `age` [s] of the file.
 
     Raises:
@@ -306,13 +355,13 @@ def read_card(file):
         status = os.fstat(opened.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
             raise ValueError("it should be a small regular file")
-        card = json.loads(opened.read(MAX_BYTES))
-    if not isinstance(card["seen"], dict) or not isinstance(card["facts"], dict):
+        announcement = json.loads(opened.read(MAX_BYTES))
+    if not isinstance(announcement["seen"], dict) or not isinstance(announcement["facts"], dict):
         raise TypeError("seen and facts should be dictionaries")
     return {
-        **{name: card[name] for name in ("seen", "facts")},
-        "key": str(card["key"]),
-        "beat": int(card["beat"]),
+        **{name: announcement[name] for name in ("seen", "facts")},
+        "key": str(announcement["key"]),
+        "beat": int(announcement["beat"]),
         "age": time.time() - status.st_mtime,
     }
 

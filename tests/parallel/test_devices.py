@@ -59,6 +59,7 @@ def sees(node, n_gpus, visible="None"):
         ("auto", [sees("a", 6)] * 3, [(0, 2), (2, 4), (4, 6)]),
         ("auto", [sees("a", 6)], [(0, 6)]),
         (2, [sees("a", 6)], [(0, 2)]),
+        (2, [sees("a", 4)] * 2, [(0, 1), (1, 2)]),
         (0, [sees("a", 0)] * 2, [(0, 0), (0, 0)]),
         ("auto", [sees("a", 4), sees("b", 4), sees("a", 4)], [(0, 2), (0, 4), (2, 4)]),
         # A wrapper shows each rank its own GPU.

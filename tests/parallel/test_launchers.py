@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import re
@@ -231,13 +232,44 @@ def test_reason_of_a_failing_rank_reaches_the_others(tmp_path):
         first.check()
 
 
-def test_two_processes_with_one_number_are_an_error(tmp_path):
+@pytest.mark.parametrize("lives", [True, False])
+def test_second_start_does_not_disturb_a_living_one(tmp_path, monkeypatch, lives):
+    monkeypatch.setattr("harness.parallel.rendezvous.HEARTBEAT_SECONDS", 0.05)
     first, second = ranks(2, tmp_path)
-    twin = ranks(2, tmp_path)[1]
     together([first, second], meet)
-    twin.announce()
-    with pytest.raises(UserError, match="Two processes are rank 1"):
-        second.check()
+    other = ranks(2, tmp_path)[0]
+    with contextlib.ExitStack() as alive:
+        for rank in (first, second) if lives else ():
+            alive.enter_context(rank)
+        expected = pytest.raises(UserError, match="Two processes are rank 0")
+        with expected if lives else contextlib.nullcontext(), other:
+            other.announce()
+        assert first.folder.exists() == lives  # a chief removes its own
+        if lives:
+            first.check()
+            second.check()
+
+
+def test_rank_that_another_process_replaced_fails(tmp_path):
+    first, second = ranks(2, tmp_path)
+    together([first, second], meet)
+    (first.folder / "rank-0.json").write_text(
+        (first.folder / "rank-1.json").read_text(encoding="utf-8"), encoding="utf-8"
+    )
+    with pytest.raises(UserError, match="Two processes are rank 0"):
+        first.check()
+
+
+def test_failure_of_another_rank_is_not_announced_again(tmp_path):
+    first, second, third = ranks(3, tmp_path)
+    second.announce(error="no such network")
+    first.announce()
+    with pytest.raises(UserError) as error, first.translated_errors():
+        first.wait_for_all(seconds=5)
+    third.announce()
+    with pytest.raises(UserError) as same:
+        third.wait_for_all(seconds=5)
+    assert str(error.value) == str(same.value) == "Rank 1 failed: no such network"
 
 
 def test_files_of_an_earlier_start_are_ignored(tmp_path):
@@ -311,7 +343,7 @@ def test_folder_of_another_kind_is_rejected(tmp_path):
 
 def connect(rendezvous, addresses):
     meet(rendezvous)
-    rendezvous.check_network(addresses)
+    rendezvous.check_connections(addresses)
 
 
 def test_ranks_reach_each_other(tmp_path):
@@ -329,7 +361,7 @@ def test_rank_that_cannot_be_reached_is_named(tmp_path, host):
     first = ranks(2, tmp_path)[0]
     first.announce()
     with pytest.raises(UserError, match=rf"cannot reach rank 0 at {host}:\d+: .*firewalls"):
-        first.check_network(addresses)
+        first.check_connections(addresses)
 
 
 def test_chief_removes_the_folder_of_the_ranks(tmp_path):
@@ -338,7 +370,7 @@ def test_chief_removes_the_folder_of_the_ranks(tmp_path):
         everyone[1].announce()
     assert everyone[1].folder.exists()
     with everyone[0]:
-        pass
+        everyone[0].announce()
     assert not everyone[0].folder.exists()
 
 
