@@ -120,7 +120,7 @@ def clear_file_cache(config, devices, paths):
             format_bytes(unknown), format_bytes(total),
         )  # fmt: skip
     if not left and not unknown:
-        log.info("  file cache  cleared of %s of scenes", format_bytes(total))
+        log.info("  file cache  removed %s of scenes from it", format_bytes(total))
     seconds = time.perf_counter() - begin
     return {**counts, "seconds": seconds, "cleared": left == unknown == 0}
 
