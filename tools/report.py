@@ -7,7 +7,7 @@
 
 For one run the page shows both metrics with baselines and target, what ran where, training curves,
 times, pictures of scenes at full resolution, the scores of each scene, calibration if the run kept
-probabilities, and the samples of the machine. Scenes that would make the page larger than about 12 MB
+probabilities, and the samples of the machine. Scenes that would make the page exceed 12 MB
 are in report_scenes beside it. For several runs it shows a table, curves, and the differences in
 configuration, commit, devices and versions. A run that was stopped has a report too; the page says
 what is missing.
