@@ -28,9 +28,10 @@ demo: $(VENV)/.run
 	@echo "  python tools/compare.py $(DEMO)/outputs/*    # runs side by side"
 	@echo "and open $(DEMO)/outputs/demo/report.html in a browser."
 
-# Two at once: most tests wait for a process, or use one core.
+# Two at once: most tests wait for a process, or use one core. In the order of the files: otherwise
+# those with few but long tests would come last, one after the other.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 torture: $(VENV)/.dev
 	$(BIN)/python -m pytest -s tests/test_kill.py --torture 7
