@@ -9,6 +9,7 @@ import sys
 import time
 
 from harness import REPOSITORY
+from harness.clock import active_seconds
 from harness.config import dump_config, recorded
 from harness.console import log_to_file
 from harness.data.bad_scenes import BadScenes
@@ -365,6 +366,7 @@ class Run:
         part |= {
             "status": status,
             "seconds": time.perf_counter() - self._opened,
+            "suspended_seconds": active_seconds.suspended,
             "peak_rss": peak_rss(),
             "peak_gpu_memory": self._devices.peak_gpu_memory(),
         }

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from mlperf_logging.system_desc_checker import system_desc_checker
 
 import slstr_cloud
 from harness import REPOSITORY
+from harness.clock import active_seconds
 from harness.config import load_config, resolved
 from harness.records.saved_runs import read_run
 from harness.training.trainer import Trainer
@@ -355,6 +357,22 @@ def test_contact_in_the_log_is_that_of_the_configuration(run):
     values = {event["key"]: event["value"] for event in read_log(run)}
     assert values["submission_poc_name"] == CONTACT["name"]
     assert values["submission_poc_email"] == CONTACT["email"]
+
+
+@pytest.mark.slow
+def test_suspended_time_is_in_the_log_alone(settings, tmp_path, monkeypatch):
+    def suspend():  # as SIGSTOP does
+        time.sleep(3)
+        monkeypatch.setattr(active_seconds, "suspended", active_seconds.suspended + 3)
+
+    at_call(monkeypatch, Trainer, "train_step", 3, suspend)
+    made = start(tmp_path / "out", settings)
+    folder = copy(made.folder, tmp_path / "a")
+    assert faults(folder) == []
+    part = results(folder)["parts"][0]
+    edit_results(folder, parts=[part | {"suspended_seconds": 0}])
+    (fault,) = faults(folder)
+    assert "s from epoch_start of epoch 1 to eval_stop" in fault
 
 
 def test_one_epoch_too_many_in_the_log_is_named(run):
