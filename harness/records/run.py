@@ -324,7 +324,7 @@ class Run:
         facts = facts | {"synthetic": "inference" in self._synthetic}
         self.results["inference"] = inference = facts | results.inference_results(rows, seconds)
         self.results["warnings"] += mask_warnings(
-            [row["cloud_fraction"] for row in rows], inference
+            [row["cloud_fraction"] for row in rows], inference, self.mode != "inference"
         )
         self.write_line(results.inference_line(self._config, self._devices, inference))
 
