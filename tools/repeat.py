@@ -2,7 +2,7 @@ r"""Make runs that repeat one another, compare them, and make a submission of th
 
     python tools/repeat.py --config config.yaml --repeats 10 -o outputs/series --system rivanna-a100
     python tools/repeat.py -o outputs/seeds --seeds 1 2 3 --set epochs=100
-    python tools/repeat.py -o outputs/series --launch 'sbatch --wait --nodes=2 target/slurm.sh'
+    python tools/repeat.py -o outputs/series --launch 'env SBATCH_WAIT=1 target/slurm.sh'
 
 The runs are in DIR/run-1, DIR/run-2 and so on. The same command continues a series: runs that have
 finished are kept, an aborted one is resumed, or repeated if it cannot be resumed. At the end, also

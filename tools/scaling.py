@@ -2,7 +2,7 @@ r"""Measure how training scales over replicas: make runs at several counts, or r
 
     python tools/scaling.py -o scaling --replicas 1 2 --ranks 2 --set epochs=3 train_dir=...
     python tools/scaling.py -o scaling --ranks 1 2 4 8 \
-        --launch 'sbatch --wait --nodes={ranks} target/rivanna.sh'
+        --launch 'env SBATCH_WAIT=1 CLOUDMASK_NODES={ranks} target/slurm.sh'
     python tools/scaling.py -o scaling RUN_DIR [RUN_DIR ...]
 
 The same command makes the runs that are missing, and repeats aborted ones. Also if a run fails, it
