@@ -493,8 +493,8 @@ def test_resumed_run_repeats_one_that_was_never_stopped(settings, tmp_path, monk
     [
         ("status", "aborted", "it is 'aborted' in --mode benchmark"),
         ("mode", "train", "it is 'success' in --mode train"),
-        ("git_commit", None, "its commit is None"),
-        ("git_commit", f"{COMMIT}-dirty", "its commit is 0123456789abcdef"),
+        ("git_commit", None, "the commit is None"),
+        ("git_commit", f"{COMMIT}-dirty", "the commit is 0123456789abcdef"),
         ("mlperf_sha256", None, "SHA-256 of its log is"),
         ("training", {}, "not those of a complete run"),
         ("devices", 0, "devices changed when it was resumed"),
@@ -597,7 +597,7 @@ def test_closed_division_allows_other_epochs_and_rates(run):
     edit_results(run, **{f"training.{name}": value for name, value in numbers.items()})
     edit_results(run, **{"inference.scenes": 100})
     config = load_config("config.yaml", ["epochs=100", "learning_rate=0.01", "batch_size=64"])
-    assert submission.closed_faults(read_run(run), config) == []
+    assert submission.closed_faults(config, read_run(run)) == []
 
 
 def test_runs_of_different_kinds_are_rejected(made, tmp_path):
