@@ -65,7 +65,8 @@ def predict_scene(model, path, mode="patches", patch_size=256, crop_size=80):
 
     source, is_path = model, isinstance(model, str | Path)
     model = read_model(Path(model)) if is_path else as_functional(model)
-    check_model(model, source if is_path else model.name, (*model.input_shape[1:3], N_CHANNELS))
+    shape = (*model.input_shape[1:3], N_CHANNELS)
+    check_model(model, source if is_path else model.name, shape, "Choose another model.")
     device = "/GPU:0" if tf.config.list_physical_devices("GPU") else "/CPU:0"
     grid = PatchGrid(height, width, patch_size, crop_size)
     if mode == "patches":

@@ -13,10 +13,14 @@ TICK_SECONDS = 1.0  # [s] between looks: the error of the length of a suspension
 
 
 class ActiveClock:
-    """Seconds of an arbitrary origin, without those of suspensions."""
+    """Seconds of an arbitrary origin, without those of suspensions.
+
+    Attributes:
+        suspended: Seconds that this process has been suspended so far.
+    """
 
     def __init__(self):
-        self._suspended, self._thread = 0.0, None
+        self.suspended, self._thread = 0.0, None  # [s]
 
     def start(self):
         """Notice suspensions from now on; to be called before other threads start."""
@@ -33,11 +37,11 @@ class ActiveClock:
             if signal.sigtimedwait([signal.SIGCONT], TICK_SECONDS):
                 seconds = time.perf_counter() - last
                 # The last look was up to a second before the suspension.
-                self._suspended += max(0.0, seconds - TICK_SECONDS)
+                self.suspended += max(0.0, seconds - TICK_SECONDS)
 
     def __call__(self):
         """The time [s]."""
-        return time.perf_counter() - self._suspended
+        return time.perf_counter() - self.suspended
 
 
 active_seconds = ActiveClock()

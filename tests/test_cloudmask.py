@@ -58,10 +58,10 @@ def test_scene_of_any_size_without_label_is_masked_by_a_model_in_memory(model, t
         np.testing.assert_allclose(probability, found[1], atol=1e-5)
 
 
-def tiny(n_channels, bias=0.0):
+def tiny(n_channels, bias=0.0, outputs=1):
     inputs = keras.Input((None, None, n_channels))
     constant = keras.initializers.Constant(bias)
-    return keras.Model(inputs, keras.layers.Conv2D(1, 1, bias_initializer=constant)(inputs))
+    return keras.Model(inputs, keras.layers.Conv2D(outputs, 1, bias_initializer=constant)(inputs))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,8 @@ def tiny(n_channels, bias=0.0):
         (tiny(9), {"mode": "strips"}, "'patches' or 'scene', found 'strips'"),
         (tiny(9), {"patch_size": 64}, "smaller than patch_size, found 80 and 64"),
         (tiny(9), {"patch_size": 64, "crop_size": 7}, "even .* found 7 and 64"),
-        (tiny(5), AS_RUN, r"takes \(None, None, 5\)"),
+        (tiny(5), AS_RUN, r"takes \(rows, columns, 5\), expected \(rows, columns, 9\)\. Choose an"),
+        (tiny(9, outputs=2), AS_RUN, r"gives \(rows, columns, 2\) for \(rows, columns, 9\)"),
         (tiny(9, np.nan), AS_RUN, "not finite for .*S3A"),
         ("absent.keras", AS_RUN, "No model file absent.keras"),
     ],

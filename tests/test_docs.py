@@ -68,8 +68,9 @@ def checkout(tmp_path_factory):
     for file in filter(None, files):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(REPOSITORY / file, folder / file)
-    for command in ("init -q", "add -A", "-c user.name=me -c user.email= commit -qm copy"):
-        subprocess.run(["git", *command.split()], cwd=folder, check=True)
+    commit = ["git", "-c", "user.name=me", "-c", "user.email=", "commit"]
+    for command in (["git", "init", "-q"], ["git", "add", "-A"], [*commit, "-qm", "copy"]):
+        subprocess.run(command, cwd=folder, check=True)
     (folder / ".venv").symlink_to(sys.prefix)  # make installs nothing that is there
     (folder / "demo.txt").write_text(execute("make demo", folder))
     demo = folder / "demo/outputs"
@@ -81,6 +82,7 @@ def checkout(tmp_path_factory):
     for file, values in {"config.yaml": TINY, "target/demo.yaml": {"epochs": 1}}.items():
         config = yaml.safe_load((folder / file).read_text()) | values
         (folder / file).write_text(yaml.safe_dump(config))
+    subprocess.run([*commit, "-qam", "smaller"], cwd=folder, check=True)  # for a submission
     execute("python slstr_cloud.py --config target/demo.yaml --set run_name=other", folder)
     assert {path.name for path in demo.iterdir()} == {"demo", "other"}
     return folder

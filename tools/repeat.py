@@ -2,13 +2,13 @@ r"""Make runs that repeat one another, compare them, and make a submission of th
 
     python tools/repeat.py --config config.yaml --repeats 10 -o outputs/series --system rivanna-a100
     python tools/repeat.py -o outputs/seeds --seeds 1 2 3 --set epochs=100
-    python tools/repeat.py -o outputs/series --launch 'sbatch --wait --nodes=2 target/slurm.sh'
+    python tools/repeat.py -o outputs/series --launch 'env SBATCH_WAIT=1 target/slurm.sh'
 
 The runs are in DIR/run-1, DIR/run-2 and so on. The same command continues a series: runs that have
 finished are kept, an aborted one is resumed, or repeated if it cannot be resumed. At the end, also
 if a run fails, DIR/comparison.md has the tables of tools/compare.py; with --system and all runs
-finished, tools/submission.py writes below DIR/submission. The runs of a submission have the same
-seed; --seeds shows how much results depend on it.
+finished, tools/submission.py writes below DIR/submission, where an existing submission is kept. The
+runs of a submission have the same seed; --seeds shows how much results depend on it.
 """
 
 import argparse
@@ -18,12 +18,13 @@ from pathlib import Path
 
 from _command import exit_status
 from harness.config import load_config
-from harness.console import log_to_screen
+from harness.console import counted, log_to_screen
 from harness.errors import UserError
-from harness.signals import Interrupted, install_handlers
+from harness.records.run_folder import git_commit
+from harness.signals import install_handlers
 from tools import compare, submission
 from tools.lib.options import positive
-from tools.lib.series import PlannedRun, add_run_arguments, make_runs
+from tools.lib.series import CANCEL_FIRST, PlannedRun, add_run_arguments, make_runs
 
 log = logging.getLogger("repeat")
 
@@ -53,7 +54,10 @@ def parse_arguments(argv):
     add("--repeats", type=positive, help="runs, of each seed (default 10, or 1 with --seeds)")
     add("--seeds", type=int, nargs="+", default=[], metavar="SEED", help="seeds of the runs")
     add("--launch", help="command that starts the program, waits for it and takes its options")
-    add("--system", metavar="NAME", help="make a submission: name of the system")
+    add(
+        "--system", type=submission.plain_name, metavar="NAME",
+        help="make a submission: name of the system",
+    )  # fmt: skip
     add_run_arguments(add)
     arguments = parser.parse_args(argv)
     if arguments.seeds and arguments.system:
@@ -64,24 +68,43 @@ def parse_arguments(argv):
 
 def work(arguments):
     """Make the runs, compare them and make the submission."""
-    runs, failure = plan(arguments), None
-    load_config(arguments.config, runs[0].changes)  # mistakes are reported before a run starts
-    try:
-        make_runs(runs, resume=True)
-    except (UserError, Interrupted) as error:
-        failure = error
-    if finished := [str(run.folder) for run in runs if run.has_finished]:
-        table = arguments.output / "comparison.md"
-        options = ["-o", str(table), *["--any-seed"] * bool(arguments.seeds)]
-        compare.work(compare.parse_arguments([*finished, *options]))
-        log.info("Compared %d of %d runs: %s", len(finished), len(runs), table)
-    if failure:
-        raise failure
-    where = [*finished, "-o", str(arguments.output / "submission")]
-    if arguments.system and submission.main([*where, "--system", arguments.system]):
+    runs, system = plan(arguments), arguments.system
+    # Mistakes are reported before a run starts.
+    config = load_config(arguments.config, runs[0].changes)
+    if system and not all(run.has_finished for run in runs):
+        check_submission(config)
+
+    def summarise(finished):
+        if finished:
+            table = arguments.output / "comparison.md"
+            options = ["-o", str(table), *["--any-seed"] * bool(arguments.seeds)]
+            compare.work(compare.parse_arguments([*map(str, finished), *options]))
+            log.info("Compared %d of %d runs: %s", len(finished), len(runs), table)
+
+    make_runs(runs, resume=True, summarise=summarise)
+    if system:
+        submit([str(run.folder) for run in runs], arguments.output / "submission", config, system)
+
+
+def check_submission(config):
+    """Raise UserError if no run with this configuration and code could be submitted."""
+    faults = [*submission.commit_faults(git_commit()), *submission.setting_faults(config)]
+    for fault in faults:
+        log.error("%s.", fault)
+    if faults:
         raise UserError(
-            f"No submission was written, see above. The runs are in {arguments.output}."
+            f"{counted(len(faults), 'fault')}, see above, for which a submission would be "
+            "rejected; no run was started. Fix this or omit --system."
         )
+
+
+def submit(runs, output, config, system):
+    """Make the submission of runs, unless it exists."""
+    folder = submission.submission_folder(output, config.organisation, system)
+    if folder.exists():
+        log.info("Kept the submission in %s; remove it to have it written again.", folder)
+    elif submission.main([*runs, "-o", str(output), "--system", system]):
+        raise UserError(f"No submission was written, see above. The runs are in {output.parent}.")
 
 
 def main(argv=None):
@@ -90,6 +113,8 @@ def main(argv=None):
     log_to_screen(arguments.verbose)
     install_handlers()
     again = "The same command continues the series."
+    if arguments.launch:
+        again += f" {CANCEL_FIRST}"
     return exit_status(lambda: work(arguments), arguments.verbose, again)
 
 

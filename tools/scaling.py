@@ -2,7 +2,7 @@ r"""Measure how training scales over replicas: make runs at several counts, or r
 
     python tools/scaling.py -o scaling --replicas 1 2 --ranks 2 --set epochs=3 train_dir=...
     python tools/scaling.py -o scaling --ranks 1 2 4 8 \
-        --launch 'sbatch --wait --nodes={ranks} target/rivanna.sh'
+        --launch 'env SBATCH_WAIT=1 CLOUDMASK_NODES={ranks} target/slurm.sh'
     python tools/scaling.py -o scaling RUN_DIR [RUN_DIR ...]
 
 The same command makes the runs that are missing, and repeats aborted ones. Also if a run fails, it
@@ -23,8 +23,8 @@ from harness.console import log_to_screen
 from harness.errors import UserError
 from harness.files import write_csv, write_text
 from harness.records import saved_runs
-from harness.signals import Interrupted, install_handlers
-from tools.lib.series import PlannedRun, add_run_arguments, make_runs
+from harness.signals import install_handlers
+from tools.lib.series import CANCEL_FIRST, PlannedRun, add_run_arguments, make_runs
 
 COLUMNS = (
     "scaling", "replicas", "nodes", "ranks", "batch_size", "repeats", "patches_per_second",
@@ -205,29 +205,30 @@ def parse_arguments(argv):
 
 def work(arguments):
     """Make or read runs, and write the tables and the plot."""
-    output, failure = arguments.output, None
+    output = arguments.output
     output.mkdir(parents=True, exist_ok=True)
-    folders = arguments.runs
-    if not folders:
-        counts = arguments.replicas, arguments.ranks, arguments.kinds
-        runs = plan(*counts, arguments.batch_size, arguments.repeats)
-        runs = [planned_run(run, output, arguments) for run in runs]
-        try:
-            make_runs(runs, resume=False)  # a resumed run has other times than a whole one
-        except (UserError, Interrupted) as error:
-            failure = error
-        folders = [run.folder for run in runs if run.has_finished]
+    if arguments.runs:
+        return summarise(arguments.runs, output)
+    counts = arguments.replicas, arguments.ranks, arguments.kinds
+    runs = plan(*counts, arguments.batch_size, arguments.repeats)
+    runs = [planned_run(run, output, arguments) for run in runs]
+    # A resumed run has other times than a whole one.
+    make_runs(runs, resume=False, summarise=lambda folders: summarise(folders, output))
+
+
+def summarise(folders, output):
+    """Write the tables and the plot of runs; UserError if they show no scaling."""
     rows = tabulate([read_run(folder) for folder in folders])
-    if rows:
-        write_csv(output / "scaling.csv", COLUMNS, rows)
-        write_text(output / "scaling.txt", text_table(rows))
-        draw(rows, output / "scaling.png")
-        sys.stdout.write(text_table(rows))
-        log.info("Tables and plot of %d runs are in %s", len(folders), output)
-    if failure:
-        raise failure
     if not rows:
-        raise UserError("Scaling needs runs with at least two numbers of replicas, found one.")
+        raise UserError(
+            "Scaling needs runs with at least two numbers of replicas and the same batch, global "
+            "or per replica; found none."
+        )
+    write_csv(output / "scaling.csv", COLUMNS, rows)
+    write_text(output / "scaling.txt", text_table(rows))
+    draw(rows, output / "scaling.png")
+    sys.stdout.write(text_table(rows))
+    log.info("Tables and plot of %d runs are in %s", len(folders), output)
 
 
 def main(argv=None):
@@ -236,6 +237,8 @@ def main(argv=None):
     log_to_screen(arguments.verbose)
     install_handlers()
     again = "The same command makes the remaining runs."
+    if arguments.launch:
+        again += f" {CANCEL_FIRST}"
     return exit_status(lambda: work(arguments), arguments.verbose, again)
 
 

@@ -53,6 +53,7 @@ from tools.lib.markdown import markdown, markdown_table
 from tools.lib.options import command_parser
 
 TEMPLATES = Path(__file__).parent / "lib" / "submission_files"
+DESCRIPTOR = "experiment-1"
 RUNS_RECOMMENDED = 10  # of CloudMask, policy.adoc, 'Benchmark Results'
 SCENES = {"train_dir": 970, "inference_dir": 100}  # of the benchmark's data, one-day and ssts
 # The closed division leaves epochs, learning_rate, batch_size and MIN_SST free, policy.adoc.
@@ -104,13 +105,18 @@ def run_faults(run):
 
 def code_faults(run):
     """Check that the code of a run is known, and the same in all its parts."""
-    if not re.fullmatch("[0-9a-f]{40}", commit := str(run.results["git_commit"])):
-        return [f"its commit is {commit}. Commit all changes in a git checkout and run it again"]
-    return [
+    return commit_faults(run.results["git_commit"]) or [
         f"{name} changed when it was resumed. Run it again"
         for name in ("git_commit", "versions", "devices")
         if any(part.get(name) != run.results[name] for part in run.results["parts"])
     ]
+
+
+def commit_faults(commit):
+    """Check a commit, as of run_folder.git_commit: it must be known and without changes."""
+    if re.fullmatch("[0-9a-f]{40}", str(commit)):
+        return []
+    return [f"the commit is {commit}. Commit all changes in a git checkout and run again"]
 
 
 def config_faults(run):
@@ -125,18 +131,24 @@ def config_faults(run):
         for key, value in resolved(config).items()
         if key not in FOLDER_KEYS and value != stored[key]
     ]
+    return found + setting_faults(config, run)
+
+
+def setting_faults(config, run=None):
+    """Check who submits what, and the division; its scenes are checked if there is a run yet."""
+    found = []
     if not folder_name(config.organisation) or config.organisation == "unknown":
         found.append(f"organisation is '{config.organisation}'. Set it and run again")
     if config.benchmark.lower() != "cloudmask":
         found.append(f"benchmark is '{config.benchmark}', expected cloudmask")
     if config.division not in ("open", "closed"):
         found.append(f"division is '{config.division}', expected open or closed")
-    return found + (closed_faults(run, config) if config.division == "closed" else [])
+    return found + (closed_faults(config, run) if config.division == "closed" else [])
 
 
-def closed_faults(run, config):
+def closed_faults(config, run=None):
     """What the closed division does not allow."""
-    reference, found = Config(), scene_faults(run)
+    reference, found = Config(), scene_faults(run) if run else []
     for key in FIXED_IN_CLOSED:
         if (value := getattr(config, key)) != (expected := getattr(reference, key)):
             found.append(f"{Config.model_fields[key].alias} {expected}, found {value}")
@@ -258,6 +270,11 @@ def read_system_json(path):
 def folder_name(text):
     """A name for folders and git: other characters than letters, digits and . + - become _."""
     return re.sub(r"[^\w.+-]+", "_", text, flags=re.ASCII).strip("._")
+
+
+def submission_folder(output, organisation, system, descriptor=DESCRIPTOR):
+    """The folder that a submission is written to."""
+    return Path(output) / folder_name(organisation) / "cloudmask" / system / descriptor
 
 
 def config_text(run):
@@ -418,8 +435,9 @@ def submit(arguments):
     if len(scripts) < len(arguments.script) or scripts.keys() & (files.keys() | copies.keys()):
         names = ", ".join(path.name for path in arguments.script)
         raise UserError(f"--script {names}: two files of the submission have one name. Rename one.")
-    organisation = folder_name(runs[0].results["config"]["organisation"])
-    folder = arguments.output / organisation / "cloudmask" / arguments.system / arguments.descriptor
+    organisation = runs[0].results["config"]["organisation"]
+    place = arguments.output, organisation, arguments.system, arguments.descriptor
+    folder = submission_folder(*place)
     if folder.exists():
         raise UserError(f"{folder} exists. Choose another --descriptor or remove it.")
     with new_folder(folder) as temporary:
@@ -441,8 +459,8 @@ def main(argv=None):
     add("--system", type=plain_name, required=True, metavar="NAME", help="name of the system")
     add("-o", "--output", type=Path, required=True, metavar="DIR", help="folder to write below")
     add(
-        "--descriptor", type=plain_name, default="experiment-1", metavar="NAME",
-        help="name of the experiment (default experiment-1)",
+        "--descriptor", type=plain_name, default=DESCRIPTOR, metavar="NAME",
+        help=f"name of the experiment (default {DESCRIPTOR})",
     )  # fmt: skip
     add("--best-of", type=int, metavar="N", help="the runs are the best of N that were made")
     add("--system-json", type=Path, metavar="FILE", help='{"field": "text", ...} not in the runs')

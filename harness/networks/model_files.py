@@ -106,13 +106,14 @@ def as_functional(model):
     return model
 
 
-def check_model(model, source, patch_shape):
+def check_model(model, source, patch_shape, advice="Change PATCH_SIZE, N_CHANNELS or the model."):
     """Return a model if it maps patches to probabilities of cloud.
 
     Args:
         model: keras.Model.
         source: Its path or name, for the error message.
-        patch_shape: (P, P, C).
+        patch_shape: (P, P, C), P is None where the model takes any.
+        advice: What to do about a model for other patches.
 
     Raises:
         UserError: If it does not.
@@ -120,16 +121,21 @@ def check_model(model, source, patch_shape):
     found = [tuple(each.shape[1:]) for each in model.inputs]
     if len(found) != 1 or not _matches(found[0], patch_shape):
         raise UserError(
-            f"{source} takes {' and '.join(map(str, found))}, but PATCH_SIZE and N_CHANNELS make "
-            f"patches of {patch_shape}. Change these keys or the model."
+            f"{source} takes {_shown(found)}, expected {_shown([patch_shape])}. {advice}"
         )
     found, wanted = [tuple(each.shape[1:]) for each in model.outputs], (*patch_shape[:2], 1)
     if len(found) != 1 or not _matches(found[0], wanted):
         raise UserError(
-            f"{source} gives {' and '.join(map(str, found))} for patches of {patch_shape}; a model "
-            f"for CloudMask gives the probability of cloud, {wanted}."
+            f"{source} gives {_shown(found)} for {_shown([patch_shape])}; a model for CloudMask "
+            f"gives the probability of cloud, {_shown([wanted])}."
         )
     return model
+
+
+def _shown(shapes):
+    """Shapes as text; rows and columns that vary are None in Keras."""
+    texts = (str(shape).replace("(None, None,", "(rows, columns,") for shape in shapes)
+    return " and ".join(texts)
 
 
 def _matches(shape, wanted):

@@ -9,6 +9,7 @@ import sys
 import time
 
 from harness import REPOSITORY
+from harness.clock import active_seconds
 from harness.config import dump_config, recorded
 from harness.console import log_to_file
 from harness.data.bad_scenes import BadScenes
@@ -323,7 +324,7 @@ class Run:
         facts = facts | {"synthetic": "inference" in self._synthetic}
         self.results["inference"] = inference = facts | results.inference_results(rows, seconds)
         self.results["warnings"] += mask_warnings(
-            [row["cloud_fraction"] for row in rows], inference
+            [row["cloud_fraction"] for row in rows], inference, self.mode != "inference"
         )
         self.write_line(results.inference_line(self._config, self._devices, inference))
 
@@ -365,6 +366,7 @@ class Run:
         part |= {
             "status": status,
             "seconds": time.perf_counter() - self._opened,
+            "suspended_seconds": active_seconds.suspended,
             "peak_rss": peak_rss(),
             "peak_gpu_memory": self._devices.peak_gpu_memory(),
         }

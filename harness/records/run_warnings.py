@@ -4,6 +4,7 @@ The rules take numbers alone. They hold for any data: a mask that is no better t
 pixel cloud is useless, however high its accuracy is.
 """
 
+import math
 import statistics
 
 from harness.console import counted
@@ -47,7 +48,7 @@ def training_warnings(history, n_patches, batch_size):
         )
     best = min(history, key=lambda row: row["val_loss"])
     cloud = best.get("val_cloud")  # absent in epochs of an earlier version
-    if cloud is not None and best["val_accuracy"] <= (share := max(cloud, 1 - cloud)):
+    if cloud is not None and _is_no_better(best["val_accuracy"], share := max(cloud, 1 - cloud)):
         found.append(
             f"The validation accuracy, {best['val_accuracy']:.4f}, is not above that of calling "
             f"every pixel {_kind(cloud >= 0.5)}, {share:.4f}. {ADVICE}"
@@ -55,26 +56,38 @@ def training_warnings(history, n_patches, batch_size):
     return found
 
 
-def mask_warnings(cloud_fractions, means):
+def mask_warnings(cloud_fractions, means, is_trained=True):
     """What looks wrong in masks.
 
     Args:
         cloud_fractions: Share of cloud in the mask of each scene, at least one.
         means: Dictionary with the means of scores; NaN if no scene has a label.
+        is_trained: Whether the run trained the network, so that advice on training is of use.
     """
-    constant = min(cloud_fractions)
-    if constant in (0, 1) and max(cloud_fractions) == constant:
-        masks = counted(len(cloud_fractions), "mask")
-        kind = _kind(constant)
-        return [f"The network has learned nothing: every pixel of {masks} is {kind}. {ADVICE}"]
+    advice = f" {ADVICE}" if is_trained else ""
+    compared = {
+        what: values for what, values in compare_with_baselines(means).items() if COMPARED[what][1]
+    }
     worse = [
         f"{what} {mask:.4f}, best baseline {max(baselines):.4f}"
-        for what, (mask, *baselines) in compare_with_baselines(means).items()
-        if COMPARED[what][1] and mask <= max(baselines)
+        for what, (mask, *baselines) in compared.items()
+        if _is_no_better(mask, max(baselines))
     ]
+    is_unknown = math.isnan(means["accuracy"])
+    constant = min(cloud_fractions)
+    is_constant = constant in (0, 1) and max(cloud_fractions) == constant
+    if is_constant and (is_unknown or len(worse) == len(compared)):
+        masks = counted(len(cloud_fractions), "mask")
+        kind = _kind(constant)
+        return [f"The network has learned nothing: every pixel of {masks} is {kind}.{advice}"]
     if not worse:
         return []
-    return [f"The masks are no better than a baseline: {'; '.join(worse)}. {ADVICE}"]
+    return [f"The masks are no better than a baseline: {'; '.join(worse)}.{advice}"]
+
+
+def _is_no_better(accuracy, baseline):
+    """Whether a baseline reaches the accuracy; not if that is perfect. NaN is not known."""
+    return accuracy <= baseline and accuracy < 1
 
 
 def _kind(is_cloud):

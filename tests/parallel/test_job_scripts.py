@@ -6,6 +6,8 @@ stands in for jsrun here.
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ STANDIN = Path(__file__).with_name("lsf_standin.py")
 SCRIPTS = sorted([*TARGET.glob("*.sh"), *TARGET.glob("*.job")])
 TWO_NODES = "batch2 1 127.0.0.1 42 127.0.0.2 42"  # as LSF: the launch node, then the compute nodes
 PROGRAM = ["python", "slstr_cloud.py", "--config"]
+LAUNCHES = ["docs/clusters.md", "tools/repeat.py", "tools/scaling.py"]
 JOB = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "8", "CLOUDMASK_CONDA": "cloudmask"}
 
 
@@ -134,6 +137,20 @@ class TestAnySlurm:
         script = [str(TARGET / "slurm.sh"), "--set", "run_name=a b"]
         assert arguments_of("sbatch", site) == [*options, *script]
         assert not (site / "srun.arguments").exists()
+
+    @pytest.mark.parametrize("place", LAUNCHES)
+    def test_documented_launcher_waits_for_a_job_with_gpus(self, site, place):
+        launches = re.findall(r"--launch '(.+?)'", (REPOSITORY / place).read_text())
+        assert launches
+        stub(site / "sbatch", f"echo wait=$SBATCH_WAIT $* > '{site}/sbatch.arguments'")
+        environment = {**os.environ, "PATH": f"{site}{os.pathsep}{os.environ['PATH']}"}
+        for launch in launches:
+            command = [*shlex.split(launch.format(ranks=3)), "--set", "epochs=1"]
+            subprocess.run(command, env=environment, cwd=REPOSITORY, check=True)
+            (words,) = arguments_of("sbatch", site)
+            assert "wait=1 " in words and " --gres=gpu:1 " in words
+            assert (" --nodes=3 " in words) == ("{ranks}" in launch)
+            assert words.endswith(" target/slurm.sh --set epochs=1")
 
     @pytest.mark.parametrize(
         ("variables", "python"),

@@ -41,6 +41,7 @@ def test_training_loss_must_fall(losses, warns):
         (0.5446, 0.4554, "clear, 0.5446"),
         (0.8, 0.81, "cloud, 0.8100"),
         (0.82, 0.81, None),
+        (1.0, 1.0, None),  # all scenes are cloud, and the network finds it
         (0.1, None, None),  # epochs of an earlier version
     ],
 )
@@ -77,6 +78,7 @@ GOOD = (0.777, 0.716, 0.648, 0.906, 0.847, 0.767)
         ((0.777, 0.716, 0.648, 0.84, 0.847, 0.767), ["pixels with data"]),
         ((0.777, 0.716, 0.78, 0.906, 0.847, 0.767), ["all pixels"]),
         ((math.nan,) * 6, []),  # no labels
+        ((1.0, 0.4, 1.0, 1.0, 0.5, 1.0), []),  # nothing is better than perfect
     ],
 )
 def test_masks_must_beat_the_best_baseline_on_the_same_pixels(values, rows):
@@ -86,10 +88,26 @@ def test_masks_must_beat_the_best_baseline_on_the_same_pixels(values, rows):
         assert [row for row in ("all pixels", "pixels with data") if row in text] == rows
 
 
+ALL_CLOUD = (0.716, 0.716, 0.648, 0.847, 0.847, 0.767)  # of a dead network on the same scenes
+ALL_CLEAR = (0.284, 0.716, 0.648, 0.153, 0.847, 0.767)
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
 @pytest.mark.parametrize(
-    ("fractions", "words"),
-    [([1.0, 1.0], "2 masks is cloud"), ([0.0], "1 mask is clear"), ([0.0, 1.0], None)],
+    ("fractions", "values", "words"),
+    [
+        ([1.0, 1.0], ALL_CLOUD, "every pixel of 2 masks is cloud."),
+        ([0.0], ALL_CLEAR, "every pixel of 1 mask is clear."),
+        ([1.0], (math.nan,) * 6, "every pixel of 1 mask is cloud."),  # no label says it is right
+        ([0.0, 1.0], ALL_CLOUD, "no better than a baseline"),
+        ([1.0], (1.0, 1.0, 0.648, 1.0, 1.0, 0.767), None),  # a scene full of cloud
+        ([0.0], (0.9, 0.1, 0.8, 0.9, 0.1, 0.8), None),  # above all baselines
+        # A scene full of cloud with missing pixels, which are clear in the label
+        ([1.0], (0.9, 0.9, 0.9, 1.0, 1.0, 1.0), "baseline: accuracy, all pixels"),
+    ],
 )
-def test_masks_must_not_be_constant(fractions, words):
-    found = mask_warnings(fractions, means(**dict(zip(KEYS, GOOD, strict=True))))
+def test_masks_must_not_be_constant_unless_that_is_right(fractions, values, words, is_trained):
+    found = mask_warnings(fractions, means(**dict(zip(KEYS, values, strict=True))), is_trained)
     assert len(found) == bool(words) and all(words in text for text in found)
+    # Who only masks cannot train.
+    assert all(("learning_rate" in text) == is_trained for text in found)

@@ -30,6 +30,16 @@ sys.exit(3 * fails)
 """  # noqa: E501
 
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+MINE = ("--system", "mine", "--set", "organisation=me")
+
+
+@pytest.fixture
+def committed(monkeypatch):
+    """The code has no uncommitted changes."""
+    monkeypatch.setattr(repeat, "git_commit", lambda: COMMIT)
+
+
 @pytest.fixture
 def series(tmp_path, monkeypatch):
     """Run the command on a series of its own; returns its exit status."""
@@ -111,12 +121,78 @@ def test_each_seed_has_its_runs(series, tmp_path, capsys):
         series("--seeds", "5", "--system", "mine")
 
 
-def test_submission_is_made_of_all_runs(series, tmp_path, capsys, monkeypatch):
-    assert series("--repeats", "2", "--system", "mine") == 2  # these runs have no masks
+@pytest.mark.parametrize("status", ["starting", "running"])
+@pytest.mark.parametrize("without_job", [True, False])
+def test_run_whose_job_may_be_alive_is_left_alone(
+    series, tmp_path, capsys, monkeypatch, status, without_job
+):
+    run = tmp_path / "series/run-1"
+    run.mkdir(parents=True)
+    results = {"format": 2, "status": status, "mode": "benchmark", "job": "4711", "parts": []}
+    (run / "results.json").write_text(json.dumps(results))
+    (run / "config.yaml").touch()
+    assert series("--repeats", "1") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"run-1 is '{status}': cancel job 4711 first, or wait for it." in error
+    assert json.loads((run / "results.json").read_text()) == results
+    assert [path.name for path in run.parent.glob("run-*")] == ["run-1"]
+    if without_job:  # no scheduler started it
+        (run / "results.json").write_text(json.dumps(results | {"job": None}))
+    else:  # the series runs in the same job: only a lock says whether the run is alive
+        monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    assert series("--repeats", "1") == 0
+
+
+@pytest.mark.parametrize(
+    ("commit", "setting", "words"),
+    [
+        (f"{COMMIT}-dirty", "organisation=me", f"the commit is {COMMIT}-dirty. Commit"),
+        (None, "organisation=me", "the commit is None. Commit"),
+        (COMMIT, "organisation=unknown", "organisation is 'unknown'. Set it"),
+        (COMMIT, "benchmark=mine", "benchmark is 'mine', expected cloudmask"),
+        (COMMIT, "division=ajar", "division is 'ajar', expected open or closed"),
+        (COMMIT, "seed=7", "the closed division requires seed 1234, found 7"),
+    ],
+)
+def test_series_that_cannot_be_submitted_is_not_started(
+    series, tmp_path, capsys, monkeypatch, commit, setting, words
+):
+    monkeypatch.setattr(repeat, "git_commit", lambda: commit)
+    settings = ["organisation=me", "division=closed", setting]
+    assert series("--system", "mine", "--set", *settings) == 2
+    error = capsys.readouterr().err
+    assert words in error and "1 fault, see above" in error.splitlines()[-1]
+    assert not (tmp_path / "series").exists()
+
+
+def test_failure_of_a_run_is_reported_although_comparing_fails_too(series, tmp_path, capsys):
+    series("--repeats", "1")
+    (tmp_path / "series/run-1/history.csv").write_text("epoch,loss\n1\n")
+    (tmp_path / "series/fail").touch()
+    assert series("--repeats", "2") == 2
+    *_, comparing, failure = capsys.readouterr().err.splitlines()
+    assert "history.csv has 2 columns" in comparing
+    assert "ended with exit status 3" in failure
+
+
+def test_existing_submission_is_kept(series, committed, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(repeat.submission, "main", lambda argv: pytest.fail("made again"))
+    folder = tmp_path / "series/submission/me/cloudmask/mine/experiment-1"
+    folder.mkdir(parents=True)
+    for _ in range(2):
+        assert series("--repeats", "2", *MINE) == 0
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert "Kept the submission in series/submission/me/cloudmask/mine/experiment-1" in last
+        # Later changes of the code do not matter: all runs have finished.
+        monkeypatch.setattr(repeat, "git_commit", lambda: None)
+
+
+def test_submission_is_made_of_all_runs(series, committed, tmp_path, capsys, monkeypatch):
+    assert series("--repeats", "2", *MINE) == 2  # these runs have no masks
     assert "No submission was written" in capsys.readouterr().err.splitlines()[-1]
     calls = []
     monkeypatch.setattr(repeat.submission, "main", lambda argv: calls.append(argv))
-    assert series("--repeats", "2", "--system", "mine") == 0
+    assert series("--repeats", "2", *MINE) == 0
     runs, output = ["series/run-1", "series/run-2"], "series/submission"
     assert calls == [[*runs, "-o", output, "--system", "mine"]]
 

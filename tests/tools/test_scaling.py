@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import yaml
 from matplotlib.figure import Figure
 
 from harness import REPOSITORY
@@ -167,16 +168,18 @@ if pathlib.Path("fail").exists() and ranks == 2:
 training = {"epochs_run": 3, "patches_per_second": 10 * ranks, "train_seconds_per_epoch": [9, 1, 1]}
 (folder / "results.json").write_text(json.dumps({
     "status": "success", "devices": {"replicas": ranks, "ranks": ranks, "nodes": ranks},
-    "config": {"batch_size": int(options["batch_size"])}, "training": training,
+    "config": options | {"batch_size": int(options["batch_size"])}, "training": training,
 }))
 """
 
 
-def launch(tmp_path, epochs):
+def launch(tmp_path, epochs, **settings):
     launcher = tmp_path / "launcher.py"
     launcher.write_text(LAUNCHER)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     return scale(
-        tmp_path / "out", "--ranks", "1", "2", "--kinds", "weak", "--repeats", "2",
+        tmp_path / "out", "--config", str(tmp_path / "config.yaml"),
+        "--ranks", "1", "2", "--kinds", "weak", "--repeats", "2",
         "--launch", f"{sys.executable} {launcher} --nodes={{ranks}}", "--set", f"epochs={epochs}",
     )  # fmt: skip
 
@@ -192,6 +195,15 @@ def test_launcher_starts_the_runs_of_each_count_once(tmp_path, capsys):
     assert len(list((tmp_path / "out/runs").iterdir())) == 4
     launch(tmp_path, epochs=4)  # other settings make other runs
     assert len(list((tmp_path / "out/runs").iterdir())) == 8
+
+
+def test_finished_runs_with_other_settings_are_not_mixed_in(tmp_path, capsys):
+    launch(tmp_path, epochs=3)
+    capsys.readouterr()
+    assert launch(tmp_path, epochs=3, patience=7, seed=5)[0] == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "made with other settings: seed was 1234, now 5; patience was None, now 7." in error
+    assert len(list((tmp_path / "out/runs").iterdir())) == 4
 
 
 def test_what_exists_is_tabulated_and_aborted_runs_are_repeated(tmp_path, capsys, monkeypatch):
@@ -218,7 +230,19 @@ def test_what_exists_is_tabulated_and_aborted_runs_are_repeated(tmp_path, capsys
 
 def test_launcher_that_fails_is_an_error(tmp_path, capsys):
     assert launch(tmp_path, epochs=0) == (2, [], "")
-    assert "exit status 3" in capsys.readouterr().err
+    assert "exit status 3" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_failure_of_a_run_is_reported_although_the_plot_fails_too(tmp_path, capsys, monkeypatch):
+    launch(tmp_path, epochs=3)
+    (run, *_) = sorted((tmp_path / "out/runs").glob("*-ranks2-*"))
+    (run / "results.json").write_text('{"status": "running"}')
+    (tmp_path / "fail").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # not installed
+    assert launch(tmp_path, epochs=3)[0] == 2
+    *_, plotting, failure = capsys.readouterr().err.splitlines()
+    assert "matplotlib" in plotting and "exit status 3" in failure
 
 
 def test_tensorflow_is_not_imported():

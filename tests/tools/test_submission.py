@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from mlperf_logging.system_desc_checker import system_desc_checker
 
 import slstr_cloud
 from harness import REPOSITORY
+from harness.clock import active_seconds
 from harness.config import load_config, resolved
 from harness.records.saved_runs import read_run
 from harness.training.trainer import Trainer
@@ -357,6 +359,22 @@ def test_contact_in_the_log_is_that_of_the_configuration(run):
     assert values["submission_poc_email"] == CONTACT["email"]
 
 
+@pytest.mark.slow
+def test_suspended_time_is_in_the_log_alone(settings, tmp_path, monkeypatch):
+    def suspend():  # as SIGSTOP does
+        time.sleep(3)
+        monkeypatch.setattr(active_seconds, "suspended", active_seconds.suspended + 3)
+
+    at_call(monkeypatch, Trainer, "train_step", 3, suspend)
+    made = start(tmp_path / "out", settings)
+    folder = copy(made.folder, tmp_path / "a")
+    assert faults(folder) == []
+    part = results(folder)["parts"][0]
+    edit_results(folder, parts=[part | {"suspended_seconds": 0}])
+    (fault,) = faults(folder)
+    assert "s from epoch_start of epoch 1 to eval_stop" in fault
+
+
 def test_one_epoch_too_many_in_the_log_is_named(run):
     events = read_log(run)
     last = [event for event in events if event["metadata"].get("epoch_num") == 2]
@@ -475,8 +493,8 @@ def test_resumed_run_repeats_one_that_was_never_stopped(settings, tmp_path, monk
     [
         ("status", "aborted", "it is 'aborted' in --mode benchmark"),
         ("mode", "train", "it is 'success' in --mode train"),
-        ("git_commit", None, "its commit is None"),
-        ("git_commit", f"{COMMIT}-dirty", "its commit is 0123456789abcdef"),
+        ("git_commit", None, "the commit is None"),
+        ("git_commit", f"{COMMIT}-dirty", "the commit is 0123456789abcdef"),
         ("mlperf_sha256", None, "SHA-256 of its log is"),
         ("training", {}, "not those of a complete run"),
         ("devices", 0, "devices changed when it was resumed"),
@@ -579,7 +597,7 @@ def test_closed_division_allows_other_epochs_and_rates(run):
     edit_results(run, **{f"training.{name}": value for name, value in numbers.items()})
     edit_results(run, **{"inference.scenes": 100})
     config = load_config("config.yaml", ["epochs=100", "learning_rate=0.01", "batch_size=64"])
-    assert submission.closed_faults(read_run(run), config) == []
+    assert submission.closed_faults(config, read_run(run)) == []
 
 
 def test_runs_of_different_kinds_are_rejected(made, tmp_path):

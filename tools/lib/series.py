@@ -14,12 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness import REPOSITORY
+from harness.config import check, load_config, resolved
 from harness.console import format_duration
-from harness.errors import UserError
+from harness.errors import UserError, one_line
 from harness.files import lock
+from harness.parallel.launchers import job_id
 from harness.parallel.rendezvous import reserve_port
 from harness.records.resume import load_resumed
+from harness.records.saved_runs import PLACES
 from harness.signals import Interrupted
+
+# Added to the message after a signal: a launcher that is stopped leaves its job in the queue.
+CANCEL_FIRST = "If --launch has submitted a job, first cancel it or wait for it."
 
 log = logging.getLogger(__name__)
 
@@ -66,17 +72,36 @@ def add_run_arguments(add):
     add("--verbose", action="store_true", help="show tracebacks")
 
 
-def make_runs(runs, resume):
+def make_runs(runs, resume, summarise):
     """Make all runs of a series that have not finished; messages say which, and the time left.
 
     Args:
         runs: PlannedRuns, all in the same folder.
         resume: Whether an aborted run is continued if possible; otherwise it is repeated.
+        summarise: Function of the folders of the finished runs, called at the end, also after a
+            failure, which is then reported last.
 
     Raises:
-        UserError: If a run fails, or has other settings than planned; later runs are not made.
+        UserError: If a run fails, or has other settings than planned, or its job may still be
+            running; later runs are not made.
         Interrupted: After a signal, once the run has saved its checkpoint and ended.
     """
+    try:
+        _make_all(runs, resume)
+    except (UserError, Interrupted):
+        try:
+            summarise(_finished(runs))
+        except Exception as error:
+            log.warning("No summary: %s", one_line(error))
+        raise
+    summarise(_finished(runs))
+
+
+def _finished(runs):
+    return [run.folder for run in runs if run.has_finished]
+
+
+def _make_all(runs, resume):
     parent = runs[0].folder.parent
     parent.mkdir(parents=True, exist_ok=True)
     seconds = []  # of the runs so far
@@ -106,8 +131,10 @@ def _prepare(run, resume):
     new = ["--mode", run.mode, *options]
     if not run.folder.exists():
         return "starts", new
+    _reject_live_job(run)
     with lock(run.folder, f"{run.folder} is in use by another process. Wait for it, or stop it."):
         if run.has_finished and not resume:
+            _reject_other_settings(run)
             return "kept", []
         if resume:
             try:
@@ -124,6 +151,29 @@ def _prepare(run, resume):
         run.folder.rename(aside)
         log.warning("%s was aborted and is repeated; its files are now in %s", run.folder, aside)
     return "starts", new
+
+
+def _reject_live_job(run):
+    """Raise UserError if another job of the scheduler may still write into the folder of a run."""
+    results = _results(run.folder)
+    status, job = results.get("status"), results.get("job")
+    if run.launch and job not in (None, job_id()) and status in ("starting", "running"):
+        raise UserError(
+            f"{run.folder} is '{status}': cancel job {job} first, or wait for it. If it no longer "
+            f"exists, continue the run with --resume {run.folder}, or remove this folder."
+        )
+
+
+def _reject_other_settings(run):
+    """Raise UserError if a finished run had other settings than planned."""
+    planned = resolved(load_config(run.config, run.overrides))
+    found = resolved(check(_results(run.folder).get("config", {}), run.folder / "results.json"))
+    if changed := [key for key in planned if key not in PLACES and found[key] != planned[key]]:
+        changes = "; ".join(f"{key} was {found[key]}, now {planned[key]}" for key in changed)
+        raise UserError(
+            f"{run.folder} was made with other settings: {changes}. Restore them, or choose "
+            "another --output."
+        )
 
 
 def _start(run, options):
