@@ -20,6 +20,11 @@ reflectance is 0. Radiances are those of the product, without vicarious calibrat
 the mean of the measured ones of its four 500 m pixels. Missing is 0; with --refs-grid 500m it is
 NaN in refs and rads, which the benchmark ignores in its mean.
 
+The scene has the rows of the product, 1199 to 1202 on the 1 km grid, or fewer in products of two
+minutes. `--mode inference` masks scenes of any size; a benchmark or training needs IMAGE_H rows in
+all of them: convert with `--rows 1200`. Rows of the 500 m grid are assigned to those of the 1 km
+grid by the attribute `start_offset`.
+
 Pixels with the flag `unfilled`, at the borders of an image, do not count for day or night. If a
 product has no `bayes_in`, the scene has no `bayes`: it can be masked, but not scored or trained on.
 Existing scenes are skipped; a product that cannot be read is reported, and the rest is converted.
@@ -59,6 +64,7 @@ from harness.signals import Interrupted, install_handlers
 from tools.lib.options import command_parser, positive
 
 REFLECTIVE, THERMAL = range(1, 7), range(7, 10)  # channels S1 to S6, S7 to S9
+MAX_ROWS_APART = 8  # of 500 m, between the ends of the images of 500 m and 1 km
 MAX_BYTES = 4_000_000_000  # of the files read from a zip file; a product needs 0.5 GB
 
 log = logging.getLogger("convert_sen3")
@@ -309,7 +315,39 @@ def halved(values):
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 
-def read_product(folder, view, refs_grid, positions):
+def rows_of(values, first, n_rows, fill=np.nan):
+    """The rows from `first` to `first` + `n_rows`; those that `values` lacks are `fill`."""
+    if first == 0 and len(values) == n_rows:
+        return values
+    result = np.full((n_rows, *values.shape[1:]), fill, values.dtype)
+    begin, stop = max(first, 0), min(first + n_rows, len(values))
+    if begin < stop:
+        result[begin - first : stop - first] = values[begin:stop]
+    return result
+
+
+def first_fine_row(folder, view):
+    """The row of the 500 m grid where the first row of the 1 km grid begins; it may be negative.
+
+    The attribute `start_offset` of a grid counts rows of its own size from a common origin.
+
+    Raises:
+        UserError: If the grids do not begin at the same place.
+    """
+    offsets = []
+    for name in (f"S1_radiance_a{view[0]}.nc", f"S7_BT_i{view[0]}.nc"):
+        with _reading(folder / name) as file:
+            offsets.append(int(np.ravel(file.attrs.get("start_offset", 0))[0]))
+    fine, coarse = offsets
+    if abs(first := 2 * coarse - fine) > MAX_ROWS_APART:
+        raise UserError(
+            "the images of 1 km and 500 m should begin at the same row, found start_offset "
+            f"{coarse} and {fine}. Download the product again."
+        )
+    return first
+
+
+def read_product(folder, view, refs_grid, positions, n_rows=None):
     """Read the files of a product; the arguments are those of `convert`.
 
     Returns:
@@ -341,7 +379,13 @@ def read_product(folder, view, refs_grid, positions):
             degrees = read_variable(folder / f"geodetic_i{v}.nc", f"{name}_i{v}", shape)
             scene[name] = degrees.astype(np.float32)
     measured = ~confidence["unfilled"]
-    return scene, bool(confidence["day"][measured].all() and measured.any())
+    by_day = bool(confidence["day"][measured].all() and measured.any())
+    if n_rows:
+        with_nan = ("latitude", "longitude", *(("refs", "rads") if refs_grid == "500m" else ()))
+        for name, values in scene.items():
+            fill, n = np.nan if name in with_nan else 0, n_rows * len(values) // shape[0]
+            scene[name] = rows_of(values, 0, n, fill)
+    return scene, by_day
 
 
 def read_reflective(folder, view, shape, refs_grid):
@@ -349,10 +393,17 @@ def read_reflective(folder, view, shape, refs_grid):
 
     `shape` is that of the 1 km grid. Missing is 0 on the 1 km grid and NaN on the 500 m grid.
     """
-    v, fine = view[0], (2 * shape[0], 2 * shape[1])
+    v, n_rows = view[0], 2 * shape[0]
+    detector = read_variable(folder / f"indices_a{v}.nc", f"detector_a{v}", (None, 2 * shape[1]))
+    fine, first = detector.shape, first_fine_row(folder, view)
+    if abs(first + n_rows - fine[0]) > MAX_ROWS_APART:
+        raise UserError(
+            "the images of 1 km and 500 m should end at the same row, found "
+            f"{shape[0]} and {fine[0]} rows. Download the product again."
+        )
     cosine = cosine_of_solar_zenith(folder, view, fine)
-    detector = read_variable(folder / f"indices_a{v}.nc", f"detector_a{v}", fine)
-    grid = (*(fine if refs_grid == "500m" else shape), len(REFLECTIVE))
+    grid = (n_rows, fine[1]) if refs_grid == "500m" else shape
+    grid = (*grid, len(REFLECTIVE))
     scene = {"refs": np.empty(grid), "rads": np.empty(grid, np.float32)}
     for number, i in enumerate(REFLECTIVE):
         name, quality = f"S{i}_radiance_a{v}", folder / f"S{i}_quality_a{v}.nc"
@@ -363,12 +414,13 @@ def read_reflective(folder, view, shape, refs_grid):
         except ValueError as error:
             raise UserError(f"S{i} cannot be used: {error}. Download the product again.") from error
         for key, values in {"refs": reflected, "rads": radiance}.items():
+            values = rows_of(values, first, n_rows)
             on_grid = values if refs_grid == "500m" else np.nan_to_num(halved(values), nan=0)
             scene[key][..., number] = on_grid
     return scene
 
 
-def convert(path, output, view, refs_grid, positions, overwrite):
+def convert(path, output, view, refs_grid, positions, overwrite, n_rows=None):
     """Convert a product, unless its scene exists.
 
     Args:
@@ -378,6 +430,7 @@ def convert(path, output, view, refs_grid, positions, overwrite):
         refs_grid: "1km" or "500m".
         positions: Whether to write latitude and longitude.
         overwrite: Whether to convert again if the scene exists.
+        n_rows: Rows of the scene on the 1 km grid; None for those of the product.
 
     Returns:
         "converted" or "skipped", the path of the scene, and a text about it.
@@ -390,7 +443,7 @@ def convert(path, output, view, refs_grid, positions, overwrite):
     if existing := [target for target in targets.values() if target.exists() and not overwrite]:
         return "skipped", existing[0], f"{existing[0]} exists. Use --overwrite to convert it again."
     with unpacked(path, files, required_files(view, positions)) as folder:
-        scene, by_day = read_product(folder, view, refs_grid, positions)
+        scene, by_day = read_product(folder, view, refs_grid, positions, n_rows)
     part = "day" if by_day else "night"
     try:
         with replacing(targets[part]) as temporary, h5py.File(temporary, "w") as file:
@@ -413,7 +466,7 @@ def convert(path, output, view, refs_grid, positions, overwrite):
 
 def attempt(arguments, path):
     """Convert a product as the command line says; an error becomes ("failed", text)."""
-    options = ("output", "view", "refs_grid", "positions", "overwrite")
+    options = ("output", "view", "refs_grid", "positions", "overwrite", "n_rows")
     try:
         kind, _, text = convert(path, **{name: getattr(arguments, name) for name in options})
         return kind, text
@@ -498,6 +551,10 @@ def main(argv=None):
     add(
         "--positions", action=argparse.BooleanOptionalAction, default=True,
         help="store latitude and longitude, for export_masks.py (default)",
+    )  # fmt: skip
+    add(
+        "--rows", type=positive, dest="n_rows", metavar="N",
+        help="remove rows at the end, or add rows without data: 1200 for training",
     )  # fmt: skip
     add("--overwrite", action="store_true", help="convert existing scenes again")
     add("--jobs", type=positive, default=1, metavar="N", help="processes, 1.3 GB of memory each")
