@@ -184,6 +184,10 @@ class Config(BaseModel):
         """(rows, columns, channels) of every scene."""
         return self.image_h, self.image_w, self.n_channels
 
+    def shape_in(self, mode):
+        """The `scene_shape` that a mode demands; `inference` takes any rows and columns, None."""
+        return (None, None, self.n_channels) if mode == "inference" else self.scene_shape
+
     @property
     def patch_shape(self):
         """(rows, columns, channels) of every patch."""
