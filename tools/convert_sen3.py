@@ -4,8 +4,9 @@ r"""Convert Sentinel-3 SLSTR products to scene files for the benchmark.
     python tools/convert_sen3.py products/*.zip -o data/mine --jobs 2
 
 A product is a Level-1 RBT product (S3A_SL_1_RBT____..., or S3B, S3C), a folder or the zip file as
-downloaded. It becomes DIR/day/<product>.hdf if every measured pixel has the flag `day` in its
-`confidence_in`, else DIR/night/<product>.hdf, with the datasets
+downloaded; its xfdumanifest.xml stands for the folder. It becomes DIR/day/<product>.hdf if every
+measured pixel has the flag `day` in its `confidence_in`, else DIR/night/<product>.hdf, with the
+datasets
 
 refs     (H, W, 6) reflectance of S1 to S6, pi L / (E0 cos(solar zenith)), of stripe A
 bts      (H, W, 3) brightness temperature of S7 to S9 [K]
@@ -38,6 +39,7 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -64,6 +66,7 @@ from harness.signals import Interrupted, install_handlers
 from tools.lib.options import command_parser, positive
 
 REFLECTIVE, THERMAL = range(1, 7), range(7, 10)  # channels S1 to S6, S7 to S9
+MANIFEST = "xfdumanifest.xml"  # of a product, which other programs open instead of its folder
 MAX_ROWS_APART = 8  # of 500 m, between the ends of the images of 500 m and 1 km
 MAX_BYTES = 4_000_000_000  # of the files read from a zip file; a product needs 0.5 GB
 
@@ -91,11 +94,18 @@ def list_product(path):
     Raises:
         UserError: If it is not an SLSTR Level-1 product, or the zip file is damaged.
     """
+    if path.name.lower() == MANIFEST and path.parent.is_dir():
+        path = path.parent
     if path.is_dir():
-        folder, files = Path(os.path.abspath(path)), {file.name: file for file in path.iterdir()}
+        folder = _product_folder(Path(os.path.abspath(path)))
+        name, files = folder.name, {file.name: file for file in folder.iterdir()}
     else:
-        with _open_zip(path) as archive:
-            entries = {PurePosixPath(entry.filename): entry for entry in archive.infolist()}
+        with _open_zip(path) as archive:  # Windows may write '\\', a Mac adds a second folder
+            entries = {
+                PurePosixPath(entry.filename.replace("\\", "/")): entry
+                for entry in archive.infolist()
+                if "__MACOSX" not in entry.filename
+            }
         folders = {file.parent for file in entries if file.suffix == ".nc"}
         if len(folders) != 1:
             raise UserError(
@@ -103,14 +113,28 @@ def list_product(path):
                 f"{len(folders)} folders. Download it again, or unpack it."
             )
         (folder,) = folders
+        name = folder.name or re.sub(r"\.zip$", "", path.name, flags=re.IGNORECASE)
         files = {file.name: entry for file, entry in entries.items() if file.parent == folder}
-    name = folder.name.removesuffix(".SEN3")
+    name = re.sub(r"\.sen3$", "", name, flags=re.IGNORECASE)
     if not PRODUCT_NAME.fullmatch(name):
         raise UserError(
             "expected an SLSTR Level-1 product named S3A_SL_1_RBT____... (or S3B, S3C), found "
-            f"{folder.name!r}. Remove it from the command, or restore its name."
+            f"{name!r}. Remove it from the command, or restore its name."
         )
     return name, files
+
+
+def _product_folder(folder):
+    """The folder itself, or the only product in it if it has no NetCDF files, as `unzip` may do."""
+    inner = [path for path in folder.iterdir() if path.is_dir() and PRODUCT_NAME.match(path.name)]
+    if not inner or any(folder.glob("*.nc")):
+        return folder
+    if len(inner) > 1:
+        raise UserError(
+            f"expected one product, found {len(inner)}. Name each of them in the command: "
+            f"{folder.name}/S3*."
+        )
+    return _product_folder(inner[0])
 
 
 @contextlib.contextmanager
@@ -126,13 +150,14 @@ def _open_zip(path):
     # zipfile raises all of these for damaged or unsupported files.
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"expected the folder of a product or a complete zip file: {error}. Download it again."
+            f"expected the folder of a product or a complete zip file: {error}. Unpack another "
+            "kind of archive, give the folder of a single file, or download it again."
         ) from error
 
 
 @contextlib.contextmanager
 def unpacked(path, files, names):
-    """Give the folder with some files of `list_product`; for a zip file, a temporary one.
+    """Give the folder with some files of `list_product`; for those of a zip file, a temporary one.
 
     Raises:
         UserError: If a file is missing, or the zip file is damaged.
@@ -142,8 +167,8 @@ def unpacked(path, files, names):
         is_position = all(name.startswith("geodetic") for name in missing)
         advice = "Download it again" + ", or use --no-positions" * is_position
         raise UserError(f"missing in the product: {', '.join(missing[:4])}{more}. {advice}.")
-    if path.is_dir():
-        yield path
+    if isinstance(files[names[0]], Path):
+        yield files[names[0]].parent
         return
     with tempfile.TemporaryDirectory(prefix="sen3-") as temporary:
         with _open_zip(path) as archive:
@@ -420,6 +445,27 @@ def read_reflective(folder, view, shape, refs_grid):
     return scene
 
 
+def check_variant(path, view, refs_grid, n_rows):
+    """Check that an existing scene is what `convert` would make.
+
+    Raises:
+        UserError: If it says that it is another variant of the product.
+    """
+    wanted = {"view": view, "refs_grid": refs_grid}
+    found = dict(wanted)
+    with contextlib.suppress(UserError), open_hdf5(path) as file:  # another program's is kept
+        found = {name: str(file.attrs.get(name, value)) for name, value in wanted.items()}
+        if n_rows and "bts" in file:
+            wanted["rows"], found["rows"] = n_rows, len(open_numbers(file, "bts"))
+    if wanted != found:
+        texts = (", ".join(f"{k} {v}" for k, v in each.items()) for each in (found, wanted))
+        raise UserError(
+            "{} exists with {}, expected {}. Choose another --output, or use --overwrite.".format(
+                path, *texts
+            )
+        )
+
+
 def convert(path, output, view, refs_grid, positions, overwrite, n_rows=None):
     """Convert a product, unless its scene exists.
 
@@ -441,6 +487,7 @@ def convert(path, output, view, refs_grid, positions, overwrite, n_rows=None):
     name, files = list_product(path)
     targets = {part: output / part / f"{name}.hdf" for part in ("day", "night")}
     if existing := [target for target in targets.values() if target.exists() and not overwrite]:
+        check_variant(existing[0], view, refs_grid, n_rows)
         return "skipped", existing[0], f"{existing[0]} exists. Use --overwrite to convert it again."
     with unpacked(path, files, required_files(view, positions)) as folder:
         scene, by_day = read_product(folder, view, refs_grid, positions, n_rows)

@@ -411,6 +411,92 @@ def test_zip_files_and_parallel_jobs_give_the_same_scenes(day, night, tmp_path):
         assert a.read_bytes() == b.read_bytes()
 
 
+def inside_another_folder(product):
+    outer = product.parent / "outer" / product.name
+    outer.mkdir(parents=True)
+    product.rename(outer / product.name)
+    return outer
+
+
+def mac_zip(product):
+    path = pack(product, product.parent / "x.zip")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(f"__MACOSX/{product.name}/._flags_in.nc", "a Mac's")
+    return path
+
+
+def flat_zip(suffix):
+    def make(product):
+        path = product.with_name(product.stem + suffix)
+        with zipfile.ZipFile(path, "w") as archive:
+            for file in product.iterdir():
+                archive.write(file, file.name)
+        return path
+
+    return make
+
+
+def windows_zip(product):
+    path = product.parent / "x.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in product.iterdir():
+            archive.writestr(f"{product.name}\\{file.name}", file.read_bytes())
+    return path
+
+
+FORMS = {
+    "manifest": lambda product: product / "xfdumanifest.xml",
+    "lower case": lambda product: product.rename(product.with_suffix(".sen3")),
+    "no suffix": lambda product: product.rename(product.with_suffix("")),
+    "inside another folder": inside_another_folder,
+    "manifest inside": lambda p: inside_another_folder(p) / p.name / "xfdumanifest.xml",
+    "any folder": lambda product: inside_another_folder(product).parent,
+    "zip of a Mac": mac_zip,
+    "zip of Windows": windows_zip,
+    "flat zip": flat_zip(".zip"),
+    "flat zip with suffix": flat_zip(".SEN3.ZIP"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_products_are_accepted_as_people_have_them(day, product, tmp_path, form):
+    (path,) = convert(tmp_path / "out", FORMS[form](product))
+    assert path == tmp_path / "out/day" / f"{day[0].stem}.hdf"
+    np.testing.assert_array_equal(contents(path)["bayes"][..., 0], 255 * day[1]["bayes_nadir"])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "reason"),
+    [
+        (
+            [],
+            ["--view", "oblique"],
+            "exists with view nadir, refs_grid 1km, expected view oblique,",
+        ),
+        (
+            ["--refs-grid", "500m"],
+            [],
+            "exists with view nadir, refs_grid 500m, expected view nadir",
+        ),
+        (
+            [],
+            ["--rows", "63"],
+            "refs_grid 1km, rows 60, expected view nadir, refs_grid 1km, rows 63",
+        ),
+    ],
+)
+def test_existing_scene_of_another_variant_is_no_success(
+    day, tmp_path, capsys, first, second, reason
+):
+    (path,) = convert(tmp_path, day[0], *first)
+    before = path.read_bytes()
+    assert convert(tmp_path, day[0], *second, status=1) == [path]
+    assert path.read_bytes() == before and reason in capsys.readouterr().err
+    convert(tmp_path, day[0], *first)  # skipped
+    convert(tmp_path, day[0], *second, "--overwrite")
+    assert path.read_bytes() != before
+
+
 def test_killed_worker_is_reported():
     sleep = "__import__('time').sleep"
     texts = ["1", f"{sleep}(1) or __import__('os')._exit(1)", f"{sleep}(600)"]
@@ -613,6 +699,19 @@ FAULTS = {
     "web page": (lambda p: (p / "flags_in.nc").write_text("<html>") and None, "flags_in.nc cannot"),
     "other sensor": (renamed("SL_1_RBT___", "OL_1_EFR___"), "S3A_OL_1_EFR___"),
     "other level": (renamed("SL_1_RBT", "SL_2_LST"), "S3A_SL_2_LST"),
+    "file of the product": (lambda p: p / "flags_in.nc", "give the folder of a single file"),
+    "tar file": (
+        lambda p: Path(shutil.make_archive(p, "gztar", p.parent, p.name)),
+        "Unpack another kind of archive, give",
+    ),
+    "flat zip of another name": (
+        lambda p: flat_zip(".zip")(p).rename(p.with_name("x.zip")),
+        "found 'x'. Remove",
+    ),
+    "folder of products": (
+        lambda p: Path(shutil.copytree(p, p.with_name(p.name.replace("S3A", "S3B")))).parent,
+        "expected one product, found 2. Name each",
+    ),
     "text file": (other_file(Path.touch), "complete zip file: File is not a zip file"),
     "pipe": (other_file(os.mkfifo), "complete zip file: it is neither"),
     "truncated zip": (truncated_zip, "complete zip file: File is not a zip file"),
