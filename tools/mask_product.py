@@ -154,7 +154,7 @@ def mask_all(arguments, command):
     import harness.quiet_tensorflow  # noqa: F401  (before any other import of TensorFlow)
     from harness.networks.model_files import read_model
 
-    model = read_model(arguments.model, "--model")
+    model = read_model(arguments.model)
     options = {"view": "nadir", "refs_grid": "1km"}
     options |= {"positions": arguments.positions, "overwrite": arguments.overwrite}
     n_failed, total = 0, len(arguments.products)
