@@ -655,6 +655,7 @@ def test_inference_needs_no_labels(finished, dataset, settings, tmp_path, n):
     assert objections_to(run.folder / "mlperf_cloudmask.log") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["patches", "scene"])
 def test_inference_masks_scenes_of_different_sizes(finished, dataset, settings, tmp_path, mode):
     folder, model = tmp_path / "mine", finished / "model.keras"
