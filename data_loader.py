@@ -95,7 +95,7 @@ def check_scene(path, shape, labelled=True):
 
     Args:
         path: Scene file.
-        shape: (H, W, C) that the configuration demands of every scene.
+        shape: (H, W, C) that the configuration demands of every scene; (None, None, C): any size.
         labelled: Whether a scene without `bayes` is an error.
 
     Returns:
@@ -120,8 +120,8 @@ def read_scene(path, shape, padding=((0, 0), (0, 0)), labelled=True):
 
     Args:
         path: Scene file (HDF5) with the datasets `refs`, `bts` and `bayes`.
-        shape: (H, W, C) that the configuration demands of every scene.
-        padding: ((above, below), (left, right)), pixels of 0 around the normalised channels only.
+        shape: (H, W, C) that the configuration demands of every scene; (None, None, C): any size.
+        padding: ((above, below), (left, right)), zeros around `channels`; or a function of H and W.
         labelled: Whether a scene without `bayes` is an error.
 
     Returns:
@@ -130,13 +130,13 @@ def read_scene(path, shape, padding=((0, 0), (0, 0)), labelled=True):
     Raises:
         SceneError: If the file is not an HDF5 file, or not a scene of that shape.
     """
-    (height, width, n_channels), ((above, below), (left, right)) = shape, padding
-    channels = np.zeros((above + height + below, left + width + right, n_channels), np.float32)
-    cloud = np.empty((height, width, 1), np.uint8)
-    valid = np.empty((height, width), bool)
-    bt_12um = np.empty((height, width), np.float32)
-    inside = channels[above : above + height, left : left + width]
     with open_scene(path, shape, labelled) as datasets:
+        height, width = datasets["bts"].shape[:2]
+        (above, below), (left, right) = padding(height, width) if callable(padding) else padding
+        channels = np.zeros((above + height + below, left + width + right, shape[2]), np.float32)
+        cloud = np.empty((height, width, 1), np.uint8)
+        valid, bt_12um = np.empty((height, width), bool), np.empty((height, width), np.float32)
+        inside = channels[above : above + height, left : left + width]
         out_of_range = _read_tiles(datasets, [Tile(0, 0, inside, cloud, valid, bt_12um)])
         return Scene(channels, cloud if "bayes" in datasets else None, valid, bt_12um, out_of_range)
 

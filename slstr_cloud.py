@@ -176,12 +176,12 @@ def infer(config, devices, run, paths):
 
     devices.gather(0)  # the chief has written the model
     model = load_model(run.model_file, config.patch_shape)
-    predictors = [build.open_predictor(config, devices, model, each) for each in devices.local]
-    facts = {"inference_mode": config.inference_mode, "windows": len(predictors[0].grid.corners)}
+    predictors = [build.open_scene_predictor(config, devices, model, one) for one in devices.local]
+    facts = {"inference_mode": config.inference_mode, "windows": predictors[0].n_windows}
     if config.inference_mode == "scene" and devices.is_chief:
         reference = build.open_reference_predictor(config, devices, model, devices.local[0])
         with contextlib.suppress(data_loader.SceneError):  # a bad scene is met again below
-            facts["differs"] = compare_masks(predictors[0], reference, paths[0], config.scene_shape)
+            facts["differs"] = compare_masks(predictors[0], reference, paths[0], config.n_channels)
     if run.mode == "inference":
         run.start_inference(model, paths)
     masks = MaskFolder(run.path("masks"), devices.check, file_sha256(run.model_file))
@@ -213,7 +213,7 @@ def mask_scenes(config, devices, run, masks, on_bad_scene, paths, predictor):
         begin = active_seconds()
         try:
             scene = data_loader.read_scene(
-                path, config.scene_shape, predictor.grid.padding, labelled=run.mode != "inference"
+                path, config.shape_in(run.mode), predictor.padding, run.mode != "inference"
             )
         except data_loader.SceneError as error:
             on_bad_scene(path, error)
@@ -228,7 +228,7 @@ def mask_scenes(config, devices, run, masks, on_bad_scene, paths, predictor):
             if scene.out_of_range:
                 log.warning(data_loader.OUT_OF_RANGE_MESSAGE, path, scene.out_of_range)
             begin = active_seconds()
-            probability, network_seconds = predictor(scene.channels)
+            probability, network_seconds = predictor(scene)
             if not np.isfinite(probability).all():
                 raise FloatingPointError(
                     f"{run.model_file} gives probabilities that are not finite for {path}. Use "

@@ -231,12 +231,21 @@ def patch_augmentation(name):
     return augment and (lambda channels, cloud, key: augment(channels, cloud, patch_rng(*key)))
 
 
-def open_predictor(config, devices, model, device):
-    """The model on one device, ready to predict scenes as `inference_mode` says."""
+def open_scene_predictor(config, devices, model, device):
+    """The model on one device, ready to predict scenes of any size, first that of `config`."""
+    from harness.inference.predictor import ScenePredictor
+
+    make = functools.partial(open_predictor, config, devices, model, device)
+    return ScenePredictor(make, config.image_h, config.image_w)
+
+
+def open_predictor(config, devices, model, device, height=None, width=None):
+    """The model on one device, ready to predict scenes of one size as `inference_mode` says."""
     from harness.inference.predictor import Predictor, predictor_that_fits
     from harness.training.trainer import POLICIES
 
-    height, width, policy = config.image_h, config.image_w, POLICIES[config.precision]
+    height, width = height or config.image_h, width or config.image_w
+    policy = POLICIES[config.precision]
     grid = PatchGrid(height, width, config.patch_size, config.crop_size)
     if config.inference_mode == "patches":
         batch = devices.micro_batch(config.micro_batch, config.batch_size, replicas=1)
@@ -247,7 +256,7 @@ def open_predictor(config, devices, model, device):
 def open_reference_predictor(config, devices, model, device):
     """The model in overlapping patches and float32, with which `inference_mode: scene` compares."""
     reference = {"inference_mode": "patches", "precision": "float32", "xla": False}
-    return open_predictor(config.model_copy(update=reference), devices, model, device)
+    return open_scene_predictor(config.model_copy(update=reference), devices, model, device)
 
 
 def board_patches(config, path):

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     AliasGenerator,
     BaseModel,
     BeforeValidator,
@@ -31,6 +32,9 @@ RESERVED = (  # names in a run's folder
 FILE_KEYS = ("model_file", "log_file", "mlperf_logfile")  # files that a run writes
 MODEL_SUFFIXES = (".keras", ".h5")
 FOLDER_KEYS = ("train_dir", "inference_dir", "output_dir", "cache_dir")
+# The two names of each folder of the published data; the second ones since April 2026.
+OTHER_NAME = {"one-day": "training", "ssts": "inference"}
+OTHER_NAME |= {new: old for old, new in OTHER_NAME.items()}
 V1_UPPER_CASE = ("patch_size", "image_h", "image_w", "n_channels", "min_sst", "crop_size")
 
 
@@ -48,6 +52,16 @@ def _expand(value):
     if unset := re.findall(r"\$\{?(\w+)", expanded):
         raise ValueError(f"uses the environment variable {', '.join(unset)}, which is not set")
     return expanded
+
+
+def _either_name(path):
+    """A missing folder of the published data becomes the one of its other name, if that exists."""
+    other = path.parent / OTHER_NAME.get(path.name, "")
+    return (
+        other
+        if path.name in OTHER_NAME and not os.path.exists(path) and os.path.isdir(other)
+        else path
+    )
 
 
 def _plain_name(value):
@@ -68,6 +82,7 @@ def _network(value):
 Number = BeforeValidator(_reject_bool)
 Count = Annotated[int, Number, Field(ge=1)]
 FilePath = Annotated[Path, BeforeValidator(_expand)]
+ScenesPath = Annotated[FilePath, AfterValidator(_either_name)]
 
 
 class Submission(BaseModel):
@@ -108,8 +123,8 @@ class Config(BaseModel):
     email: str = ""
 
     # Data and results
-    train_dir: FilePath = Path("data/one-day")
-    inference_dir: FilePath = Path("data/ssts")
+    train_dir: ScenesPath = Field(Path("data/one-day"), validate_default=True)
+    inference_dir: ScenesPath = Field(Path("data/ssts"), validate_default=True)
     output_dir: FilePath = Path("outputs")
     run_name: Annotated[str, BeforeValidator(_plain_name)] | None = None
     model_file: FilePath = Path("model.keras")
@@ -168,6 +183,10 @@ class Config(BaseModel):
     def scene_shape(self):
         """(rows, columns, channels) of every scene."""
         return self.image_h, self.image_w, self.n_channels
+
+    def shape_in(self, mode):
+        """The `scene_shape` that a mode demands; `inference` takes any rows and columns, None."""
+        return (None, None, self.n_channels) if mode == "inference" else self.scene_shape
 
     @property
     def patch_shape(self):

@@ -40,9 +40,22 @@ def replacing(path):
 
 
 def walk_files(directory):
-    """Yield the files below a directory; follows links to folders, visits each folder once.
+    """Yield the files below a directory; see `walk_folders`."""
+    for folder, _, files in walk_folders(directory):
+        yield from (folder / name for name in files)
 
-    A missing directory has no files.
+
+def walk_folders(directory, hidden=True):
+    """Yield the folders below a directory; follows links to folders, visits each folder once.
+
+    A missing directory has no folders.
+
+    Args:
+        directory: Path, yielded first.
+        hidden: Whether to visit folders below it whose name begins with a dot.
+
+    Yields:
+        Path of a folder, names of its subfolders that will be visited, names of its files.
     """
     seen = set()
 
@@ -53,9 +66,12 @@ def walk_files(directory):
     for folder, subfolders, files in os.walk(directory, onerror=fail, followlinks=True):
         seen.add(os.path.realpath(folder))
         subfolders[:] = [
-            name for name in subfolders if os.path.realpath(Path(folder, name)) not in seen
+            name
+            for name in subfolders
+            if (hidden or not name.startswith("."))
+            and os.path.realpath(Path(folder, name)) not in seen
         ]
-        yield from (Path(folder, name) for name in files)
+        yield Path(folder), subfolders, files
 
 
 def remove_unfinished(folder):

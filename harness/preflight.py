@@ -187,7 +187,8 @@ def choose_skipped(config, mode, found, folder=None):
     skipped = BadScenes(folder, config.on_bad_scene).reasons(START) if folder else {}
     if folder and config.on_bad_scene == "skip":
         return skipped  # scenes that turned bad later are met, and skipped, where they are read
-    skipped = found.check(config.scene_shape, config.read_timeout, config.on_bad_scene, skipped)
+    shape = config.shape_in(mode)
+    skipped = found.check(shape, config.read_timeout, config.on_bad_scene, skipped)
     found.split(config.train_split, skipped)
     if not folder:
         n_masks = len(found.inference)

@@ -102,7 +102,8 @@ def test_reference_predictor_takes_patches_in_float32(configure):
     shape = (HEIGHT, WIDTH, 9)
     scene = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     scene = np.pad(scene, (*plain.grid.padding, (0, 0)))
-    np.testing.assert_array_equal(reference(scene)[0], plain(scene)[0])
+    read = SimpleNamespace(channels=scene, valid=np.ones(shape[:2]))
+    np.testing.assert_array_equal(reference(read)[0], plain(scene)[0])
 
 
 def test_check_of_the_network_changes_no_initial_weight(configure):

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -200,6 +202,37 @@ def test_error_names_the_file_or_the_option_of_the_key(tmp_path, text, override,
 def test_paths_expand_variables(tmp_path, monkeypatch):
     monkeypatch.setenv("SCENES", "/scenes")
     assert str(load(tmp_path, "train_dir: ${SCENES}/one-day").train_dir) == "/scenes/one-day"
+
+
+@pytest.mark.parametrize(
+    ("folders", "found"),
+    [
+        (("training", "inference"), ("training", "inference")),
+        (("one-day", "ssts"), ("one-day", "ssts")),
+        (("one-day", "training", "ssts", "inference"), ("one-day", "ssts")),
+        (("training", "ssts"), ("training", "ssts")),
+        ((), ("one-day", "ssts")),
+    ],
+)
+@pytest.mark.parametrize("source", ["default", "shipped"])
+def test_folders_of_the_data_have_either_name(tmp_path, monkeypatch, folders, found, source):
+    shipped = Path("config.yaml").absolute()
+    monkeypatch.chdir(tmp_path)
+    for name in folders:
+        Path("data", name).mkdir(parents=True)
+    config = Config() if source == "default" else load_config(shipped)
+    assert (config.train_dir, config.inference_dir) == tuple(Path("data", name) for name in found)
+
+
+def test_only_missing_folders_of_the_data_have_another_name(tmp_path):
+    for name in ("training", "inference", "one-day", "mine"):
+        (tmp_path / name).mkdir()
+    for given, used in (
+        ("ssts", "inference"), ("inference", "inference"), ("one-day", "one-day"), ("x", "x"),
+    ):  # fmt: skip
+        config = load(tmp_path, f"train_dir: {tmp_path / given}")
+        assert config.train_dir == tmp_path / used
+    assert load(tmp_path, "train_dir: .").train_dir == Path(".")
 
 
 def test_resolved_configuration_is_the_same_configuration(tmp_path):

@@ -66,7 +66,7 @@ def test_split_is_that_of_sklearn_with_seed_42(n, share):
 
 @pytest.mark.parametrize(("n", "share"), [(1, 0.8), (3, 0.1), (2, 1.0)])
 def test_split_with_an_empty_set_is_an_error(n, share):
-    with pytest.raises(SceneError, match=f"of {n} scenes"):
+    with pytest.raises(SceneError, match=f"of {n} scene"):
         data_loader.split_scenes(list(range(n)), share)
 
 
@@ -214,6 +214,20 @@ def test_dataset_that_is_not_as_expected_is_named(path, arrays, name, change, wo
     with pytest.raises(SceneError) as error:
         data_loader.read_scene(path, SHAPE)
     assert str(path) in str(error.value) and words in str(error.value)
+
+
+@pytest.mark.parametrize("padding", [((3, 4), (5, 6)), lambda h, w: ((h % 7, w % 7), (0, 1))])
+def test_scene_of_any_size_is_read(path, arrays, padding):
+    plain, found = (
+        data_loader.read_scene(path, shape, padding) for shape in (SHAPE, (None, None, 9))
+    )
+    np.testing.assert_array_equal(found.channels, plain.channels)
+    (above, below), (left, right) = padding(100, 135) if callable(padding) else padding
+    assert found.channels.shape == (100 + above + below, 135 + left + right, 9)
+    changed = {**arrays, "bayes": arrays["bayes"][:-1]}
+    write_scene(path, changed)
+    with pytest.raises(SceneError, match=r"'bayes' has shape \(99, 135, 1\), .* the size of 'bts'"):
+        data_loader.read_scene(path, (None, None, 9))
 
 
 # --- patches of training

@@ -34,9 +34,11 @@ from sklearn.model_selection import train_test_split
 
 import data_loader
 import slstr_cloud
+from cloudmask import predict_scene
 from harness import REPOSITORY
 from harness.records.results import peaks
 from model import unet
+from tools.make_scenes import make_scene, write_scene
 
 SHAPE = (PATCH, PATCH, 9)
 
@@ -651,6 +653,45 @@ def test_inference_needs_no_labels(finished, dataset, settings, tmp_path, n):
     assert (inference["scenes"], inference["scenes_labelled"]) == (2, 2 - n)
     assert (inference["accuracy"] is None) == (n == 2)
     assert objections_to(run.folder / "mlperf_cloudmask.log") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["patches", "scene"])
+def test_inference_masks_scenes_of_different_sizes(finished, dataset, settings, tmp_path, mode):
+    folder, model = tmp_path / "mine", finished / "model.keras"
+    shutil.copytree(dataset / "ssts", folder)
+    sizes = {"S3A_a": (HEIGHT - 1, WIDTH), "S3A_b": (HEIGHT + 2, WIDTH), "S3B_c": (20, 90)}
+    for seed, (name, size) in enumerate(sizes.items()):
+        write_scene(folder / f"{name}.hdf", make_scene(np.random.default_rng(seed), *size))
+    changed = {**settings, "inference_dir": str(folder), "inference_mode": mode}
+    changed |= {"keep_probability": True, "cpu_devices": 2}
+    run = start(tmp_path / "out", changed, "--mode", "inference", "--model", str(model))
+    assert run.status == 0
+    paths = data_loader.find_scenes(folder)
+    assert [row["scene"] for row in rows(run.folder / "scenes.csv")] == sorted(
+        path.stem for path in paths
+    )
+    for path in paths:
+        _, expected = predict_scene(model, path, mode, PATCH, 10)
+        with h5py.File(run.folder / "masks" / f"{path.stem}.h5") as file:
+            found = file["probability"][:]
+        assert found.shape == sizes.get(path.stem, (HEIGHT, WIDTH))
+        known = np.isfinite(expected)  # predict_scene says nothing where there are no data
+        assert known.any()
+        np.testing.assert_allclose(found[known], expected[known], atol=1e-5)
+
+
+def test_benchmark_needs_scenes_of_one_size(dataset, settings, tmp_path, capsys):
+    shutil.copytree(dataset / "ssts", tmp_path / "mine")
+    scene = make_scene(np.random.default_rng(0), HEIGHT + 2, WIDTH)
+    write_scene(tmp_path / "mine/S3A_a.hdf", scene)
+    run = start(tmp_path / "out", {**settings, "inference_dir": str(tmp_path / "mine")})
+    assert run.status == 2
+    (line, _) = error_lines(capsys)
+    assert "has shape (102, 135, 6)" in line and line.endswith(
+        "To give all scenes 100 rows, make them by convert_sen3.py --rows 100; --mode inference "
+        "masks scenes of any size."
+    )
 
 
 def test_benchmark_needs_labels(dataset, settings, tmp_path, capsys):

@@ -4,8 +4,9 @@ r"""Convert Sentinel-3 SLSTR products to scene files for the benchmark.
     python tools/convert_sen3.py products/*.zip -o data/mine --jobs 2
 
 A product is a Level-1 RBT product (S3A_SL_1_RBT____..., or S3B, S3C), a folder or the zip file as
-downloaded. It becomes DIR/day/<product>.hdf if every measured pixel has the flag `day` in its
-`confidence_in`, else DIR/night/<product>.hdf, with the datasets
+downloaded; its xfdumanifest.xml stands for the folder. It becomes DIR/day/<product>.hdf if every
+measured pixel has the flag `day` in its `confidence_in`, else DIR/night/<product>.hdf, with the
+datasets
 
 refs     (H, W, 6) reflectance of S1 to S6, pi L / (E0 cos(solar zenith)), of stripe A
 bts      (H, W, 3) brightness temperature of S7 to S9 [K]
@@ -20,6 +21,11 @@ reflectance is 0. Radiances are those of the product, without vicarious calibrat
 the mean of the measured ones of its four 500 m pixels. Missing is 0; with --refs-grid 500m it is
 NaN in refs and rads, which the benchmark ignores in its mean.
 
+The scene has the rows of the product, 1199 to 1202 on the 1 km grid, or fewer in products of two
+minutes. `--mode inference` masks scenes of any size; a benchmark or training needs IMAGE_H rows in
+all of them: convert with `--rows 1200`. Rows of the 500 m grid are assigned to those of the 1 km
+grid by the attribute `start_offset`.
+
 Pixels with the flag `unfilled`, at the borders of an image, do not count for day or night. If a
 product has no `bayes_in`, the scene has no `bayes`: it can be masked, but not scored or trained on.
 Existing scenes are skipped; a product that cannot be read is reported, and the rest is converted.
@@ -33,6 +39,7 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -59,6 +66,8 @@ from harness.signals import Interrupted, install_handlers
 from tools.lib.options import command_parser, positive
 
 REFLECTIVE, THERMAL = range(1, 7), range(7, 10)  # channels S1 to S6, S7 to S9
+MANIFEST = "xfdumanifest.xml"  # of a product, which other programs open instead of its folder
+MAX_ROWS_APART = 8  # of 500 m, between the ends of the images of 500 m and 1 km
 MAX_BYTES = 4_000_000_000  # of the files read from a zip file; a product needs 0.5 GB
 
 log = logging.getLogger("convert_sen3")
@@ -85,11 +94,18 @@ def list_product(path):
     Raises:
         UserError: If it is not an SLSTR Level-1 product, or the zip file is damaged.
     """
+    if path.name.lower() == MANIFEST and path.parent.is_dir():
+        path = path.parent
     if path.is_dir():
-        folder, files = Path(os.path.abspath(path)), {file.name: file for file in path.iterdir()}
+        folder = _product_folder(Path(os.path.abspath(path)))
+        name, files = folder.name, {file.name: file for file in folder.iterdir()}
     else:
-        with _open_zip(path) as archive:
-            entries = {PurePosixPath(entry.filename): entry for entry in archive.infolist()}
+        with _open_zip(path) as archive:  # Windows may write '\\', a Mac adds a second folder
+            entries = {
+                PurePosixPath(entry.filename.replace("\\", "/")): entry
+                for entry in archive.infolist()
+                if "__MACOSX" not in entry.filename
+            }
         folders = {file.parent for file in entries if file.suffix == ".nc"}
         if len(folders) != 1:
             raise UserError(
@@ -97,14 +113,28 @@ def list_product(path):
                 f"{len(folders)} folders. Download it again, or unpack it."
             )
         (folder,) = folders
+        name = folder.name or re.sub(r"\.zip$", "", path.name, flags=re.IGNORECASE)
         files = {file.name: entry for file, entry in entries.items() if file.parent == folder}
-    name = folder.name.removesuffix(".SEN3")
+    name = re.sub(r"\.sen3$", "", name, flags=re.IGNORECASE)
     if not PRODUCT_NAME.fullmatch(name):
         raise UserError(
             "expected an SLSTR Level-1 product named S3A_SL_1_RBT____... (or S3B, S3C), found "
-            f"{folder.name!r}. Remove it from the command, or restore its name."
+            f"{name!r}. Remove it from the command, or restore its name."
         )
     return name, files
+
+
+def _product_folder(folder):
+    """The folder itself, or the only product in it if it has no NetCDF files, as `unzip` may do."""
+    inner = [path for path in folder.iterdir() if path.is_dir() and PRODUCT_NAME.match(path.name)]
+    if not inner or any(folder.glob("*.nc")):
+        return folder
+    if len(inner) > 1:
+        raise UserError(
+            f"expected one product, found {len(inner)}. Name each of them in the command: "
+            f"{folder.name}/S3*."
+        )
+    return _product_folder(inner[0])
 
 
 @contextlib.contextmanager
@@ -120,13 +150,14 @@ def _open_zip(path):
     # zipfile raises all of these for damaged or unsupported files.
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"expected the folder of a product or a complete zip file: {error}. Download it again."
+            f"expected the folder of a product or a complete zip file: {error}. Unpack another "
+            "kind of archive, give the folder of a single file, or download it again."
         ) from error
 
 
 @contextlib.contextmanager
 def unpacked(path, files, names):
-    """Give the folder with some files of `list_product`; for a zip file, a temporary one.
+    """Give the folder with some files of `list_product`; for those of a zip file, a temporary one.
 
     Raises:
         UserError: If a file is missing, or the zip file is damaged.
@@ -136,8 +167,8 @@ def unpacked(path, files, names):
         is_position = all(name.startswith("geodetic") for name in missing)
         advice = "Download it again" + ", or use --no-positions" * is_position
         raise UserError(f"missing in the product: {', '.join(missing[:4])}{more}. {advice}.")
-    if path.is_dir():
-        yield path
+    if isinstance(files[names[0]], Path):
+        yield files[names[0]].parent
         return
     with tempfile.TemporaryDirectory(prefix="sen3-") as temporary:
         with _open_zip(path) as archive:
@@ -309,7 +340,39 @@ def halved(values):
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 
-def read_product(folder, view, refs_grid, positions):
+def rows_of(values, first, n_rows, fill=np.nan):
+    """The rows from `first` to `first` + `n_rows`; those that `values` lacks are `fill`."""
+    if first == 0 and len(values) == n_rows:
+        return values
+    result = np.full((n_rows, *values.shape[1:]), fill, values.dtype)
+    begin, stop = max(first, 0), min(first + n_rows, len(values))
+    if begin < stop:
+        result[begin - first : stop - first] = values[begin:stop]
+    return result
+
+
+def first_fine_row(folder, view):
+    """The row of the 500 m grid where the first row of the 1 km grid begins; it may be negative.
+
+    The attribute `start_offset` of a grid counts rows of its own size from a common origin.
+
+    Raises:
+        UserError: If the grids do not begin at the same place.
+    """
+    offsets = []
+    for name in (f"S1_radiance_a{view[0]}.nc", f"S7_BT_i{view[0]}.nc"):
+        with _reading(folder / name) as file:
+            offsets.append(int(np.ravel(file.attrs.get("start_offset", 0))[0]))
+    fine, coarse = offsets
+    if abs(first := 2 * coarse - fine) > MAX_ROWS_APART:
+        raise UserError(
+            "the images of 1 km and 500 m should begin at the same row, found start_offset "
+            f"{coarse} and {fine}. Download the product again."
+        )
+    return first
+
+
+def read_product(folder, view, refs_grid, positions, n_rows=None):
     """Read the files of a product; the arguments are those of `convert`.
 
     Returns:
@@ -341,7 +404,13 @@ def read_product(folder, view, refs_grid, positions):
             degrees = read_variable(folder / f"geodetic_i{v}.nc", f"{name}_i{v}", shape)
             scene[name] = degrees.astype(np.float32)
     measured = ~confidence["unfilled"]
-    return scene, bool(confidence["day"][measured].all() and measured.any())
+    by_day = bool(confidence["day"][measured].all() and measured.any())
+    if n_rows:
+        with_nan = ("latitude", "longitude", *(("refs", "rads") if refs_grid == "500m" else ()))
+        for name, values in scene.items():
+            fill, n = np.nan if name in with_nan else 0, n_rows * len(values) // shape[0]
+            scene[name] = rows_of(values, 0, n, fill)
+    return scene, by_day
 
 
 def read_reflective(folder, view, shape, refs_grid):
@@ -349,10 +418,17 @@ def read_reflective(folder, view, shape, refs_grid):
 
     `shape` is that of the 1 km grid. Missing is 0 on the 1 km grid and NaN on the 500 m grid.
     """
-    v, fine = view[0], (2 * shape[0], 2 * shape[1])
+    v, n_rows = view[0], 2 * shape[0]
+    detector = read_variable(folder / f"indices_a{v}.nc", f"detector_a{v}", (None, 2 * shape[1]))
+    fine, first = detector.shape, first_fine_row(folder, view)
+    if abs(first + n_rows - fine[0]) > MAX_ROWS_APART:
+        raise UserError(
+            "the images of 1 km and 500 m should end at the same row, found "
+            f"{shape[0]} and {fine[0]} rows. Download the product again."
+        )
     cosine = cosine_of_solar_zenith(folder, view, fine)
-    detector = read_variable(folder / f"indices_a{v}.nc", f"detector_a{v}", fine)
-    grid = (*(fine if refs_grid == "500m" else shape), len(REFLECTIVE))
+    grid = (n_rows, fine[1]) if refs_grid == "500m" else shape
+    grid = (*grid, len(REFLECTIVE))
     scene = {"refs": np.empty(grid), "rads": np.empty(grid, np.float32)}
     for number, i in enumerate(REFLECTIVE):
         name, quality = f"S{i}_radiance_a{v}", folder / f"S{i}_quality_a{v}.nc"
@@ -363,12 +439,34 @@ def read_reflective(folder, view, shape, refs_grid):
         except ValueError as error:
             raise UserError(f"S{i} cannot be used: {error}. Download the product again.") from error
         for key, values in {"refs": reflected, "rads": radiance}.items():
+            values = rows_of(values, first, n_rows)
             on_grid = values if refs_grid == "500m" else np.nan_to_num(halved(values), nan=0)
             scene[key][..., number] = on_grid
     return scene
 
 
-def convert(path, output, view, refs_grid, positions, overwrite):
+def check_variant(path, view, refs_grid, n_rows):
+    """Check that an existing scene is what `convert` would make.
+
+    Raises:
+        UserError: If it says that it is another variant of the product.
+    """
+    wanted = {"view": view, "refs_grid": refs_grid}
+    found = dict(wanted)
+    with contextlib.suppress(UserError), open_hdf5(path) as file:  # another program's is kept
+        found = {name: str(file.attrs.get(name, value)) for name, value in wanted.items()}
+        if n_rows and "bts" in file:
+            wanted["rows"], found["rows"] = n_rows, len(open_numbers(file, "bts"))
+    if wanted != found:
+        texts = (", ".join(f"{k} {v}" for k, v in each.items()) for each in (found, wanted))
+        raise UserError(
+            "{} exists with {}, expected {}. Choose another --output, or use --overwrite.".format(
+                path, *texts
+            )
+        )
+
+
+def convert(path, output, view, refs_grid, positions, overwrite, n_rows=None):
     """Convert a product, unless its scene exists.
 
     Args:
@@ -378,6 +476,7 @@ def convert(path, output, view, refs_grid, positions, overwrite):
         refs_grid: "1km" or "500m".
         positions: Whether to write latitude and longitude.
         overwrite: Whether to convert again if the scene exists.
+        n_rows: Rows of the scene on the 1 km grid; None for those of the product.
 
     Returns:
         "converted" or "skipped", the path of the scene, and a text about it.
@@ -388,9 +487,10 @@ def convert(path, output, view, refs_grid, positions, overwrite):
     name, files = list_product(path)
     targets = {part: output / part / f"{name}.hdf" for part in ("day", "night")}
     if existing := [target for target in targets.values() if target.exists() and not overwrite]:
+        check_variant(existing[0], view, refs_grid, n_rows)
         return "skipped", existing[0], f"{existing[0]} exists. Use --overwrite to convert it again."
     with unpacked(path, files, required_files(view, positions)) as folder:
-        scene, by_day = read_product(folder, view, refs_grid, positions)
+        scene, by_day = read_product(folder, view, refs_grid, positions, n_rows)
     part = "day" if by_day else "night"
     try:
         with replacing(targets[part]) as temporary, h5py.File(temporary, "w") as file:
@@ -413,7 +513,7 @@ def convert(path, output, view, refs_grid, positions, overwrite):
 
 def attempt(arguments, path):
     """Convert a product as the command line says; an error becomes ("failed", text)."""
-    options = ("output", "view", "refs_grid", "positions", "overwrite")
+    options = ("output", "view", "refs_grid", "positions", "overwrite", "n_rows")
     try:
         kind, _, text = convert(path, **{name: getattr(arguments, name) for name in options})
         return kind, text
@@ -498,6 +598,10 @@ def main(argv=None):
     add(
         "--positions", action=argparse.BooleanOptionalAction, default=True,
         help="store latitude and longitude, for export_masks.py (default)",
+    )  # fmt: skip
+    add(
+        "--rows", type=positive, dest="n_rows", metavar="N",
+        help="remove rows at the end, or add rows without data: 1200 for training",
     )  # fmt: skip
     add("--overwrite", action="store_true", help="convert existing scenes again")
     add("--jobs", type=positive, default=1, metavar="N", help="processes, 1.3 GB of memory each")

@@ -5,10 +5,11 @@ r"""Download the CloudMask data set, 180 GB, or a sample of it. No credentials a
     python tools/download_data.py --dest data --verify              # offline, by sha256
 
 Files are stored in DEST/one-day (training) and DEST/ssts (inference), below day/ and night/ as in
-the bucket; a bucket that calls these folders training and inference works too. The plan is printed
-first and rejected if it does not fit on the disk. Until a file is complete and its size and ETag
-have been checked, it is hidden and its name ends in `.download`. After an interruption run the same
-command again: finished files are kept, unfinished ones are downloaded again.
+the bucket. Folders called training and inference work too, in the bucket and, if they exist, in
+DEST. The plan is printed first and rejected if it does not fit on the disk. Until a file is
+complete and its size and ETag have been checked, it is hidden and its name ends in `.download`.
+After an interruption run the same command again: finished files are kept, unfinished ones are
+downloaded again.
 
 DEST/manifest.csv has one row per finished file: key (the path below DEST), size, etag, sha256. A
 file is skipped if its row has the bucket's size and ETag and the file has that size; only --verify
@@ -33,6 +34,7 @@ import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import chain
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -48,6 +50,7 @@ BUCKET = "sciml-datasets"
 PREFIX = "es/cloud_slstr_ds1"
 # Folders below DEST, and their names in the bucket (the second ones since April 2026).
 SETS = {"one-day": ("one-day", "training"), "ssts": ("ssts", "inference")}
+MAX_SHOWN = 20  # names below the prefix in an error
 MANIFEST = "manifest.csv"
 COLUMNS = ("key", "size", "etag", "sha256")
 PARTIAL = ".{}.download"  # name of a file until it is complete; hidden: never read as a scene
@@ -111,8 +114,12 @@ class Bucket:
             use_threads=False, multipart_chunksize=RANGE_BYTES, preferred_transfer_client="classic"
         )
 
-    def list_set(self, name):
+    def list_set(self, name, local):
         """List the RemoteFiles of a set, from the first of its folders that has scenes.
+
+        Args:
+            name: Name of the set.
+            local: Its folder below DEST.
 
         Raises:
             UserError: If there are no scenes.
@@ -120,7 +127,7 @@ class Bucket:
         """
         try:
             for folder in SETS[name]:
-                files = retry(lambda folder=folder: self._list(folder, name), f"Listing {folder}")
+                files = retry(lambda folder=folder: self._list(folder, local), f"Listing {folder}")
                 if any(is_scene(file.key) for file in files):
                     return files
         except Exception as error:
@@ -129,11 +136,24 @@ class Bucket:
                 "--bucket."
             ) from error
         raise UserError(
-            f"No scenes matching '{SCENE_NAME}' in {' or '.join(SETS[name])} below {self.url}. "
-            "Check --endpoint, --bucket and --prefix."
+            f"No scenes matching '{SCENE_NAME}' in {' or '.join(SETS[name])} below {self.url}, "
+            f"which contains {self._contents()}. Check --endpoint, --bucket and --prefix."
         )
 
-    def _list(self, folder, name):
+    def _contents(self):
+        """The first folders and files directly below the prefix, as text."""
+        try:
+            page = self.client.list_objects_v2(
+                Bucket=self.name, Prefix=self.prefix, Delimiter="/", MaxKeys=MAX_SHOWN
+            )
+            keys = [entry["Prefix"] for entry in page.get("CommonPrefixes", [])]
+            keys += [entry["Key"] for entry in page.get("Contents", [])]
+        except Exception as error:
+            return f"what cannot be listed ({reason(error)})"
+        names = [key.removeprefix(self.prefix) for key in keys]
+        return ", ".join(map(repr, filter(None, names))) or "nothing"
+
+    def _list(self, folder, local):
         prefix, files = f"{self.prefix}{folder}/", {}
         listing = self.client.get_paginator("list_objects_v2")
         for page in listing.paginate(Bucket=self.name, Prefix=prefix):
@@ -146,7 +166,7 @@ class Bucket:
                 if not (source.startswith(prefix) and entry.keys() >= {"Size", "ETag"}):
                     raise Damaged(f"the listing of {prefix} contains {entry}")
                 if not source.endswith("/"):  # the placeholder of a folder
-                    key = f"{name}/{source.removeprefix(prefix)}"
+                    key = f"{local}/{source.removeprefix(prefix)}"
                     etag = entry["ETag"].removeprefix("W/").strip('"')
                     files[key] = RemoteFile(key, source, entry["Size"], etag)
         return [files[key] for key in sorted(files)]
@@ -360,15 +380,20 @@ def read_manifest(dest):
     return rows
 
 
-def unfinished(dest, sets=SETS):
-    """Unfinished files below a folder."""
-    paths = (path for name in sets for path in walk_files(dest / name))
+def local_folder(dest, name):
+    """The folder of a set below DEST: its first name, unless only the folder of another exists."""
+    return next((folder for folder in SETS[name] if (dest / folder).is_dir()), name)
+
+
+def unfinished(dest, folders):
+    """Unfinished files in folders below DEST."""
+    paths = (path for name in folders for path in walk_files(dest / name))
     return [path for path in paths if fnmatchcase(path.name, PARTIAL.format("*"))]
 
 
 def remove_unfinished(dest):
     """Remove what an earlier or this download did not finish."""
-    for path in (*unfinished(dest), *dest.glob(".manifest.*.part.csv")):
+    for path in (*unfinished(dest, chain(*SETS.values())), *dest.glob(".manifest.*.part.csv")):
         path.unlink()
 
 
@@ -427,7 +452,7 @@ def download(arguments):
     bucket = Bucket(arguments.endpoint, arguments.bucket, arguments.prefix, arguments.transfers)
     with contextlib.closing(bucket.client):
         for name in arguments.sets:
-            files = bucket.list_set(name)
+            files = bucket.list_set(name, local_folder(dest, name))
             unsafe = [file.key for file in files if not is_safe(file.key)]
             failed |= dict.fromkeys(unsafe, "the key is not a valid path below DEST")
             files = [file for file in files if file.key not in failed]
@@ -459,7 +484,8 @@ def verify(arguments):
         UserError: If the manifest is missing or has no row of the set.
         Failure: If a file is missing, unfinished or different.
     """
-    dest, sets = arguments.dest, arguments.sets
+    dest = arguments.dest
+    sets = [local_folder(dest, name) for name in arguments.sets]
     rows = [row for key, row in read_manifest(dest).items() if key.split("/")[0] in sets]
     if not rows:
         raise UserError(f"{dest / MANIFEST} lists no file of {' or '.join(sets)}. Download first.")

@@ -1,17 +1,23 @@
 """Find scene files, and read what their names and folders say."""
 
-import fnmatch
+import logging
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from datetime import datetime, timezone
 from pathlib import Path
 
 from harness.console import counted
 from harness.errors import UserError
-from harness.files import walk_files
+from harness.files import walk_folders
 
-SCENE_NAME = "S3[A-D]*.hdf"  # all published scenes are of Sentinel-3A
+SCENE_NAME = "S3[A-D]*.hdf"  # for messages; all published scenes are of Sentinel-3A
+SCENE = re.compile(r"S3[A-D][\w.-]*\.hdf")
+COPY = re.compile(r".*([^\w.-].*|[-_.]?copy\d*|[-_]checkpoint)\.hdf", re.IGNORECASE)
+PRODUCT = re.compile(r"S3[A-D].*\.SEN3(\.zip|\.tar|\.tar\.gz|\.tgz)?", re.IGNORECASE)
+LIKE_A_SCENE = re.compile(r".*S3[A-D].*\.(hdf|hdf5|h5|he5)(\..*)?", re.IGNORECASE)
 PRODUCT_NAME = re.compile(r"(S3[A-D])_SL_1_RBT_+(\d{8}T\d{6})_(\d{8}T\d{6})_\d{8}T\d{6}_\w*")
+
+log = logging.getLogger(__name__)
 
 
 class SceneError(UserError):
@@ -21,14 +27,23 @@ class SceneError(UserError):
 def find_scenes(directory):
     """List the scene files below a directory, in the same order on every file system.
 
+    Hidden folders are skipped. What is ignored although it looks like a scene is printed, one line
+    for each reason.
+
     Raises:
         FileNotFoundError: If the directory is missing or contains no scene.
         SceneError: If two scenes have the same name.
     """
     directory = Path(directory)
     is_folder = directory.is_dir()
-    found = walk_scenes(directory) if is_folder else ()
+    ignored = defaultdict(list)
+    found = walk_scenes(directory, ignored) if is_folder else ()
     paths = sorted(found, key=lambda path: path.relative_to(directory).parts)
+    for reason, names in ignored.items():  # not a warning: each rank would print it
+        log.info(
+            "Ignored below %s: %s, for example %r: %s",
+            *(directory, counted(len(names), "name"), min(names), reason),
+        )
     if not paths:
         missing = f"scenes matching '{SCENE_NAME}' under" if is_folder else "directory"
         raise FileNotFoundError(
@@ -41,12 +56,53 @@ def find_scenes(directory):
             f"{counted(len(duplicates), 'duplicate scene name')} under {directory}, for example "
             f"{duplicates[0]}. Masks are named after their scenes: remove the duplicates."
         )
+    versions = Counter(filter(None, map(_product_of, paths)))
+    if twice := [path.name for path in paths if versions[_product_of(path)] > 1]:
+        log.info(
+            "%s below %s are versions of the same products, for example %s and %s. Remove one of "
+            "each: validation would use what training has seen.",
+            *(counted(len(twice), "scene"), directory, *sorted(twice)[:2]),
+        )
     return paths
 
 
-def walk_scenes(directory):
-    """Yield the scene files below a directory, through linked folders too, each folder once."""
-    return (path for path in walk_files(directory) if fnmatch.fnmatch(path.name, SCENE_NAME))
+def walk_scenes(directory, ignored=None):
+    """Yield the scene files below a directory, through linked folders too, each folder once.
+
+    Args:
+        directory: Path.
+        ignored: Dictionary that receives names that only look like scenes, by the reason.
+    """
+    for folder, subfolders, files in walk_folders(directory, hidden=False):
+        for name in subfolders:
+            if ignored is not None and (reason := _near_miss(name, is_folder=True)):
+                ignored[reason].append(name)
+        for name in files:
+            if (reason := _near_miss(name)) is None and SCENE.fullmatch(name):
+                yield folder / name
+            elif reason and ignored is not None:
+                ignored[reason].append(name)
+
+
+def _near_miss(name, is_folder=False):
+    """Why a file or folder that looks like a scene is none; None if it is one, or does not."""
+    if name.startswith("."):  # unfinished downloads, and what a Mac adds
+        return None
+    if PRODUCT.fullmatch(name):
+        return "products are converted by tools/convert_sen3.py."
+    if not LIKE_A_SCENE.fullmatch(name):
+        return None
+    if is_folder:
+        return "a folder is no scene; files in it are read if their names are right."
+    if COPY.fullmatch(name):
+        return "this is the name of a copy. Remove or rename it."
+    return None if SCENE.fullmatch(name) else "names of scenes are S3A*.hdf. Rename or remove it."
+
+
+def _product_of(path):
+    """Platform and times of a product from its name; None if it has none."""
+    product = PRODUCT_NAME.match(path.name)
+    return product and product.groups()
 
 
 def day_or_night(path):

@@ -37,8 +37,8 @@ def open_scene(path, shape, labelled=True):
 
     Args:
         path: Scene file (HDF5).
-        shape: (H, W, C) that the configuration demands of every scene; `refs` may be on the 500 m
-            grid, with 2 H rows and 2 W columns.
+        shape: (H, W, C) that the configuration demands of every scene, (None, None, C) for any
+            size; `refs` may be on the 500 m grid, with 2 H rows and 2 W columns.
         labelled: Whether a scene without `bayes` is an error.
 
     Yields:
@@ -48,22 +48,30 @@ def open_scene(path, shape, labelled=True):
         SceneError: If the file is damaged or no such scene, now or while it is read in the context.
     """
     height, width, n_channels = shape
-    expected = {
-        "refs": [(height, width, n_channels - 3), (2 * height, 2 * width, n_channels - 3)],
-        "bts": [(height, width, 3)],
-        "bayes": [(height, width, 1)],
-    }
-    datasets = {}
+    datasets, source = {}, "IMAGE_H, IMAGE_W and N_CHANNELS. Change these"
     with open_hdf5(path, advice="Download it again or remove it.", error_class=SceneError) as file:
+        if height is None:
+            height, width, _ = open_numbers(file, "bts", (None, None, 3)).shape
+            source = "the size of 'bts' and N_CHANNELS. Make it again"
+        expected = {
+            "refs": [(height, width, n_channels - 3), (2 * height, 2 * width, n_channels - 3)],
+            "bts": [(height, width, 3)],
+            "bayes": [(height, width, 1)],
+        }
         for name, shapes in expected.items():
             dataset = open_numbers(file, name, optional=name == "bayes" and not labelled)
             if dataset is None:
                 continue
             if dataset.shape not in shapes:
+                advice = f"by {source} or remove the file."
+                if shape[0] and dataset.shape[1:] in [each[1:] for each in shapes]:
+                    advice += (
+                        f" To give all scenes {height} rows, make them by convert_sen3.py --rows "
+                        f"{height}; --mode inference masks scenes of any size."
+                    )
                 raise SceneError(
                     f"{path}: dataset '{name}' has shape {dataset.shape}, expected "
-                    f"{' or '.join(map(str, shapes))} by IMAGE_H, IMAGE_W and N_CHANNELS. Change "
-                    "these or remove the file."
+                    f"{' or '.join(map(str, shapes))} {advice}"
                 )
             datasets[name] = dataset
         yield datasets

@@ -117,14 +117,14 @@ class MaskFolder:
         return self._folder / f"{path.stem}.h5"
 
 
-def compare_masks(predictor, reference, path, shape):
+def compare_masks(predictor, reference, path, n_channels):
     """Count the pixels of a scene on which the masks of two predictors differ.
 
     Args:
-        predictor: Predictor.
-        reference: Another Predictor.
+        predictor: ScenePredictor.
+        reference: Another ScenePredictor.
         path: Scene file.
-        shape: (H, W, C) of the scene.
+        n_channels: Channels of the scene.
 
     Returns:
         Dictionary with `scene`, `pixels` and `share`.
@@ -134,8 +134,8 @@ def compare_masks(predictor, reference, path, shape):
     """
     masks = []
     for each in (predictor, reference):
-        scene = read_scene(path, shape, each.grid.padding, labelled=False)
-        masks.append(each(scene.channels)[0] > THRESHOLD)
+        scene = read_scene(path, (None, None, n_channels), each.padding, labelled=False)
+        masks.append(each(scene)[0] > THRESHOLD)
     n_pixels = int(np.count_nonzero(masks[0] != masks[1]))
     share = n_pixels / masks[0].size
     log.info(

@@ -1,6 +1,7 @@
 """The network on scenes: cut into windows and predicted on one device, without retracing."""
 
 import contextlib
+import functools
 import logging
 import math
 from pathlib import Path
@@ -16,6 +17,7 @@ from harness.networks.fused_upsampling import fuse_upsampling
 from harness.networks.geometry import geometry
 from harness.networks.model_files import cast_model
 
+MAX_SIZES = 16  # of scenes, whose predictors are kept; SLSTR has 1199 to 1202 rows and two views
 STRIPS_TRIED = (1, 2, 4, 8)  # of a scene, until they fit the memory; 8 predict most rows twice
 
 log = logging.getLogger(__name__)
@@ -87,6 +89,36 @@ class Predictor:
             ]
             parts = parts.write(i, self._network(tf.stack(windows))[..., 0])
         return parts.concat()
+
+
+class ScenePredictor:
+    """A model on one device, predicting scenes of any size: one Predictor for each size.
+
+    The predictor of the first size is made at once, others when their first scene is read, which
+    then takes seconds longer.
+
+    Args:
+        make: Function of height and width that returns a Predictor.
+        height: Rows of most scenes.
+        width: Columns of most scenes.
+
+    Attributes:
+        device: Name of the device.
+        n_windows: Windows of a scene of the first size.
+    """
+
+    def __init__(self, make, height, width):
+        self._of_size = functools.lru_cache(MAX_SIZES)(make)
+        first = self._of_size(height, width)
+        self.device, self.n_windows = first.device, len(first.grid.corners)
+
+    def padding(self, height, width):
+        """The zeros that a scene of this size needs around it: ((above, below), (left, right))."""
+        return self._of_size(height, width).grid.padding
+
+    def __call__(self, scene):
+        """Predict a data_loader.Scene that was read with `padding`; see Predictor."""
+        return self._of_size(*scene.valid.shape)(scene.channels)
 
 
 def predictor_that_fits(model, device, height, width, patch_padding, policy="float32", xla=False):

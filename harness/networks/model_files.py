@@ -147,7 +147,9 @@ def _matches(shape, wanted):
 
 def load_model(path, patch_shape):
     """Read a model file and check that it maps patches to probabilities of cloud."""
-    return check_model(read_model(path), path, patch_shape)
+    model = check_model(read_model(path), path, patch_shape)
+    _check_size(path, lambda: model, patch_shape[:2])
+    return model
 
 
 def cast_model(model, policy, window=None):

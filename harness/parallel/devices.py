@@ -9,7 +9,6 @@ from collections import Counter
 from dataclasses import dataclass
 
 import keras
-import pynvml
 import tensorflow as tf
 
 from harness.console import counted
@@ -259,6 +258,10 @@ def visible_gpus():
     as number 0.
     """
     ids = []
+    try:
+        import pynvml
+    except ModuleNotFoundError:  # the sampling of GPUs, for which it is installed, may be off
+        return f"{os.environ.get('CUDA_VISIBLE_DEVICES')}"
     with contextlib.suppress(pynvml.NVMLError):
         pynvml.nvmlInit()
         handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))

@@ -194,7 +194,8 @@ def plan(config, mode, scenes, devices):
     if mode != "train":
         how = {"patches": f"patches of {size}, overlap {config.crop_size}", "scene": "one pass"}
         n = counted(len(scenes.inference), "scene")
-        lines.append(f"inference   {n} of {shape}, {how[config.inference_mode]}")
+        size = "" if mode == "inference" else f" of {shape}"  # which takes any size
+        lines.append(f"inference   {n}{size}, {how[config.inference_mode]}")
     if scenes.synthetic:
         lines.append(f"data        synthetic scenes in {' and '.join(sorted(scenes.synthetic))}")
     return lines

@@ -1,3 +1,4 @@
+import logging
 import os
 import re
 from pathlib import Path
@@ -46,6 +47,51 @@ def test_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(PermissionError, match="night"):
         find_scenes(tmp_path)
+
+
+def test_hidden_folders_are_skipped(tmp_path, caplog):
+    hidden = (".Trash-1000/files", ".snapshot/daily", "day/.ipynb_checkpoints")
+    make(tmp_path, "day/S3A_a.hdf", *(f"{folder}/S3A_a.hdf" for folder in hidden))
+    make(tmp_path, "day/._S3A_a.hdf", "day/.S3A_b.hdf.download")
+    caplog.set_level(logging.INFO)
+    assert find_scenes(tmp_path) == [tmp_path / "day/S3A_a.hdf"] and not caplog.messages
+    assert find_scenes(tmp_path / ".snapshot") == [tmp_path / ".snapshot/daily/S3A_a.hdf"]
+
+
+NEAR_MISSES = {
+    "name of a copy": [
+        "S3A_a (1).hdf", "S3A_a - Copy.hdf", "S3A_a copy 2.hdf", "S3A_a-Copy1.hdf",
+        "S3A_a_copy.hdf", "Copy of S3A_a.hdf", "S3A_a-checkpoint.hdf",
+    ],
+    "names of scenes are": [
+        "S3A_b.HDF", "S3A_b.h5", "S3A_b.hdf5", "S3A_b.he5", "s3a_b.hdf", "S3A_b.hdf.gz",
+        "S3A_b.hdf.part", "S3A_b.hdf.1", "xS3A_b.hdf",
+    ],
+    "tools/convert_sen3.py": ["S3A_c.SEN3.zip", "S3A_c.sen3/x.nc", "S3A_d.SEN3/x.nc",
+                              "S3B_c.SEN3.tar"],
+    "a folder is no scene": ["S3A_e.hdf/x", "S3A_f.h5/x"],
+}  # fmt: skip
+
+
+def test_names_that_only_look_like_scenes_are_ignored_and_reported_once(tmp_path, caplog):
+    make(tmp_path, "day/S3A_a.hdf", "day/S3A.b-c.hdf", "day/README", "day/S2A_a.h5", "day/x.hdf")
+    make(tmp_path, *(f"day/{name}" for names in NEAR_MISSES.values() for name in names))
+    caplog.set_level(logging.INFO)
+    assert [path.name for path in find_scenes(tmp_path)] == ["S3A.b-c.hdf", "S3A_a.hdf"]
+    assert len(caplog.messages) == len(NEAR_MISSES)
+    for words, names in NEAR_MISSES.items():
+        (line,) = (line for line in caplog.messages if words in line)
+        assert f": {len(names)} names, for example '" in line
+
+
+def test_two_versions_of_a_product_are_reported(tmp_path, caplog):
+    times = "S3A_SL_1_RBT____20191001T113321_20191001T113621"
+    first, second = f"{times}_20191001T140000_NR.hdf", f"{times}_20191002T040000_NT.hdf"
+    make(tmp_path, first, second, f"{second.replace('S3A', 'S3B')}", "S3A_a.hdf", "S3A_b.hdf")
+    caplog.set_level(logging.INFO)
+    assert len(find_scenes(tmp_path)) == 5
+    (line,) = caplog.messages
+    assert line.startswith("2 scenes below ") and f"{first} and {second}" in line
 
 
 def test_duplicate_names_are_an_error(tmp_path):

@@ -91,10 +91,8 @@ def test_masks_of_two_predictors_are_compared_without_labels(tmp_path):
 
     def predictor(result):
         return type("Fixed", (SimpleNamespace,), {"__call__": lambda self, scene: (result, 0.1)})(
-            grid=PatchGrid(50, 60, 32, 8)
+            padding=lambda *size: PatchGrid(*size, 32, 8).padding
         )
 
-    found = compare_masks(
-        predictor(probability), predictor(other), tmp_path / "S3A_x.hdf", (50, 60, 9)
-    )
+    found = compare_masks(predictor(probability), predictor(other), tmp_path / "S3A_x.hdf", 9)
     assert found == {"scene": "S3A_x", "pixels": 6, "share": 6 / 3000}

@@ -229,13 +229,16 @@ def test_times_have_no_rest_where_parts_are_unknown_or_longer_than_the_run(run):
 
 
 def test_scene_without_any_data_is_drawn(tmp_path):
-    """Its limits are those of numbers from 0 to 1, and no pixel has a colour."""
+    """The limits of its temperatures are 0 and 1, and no pixel has a colour."""
     missing = np.full((4, 5, 3), np.nan, np.float32)
-    scene = pictures.MaskedScene(np.zeros((4, 5), bool), None, None, missing)
-    colour, grey, _ = pictures.panels(scene)
-    assert grey.note.startswith("0 to 1 K;")
-    for panel in (colour, grey):
-        assert (panel.pixels == pictures.NOT_MEASURED).all()
+    planes, drawn = pictures.draw(
+        pictures.MaskedScene(np.zeros((4, 5), bool), None, None, missing, None, {})
+    )
+    assert [picture.title for picture in drawn] == ["False colour", "S9", "Mask"]
+    assert "0 to 1 K" in drawn[1].note
+    for picture in drawn[1:]:
+        opacity = picture.colours[planes[picture.plane].codes][..., 3]
+        assert (opacity == 0).all()
 
 
 def test_calibration_agrees_with_scikit_learn(run):

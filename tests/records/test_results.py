@@ -56,9 +56,9 @@ def test_time_of_a_scene_is_split_into_its_parts(clock, settings):
     rows = []
 
     class Predictor:
-        grid, device = SimpleNamespace(padding=((0, 0), (0, 0))), "CPU:0"
+        padding, device = ((0, 0), (0, 0)), "CPU:0"
 
-        def __call__(self, channels):
+        def __call__(self, scene):
             return clock(5.0, (np.zeros((HEIGHT, WIDTH), np.float32), 4.0))
 
     slstr_cloud.mask_scenes(

@@ -308,6 +308,72 @@ def test_numbers_are_unpacked_by_the_attributes_of_the_file(day, product, tmp_pa
     np.testing.assert_allclose(found, expected, atol=0.011)
 
 
+def keep_rows(product, grid, first, stop):
+    """Keep some rows of the images of a grid, "a" (500 m) or "i" (1 km), as if it began there."""
+    n_rows = {"a": 2, "i": 1}[grid] * SHAPE[0]
+    for path in product.glob(f"*_{grid}n.nc"):
+        with h5py.File(path, "a") as file:
+            file.attrs["start_offset"] = np.int16(file.attrs["start_offset"] + first)
+            for name, old in list(file.items()):
+                if old.shape[0] == n_rows:
+                    values, attributes = old[first:stop], dict(old.attrs)
+                    del file[name]
+                    file[name] = values
+                    kept = ("_FillValue", "scale_factor", "add_offset", "flag_masks")
+                    for key in (*kept, "flag_meanings"):
+                        if key in attributes:
+                            file[name].attrs[key] = attributes[key]
+
+
+# First and last row, of the 120 and 60, that the images of 500 m and 1 km keep.
+KEPT = {
+    "no surplus": ((0, 120), (0, 60)),
+    "500 m begins later": ((1, 120), (0, 60)),
+    "500 m ends earlier": ((0, 119), (0, 60)),
+    "500 m ends later": ((0, 120), (0, 59)),
+    "1 km begins later": ((0, 120), (1, 60)),
+    "both": ((3, 118), (1, 60)),
+    "two minutes": ((0, 80), (0, 40)),
+}
+
+
+@pytest.mark.parametrize("grid", ["1km", "500m"])
+@pytest.mark.parametrize("case", KEPT)
+def test_rows_of_both_grids_are_matched_by_their_start_offsets(day, product, tmp_path, case, grid):
+    fine, coarse = KEPT[case]
+    keep_rows(product, "a", *fine)
+    keep_rows(product, "i", *coarse)
+    (path,) = convert(tmp_path / "out", product, "--refs-grid", grid)
+    truth, rows = day[1], slice(*coarse)
+    expected = true_reflectance(truth)
+    expected[: fine[0]] = expected[fine[1] :] = np.nan
+    expected = expected[2 * coarse[0] : 2 * coarse[1]]
+    scene = contents(path)
+    if grid == "1km":
+        expected = mean_of_four(expected)
+    else:
+        np.testing.assert_array_equal(np.isnan(scene["rads"]), np.isnan(expected))
+    np.testing.assert_allclose(scene["refs"], expected, rtol=1e-5)
+    np.testing.assert_allclose(scene["bts"], np.nan_to_num(truth["bts_nadir"][rows]), rtol=1e-6)
+    np.testing.assert_array_equal(scene["bayes"][..., 0], 255 * truth["bayes_nadir"][rows])
+
+
+@pytest.mark.parametrize("grid", ["1km", "500m"])
+@pytest.mark.parametrize("n_rows", [58, 63])
+def test_rows_are_removed_or_added_at_the_end(day, tmp_path, n_rows, grid):
+    whole, cut = (
+        contents(convert(tmp_path / str(len(more)), day[0], "--refs-grid", grid, *more)[0])
+        for more in ([], ["--rows", n_rows])
+    )
+    for name, values in cut.items():
+        fold = len(whole[name]) // SHAPE[0]
+        assert len(values) == fold * n_rows and values.dtype == whole[name].dtype
+        n_equal = fold * min(n_rows, SHAPE[0])
+        np.testing.assert_array_equal(values[:n_equal], whole[name][:n_equal])
+        is_nan = name in ("latitude", "longitude") or fold == 2
+        np.testing.assert_array_equal(values[n_equal:], np.nan if is_nan else 0)
+
+
 def pack(product, path):
     """Zip a product as it is downloaded."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -343,6 +409,92 @@ def test_zip_files_and_parallel_jobs_give_the_same_scenes(day, night, tmp_path):
     for a, b in zip(one, two, strict=True):
         assert a.relative_to(tmp_path / "one") == b.relative_to(tmp_path / "two")
         assert a.read_bytes() == b.read_bytes()
+
+
+def inside_another_folder(product):
+    outer = product.parent / "outer" / product.name
+    outer.mkdir(parents=True)
+    product.rename(outer / product.name)
+    return outer
+
+
+def mac_zip(product):
+    path = pack(product, product.parent / "x.zip")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(f"__MACOSX/{product.name}/._flags_in.nc", "a Mac's")
+    return path
+
+
+def flat_zip(suffix):
+    def make(product):
+        path = product.with_name(product.stem + suffix)
+        with zipfile.ZipFile(path, "w") as archive:
+            for file in product.iterdir():
+                archive.write(file, file.name)
+        return path
+
+    return make
+
+
+def windows_zip(product):
+    path = product.parent / "x.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in product.iterdir():
+            archive.writestr(f"{product.name}\\{file.name}", file.read_bytes())
+    return path
+
+
+FORMS = {
+    "manifest": lambda product: product / "xfdumanifest.xml",
+    "lower case": lambda product: product.rename(product.with_suffix(".sen3")),
+    "no suffix": lambda product: product.rename(product.with_suffix("")),
+    "inside another folder": inside_another_folder,
+    "manifest inside": lambda p: inside_another_folder(p) / p.name / "xfdumanifest.xml",
+    "any folder": lambda product: inside_another_folder(product).parent,
+    "zip of a Mac": mac_zip,
+    "zip of Windows": windows_zip,
+    "flat zip": flat_zip(".zip"),
+    "flat zip with suffix": flat_zip(".SEN3.ZIP"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_products_are_accepted_as_people_have_them(day, product, tmp_path, form):
+    (path,) = convert(tmp_path / "out", FORMS[form](product))
+    assert path == tmp_path / "out/day" / f"{day[0].stem}.hdf"
+    np.testing.assert_array_equal(contents(path)["bayes"][..., 0], 255 * day[1]["bayes_nadir"])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "reason"),
+    [
+        (
+            [],
+            ["--view", "oblique"],
+            "exists with view nadir, refs_grid 1km, expected view oblique,",
+        ),
+        (
+            ["--refs-grid", "500m"],
+            [],
+            "exists with view nadir, refs_grid 500m, expected view nadir",
+        ),
+        (
+            [],
+            ["--rows", "63"],
+            "refs_grid 1km, rows 60, expected view nadir, refs_grid 1km, rows 63",
+        ),
+    ],
+)
+def test_existing_scene_of_another_variant_is_no_success(
+    day, tmp_path, capsys, first, second, reason
+):
+    (path,) = convert(tmp_path, day[0], *first)
+    before = path.read_bytes()
+    assert convert(tmp_path, day[0], *second, status=1) == [path]
+    assert path.read_bytes() == before and reason in capsys.readouterr().err
+    convert(tmp_path, day[0], *first)  # skipped
+    convert(tmp_path, day[0], *second, "--overwrite")
+    assert path.read_bytes() != before
 
 
 def test_killed_worker_is_reported():
@@ -547,6 +699,19 @@ FAULTS = {
     "web page": (lambda p: (p / "flags_in.nc").write_text("<html>") and None, "flags_in.nc cannot"),
     "other sensor": (renamed("SL_1_RBT___", "OL_1_EFR___"), "S3A_OL_1_EFR___"),
     "other level": (renamed("SL_1_RBT", "SL_2_LST"), "S3A_SL_2_LST"),
+    "file of the product": (lambda p: p / "flags_in.nc", "give the folder of a single file"),
+    "tar file": (
+        lambda p: Path(shutil.make_archive(p, "gztar", p.parent, p.name)),
+        "Unpack another kind of archive, give",
+    ),
+    "flat zip of another name": (
+        lambda p: flat_zip(".zip")(p).rename(p.with_name("x.zip")),
+        "found 'x'. Remove",
+    ),
+    "folder of products": (
+        lambda p: Path(shutil.copytree(p, p.with_name(p.name.replace("S3A", "S3B")))).parent,
+        "expected one product, found 2. Name each",
+    ),
     "text file": (other_file(Path.touch), "complete zip file: File is not a zip file"),
     "pipe": (other_file(os.mkfifo), "complete zip file: it is neither"),
     "truncated zip": (truncated_zip, "complete zip file: File is not a zip file"),
@@ -574,6 +739,11 @@ FAULTS = {
         variable("S4_quality_an.nc", "S4_solar_irradiance_an", lambda old: 0 * old - 999),
         "S4 cannot be used: no solar irradiance",
     ),
+    "start offsets": (
+        lambda p: keep_rows(p, "i", 5, 60),
+        "found start_offset 5 and 0. Download",
+    ),
+    "end of the grids": (lambda p: keep_rows(p, "a", 0, 111), "found 60 and 111 rows. Download"),
     "tie points": (variable("cartesian_tx.nc", "x_tx", lambda x: 0 * x), "cartesian_tx.nc should"),
 }
 

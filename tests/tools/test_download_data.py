@@ -570,13 +570,16 @@ def test_failed_files_are_reported_and_the_others_kept(scenes, download, capsys)
         (["--bucket", "no-such-bucket"], 2, "NoSuchBucket"),
         (["--bucket", "no bucket"], 2, 'Invalid bucket name "no bucket"'),
         (["--prefix", "elsewhere"], 2, "No scenes matching 'S3[A-D]*.hdf' in one-day or training"),
+        (["--prefix", "elsewhere"], 2, "/elsewhere/ at {}, which contains nothing. Check"),
+        (["--prefix", "es"], 2, "which contains 'clouds/'. Check --endpoint, --bucket and --pref"),
+        (["--prefix", f"{PREFIX}/ssts"], 2, "which contains 'day/'. Check"),
         (["--endpoint", "s3.echo"], 2, "--endpoint should be like https://"),
         (["--endpoint", "http://127.0.0.1:9"], 1, "Could not connect"),
     ],
 )
 def test_wrong_address_is_one_line(scenes, download, capsys, options, status, reason):
     assert download(*options) == status
-    assert reason in error_line(capsys)
+    assert reason.format(download.proxy.url) in error_line(capsys)
     assert not download.dest.exists()
 
 
@@ -615,6 +618,20 @@ def test_files_of_another_tool_are_checked_and_kept(complete, capsys):
     complete.assert_complete()
     assert complete.proxy.downloaded() == {DAY[1]}
     assert re.search(r"^to check +6.0 MB +1.5 MB$", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_folders_of_the_newer_names_are_kept_and_verified(complete, capsys):
+    for old, new in (("one-day", "training"), ("ssts", "inference")):
+        (complete.dest / old).rename(complete.dest / new)
+    (complete.dest / "manifest.csv").unlink()
+    (complete.dest / "training/day/S3A_0.hdf").unlink()
+    assert complete() == 0 and complete("--verify") == 0
+    assert complete.proxy.downloaded() == {DAY[0]}
+    assert sorted(path.name for path in complete.dest.iterdir() if path.is_dir()) == [
+        "inference", "training",
+    ]  # fmt: skip
+    assert len(complete.manifest()) == len(complete.files()) == 5
+    assert "All of 5 files" in capsys.readouterr().err
 
 
 def test_leftovers_of_a_killed_download_are_removed_unless_it_still_runs(
@@ -793,7 +810,7 @@ def test_verification_reports_what_is_wrong_without_the_network(complete, capsys
         "ssts/day/.S3A_9.hdf.download": "unfinished",
     }
     assert "S3A_8.hdf is not in the manifest" in text
-    assert text.splitlines()[-1].startswith("Error: 5 files")
+    assert text.splitlines()[-1].startswith("Error: 5 wrong files")
     assert complete("--verify", "--set", "ssts") == 1
     (complete.dest / "ssts/day/.S3A_9.hdf.download").unlink()
     assert complete("--verify", "--set", "ssts") == 0
