@@ -24,6 +24,7 @@ import contextlib
 import csv
 import errno
 import hashlib
+import io
 import logging
 import os
 import re
@@ -39,7 +40,7 @@ from pathlib import Path
 from _command import exit_status
 from harness.console import counted, format_bytes, log_to_screen, progress, table
 from harness.errors import Failure, UserError, one_line
-from harness.files import file_sha256, lock, walk_files, write_csv
+from harness.files import file_sha256, lock, read_text, walk_files, write_csv
 from harness.signals import deferred, install_handlers
 from tools.lib.options import command_parser, positive
 
@@ -317,7 +318,8 @@ def fetch(bucket, file, dest):
             if n_received > file.size:  # an endless answer must not fill the disk
                 raise Damaged(f"more than the expected {file.size} bytes were received")
 
-        with partial.open("wb") as target:
+        partial.unlink(missing_ok=True)  # a link in a folder that others may write to
+        with partial.open("xb") as target:
             bucket.client.download_fileobj(
                 bucket.name, file.source, target, Callback=count, Config=bucket.transfer
             )
@@ -345,14 +347,12 @@ def read_manifest(dest):
     if not path.exists():
         return rows
     try:
-        if not path.is_file():  # reading a pipe would block
-            raise ValueError("not a file")
-        with path.open(newline="", encoding="utf-8") as file:
+        with io.StringIO(read_text(path), newline="") as file:
             for row in csv.DictReader(file, strict=True):
                 if set(row) != set(COLUMNS) or None in row.values() or not is_safe(row["key"]):
                     raise ValueError(row)
                 rows[row["key"]] = {**row, "size": int(row["size"])}
-    except (ValueError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise UserError(
             f"{path} should be a file with the columns {','.join(COLUMNS)}, sizes in bytes and "
             "paths below its folder. Remove it and download again: files that are right are kept."

@@ -39,7 +39,7 @@ from harness.data.hdf5 import open_hdf5, open_numbers, read_all
 from harness.data.mask_files import find_masks, measured_pixels, read_mask
 from harness.data.positions import check_geodetic, read_positions
 from harness.data.scene_files import PRODUCT_NAME, find_scenes, product_times
-from harness.files import replacing
+from harness.files import check_own, replacing
 from harness.records.report.pictures import CLEAR, CLOUD, read_mask_and_label
 from harness.records.saved_runs import read_run
 from tools.lib.options import add_mask_arguments, command_parser
@@ -296,6 +296,8 @@ def export(arguments, command):
         )
         scenes = {}
     folder, positioned = arguments.output or arguments.run / "export", 0
+    if not arguments.output:
+        check_own(folder)
     for path in progress(masks, "Exporting", len(masks)):
         scene = read_masked_scene(path, scenes, arguments.geodetic, about_run)
         WRITERS[arguments.format](scene if arguments.keep_mask else scene.filled(), folder)

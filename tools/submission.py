@@ -45,7 +45,7 @@ from mlperf_logging.mllog import constants
 from harness.config import FILE_KEYS, FOLDER_KEYS, Config, check, load_config, resolved
 from harness.console import counted, format_bytes, log_to_screen, printable
 from harness.errors import UserError
-from harness.files import file_sha256, new_folder, write_json, write_text
+from harness.files import file_sha256, new_folder, read_text, write_json, write_text
 from harness.inference.scores import TARGET_ACCURACY, compare_with_baselines
 from harness.records.saved_runs import MEASURES, Measure, differences, measures, read_run
 from tools.lib.log_check import CHECKS, log_file, read_events
@@ -245,7 +245,7 @@ def _as_texts(value):
 def read_system_json(path):
     """Read the fields of the system that the user gives; UserError if they are not such fields."""
     try:
-        given = dict(json.loads(path.read_text(encoding="utf-8")))
+        given = dict(json.loads(read_text(path)))
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f'{path} should contain {{"field": "text", ...}}: {error}.') from None
     if wrong := [key for key in given if key not in SYSTEM_JSON_FIELDS]:

@@ -38,6 +38,7 @@ differences.png   histograms of satellite - buoy
 
 import collections
 import csv
+import io
 import logging
 import math
 import re
@@ -59,7 +60,7 @@ from harness.data.mask_files import find_masks, measured_pixels, read_mask
 from harness.data.positions import check_geodetic, read_positions
 from harness.data.scene_files import day_or_night, find_scenes, product_times
 from harness.errors import UserError
-from harness.files import replacing, write_csv
+from harness.files import read_text, replacing, write_csv
 from tools.lib.options import add_mask_arguments, command_parser
 
 COLUMNS = (
@@ -128,8 +129,8 @@ def read_table(path, names, celsius):
             with open_hdf5(path, advice=advice) as file:
                 matchups = _hdf5_columns(file, names)
         else:
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                matchups = _csv_columns(file, names)
+            text = read_text(path).removeprefix("\ufeff")  # a byte order mark
+            matchups = _csv_columns(io.StringIO(text, newline=""), names)
         if not matchups["time"].size:
             raise ValueError("it has no rows")
         for column in celsius:

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 
 from harness.data.scene_files import SceneError
-from harness.files import json_sha256, write_json
+from harness.files import json_sha256, read_text, write_json
 
 START = "start"  # found before the run; the other phases are training, validation and inference
 
@@ -60,7 +60,7 @@ class BadScenes:
     def all(self):
         """Every skipped scene, sorted: {'path', 'reason', 'during'}."""
         files = self._folder.glob("[a-z]*.json")  # not the temporary ones
-        found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        found = [json.loads(read_text(file)) for file in files]
         return sorted(found, key=lambda scene: (scene["path"], scene["during"]))
 
     def reasons(self, phase):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from harness.files import check_regular
+
 # File systems that keep data in caches of their own, which mincore does not see.
 OWN_CACHE = ("afs", "beegfs", "fuse", "gpfs")
 MOUNTS = Path("/proc/self/mountinfo")
@@ -33,6 +35,7 @@ def evict(paths):
     for path in paths:
         size = remaining = 0
         try:
+            check_regular(path)
             size = os.path.getsize(path)
             with open(path, "rb", buffering=0) as file:
                 os.fsync(file.fileno())  # pages that are not on the disk yet cannot be evicted
