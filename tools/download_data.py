@@ -54,6 +54,7 @@ COLUMNS = ("key", "size", "etag", "sha256")
 PARTIAL = ".{}.download"  # name of a file until it is complete; hidden: never read as a scene
 SCENE_NAME = "S3[A-D]*.hdf"  # as in harness.data.scene_files, which needs h5py
 
+MAX_PAGES = 1000  # of a listing; S3 sends 1000 keys in each, and a set has two
 PAUSES = (1, 4, 16, 60)  # [s] before a listing or file is tried again; boto3 retries requests too
 TIMEOUT = 30  # [s] without a byte
 MIB = 1 << 20
@@ -137,14 +138,17 @@ class Bucket:
     def _list(self, folder, name):
         prefix, files = f"{self.prefix}{folder}/", {}
         listing = self.client.get_paginator("list_objects_v2")
-        for page in listing.paginate(Bucket=self.name, Prefix=prefix):
+        for number, page in enumerate(listing.paginate(Bucket=self.name, Prefix=prefix)):
+            if number == MAX_PAGES:
+                raise Damaged(f"the listing of {prefix} has more than {MAX_PAGES} pages")
             if not page.keys() & {"Name", "IsTruncated"}:
                 raise Damaged("the server's answer is not a listing")
             if page.get("IsTruncated") and not page.get("NextContinuationToken"):
                 raise Damaged("the listing is truncated")
             for entry in page.get("Contents", []):
                 source = entry["Key"]
-                if not (source.startswith(prefix) and entry.keys() >= {"Size", "ETag"}):
+                is_whole = entry.keys() >= {"Size", "ETag"} and entry["Size"] >= 0
+                if not (source.startswith(prefix) and is_whole):
                     raise Damaged(f"the listing of {prefix} contains {entry}")
                 if not source.endswith("/"):  # the placeholder of a folder
                     key = f"{name}/{source.removeprefix(prefix)}"

@@ -53,9 +53,15 @@ import numpy as np
 
 from harness.config import load_config
 from harness.console import log_to_screen, progress, table
-from harness.data.hdf5 import open_hdf5, open_numbers, read_all, unpack
+from harness.data.hdf5 import (
+    open_hdf5,
+    open_numbers,
+    read_all,
+    read_attribute,
+    read_texts,
+    unpack,
+)
 from harness.data.hdf5_links import open_dataset
-from harness.data.hdf5_rows import check_storage
 from harness.data.mask_files import find_masks, measured_pixels, read_mask
 from harness.data.positions import check_geodetic, read_positions
 from harness.data.scene_files import day_or_night, find_scenes, product_times
@@ -177,9 +183,8 @@ def _check_names(names, found):
 
 def _hdf5_times(dataset):
     if h5py.check_string_dtype(dataset.dtype):
-        check_storage(dataset)
-        return _parse(dataset.asstr()[:], "time")
-    units = dataset.attrs.get("units", "")
+        return _parse(read_texts(dataset), "time")
+    units = read_attribute(dataset, "units", "")
     units = units.decode() if isinstance(units, bytes) else str(units)
     since = units.strip().removeprefix("seconds since ")
     try:
