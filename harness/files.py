@@ -92,13 +92,25 @@ def write_text(path, text):
 
 
 def write_csv(path, columns, rows):
-    """Write dictionaries as the rows of a CSV file, completely or not at all."""
+    """Write dictionaries as the rows of a CSV file, completely or not at all.
+
+    Texts cannot forge a line, and no formula: spreadsheets calculate what begins with = + - @.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     for row in rows:
-        writer.writerow({k: printable(v) if isinstance(v, str) else v for k, v in row.items()})
+        writer.writerow({key: _cell(value) for key, value in row.items()})
     write_text(path, text.getvalue())
+
+
+def _cell(value):
+    if not isinstance(value, str):
+        return value
+    is_formula = value.startswith(tuple("=+-@"))
+    with contextlib.suppress(ValueError):
+        is_formula = is_formula and not math.isfinite(float(value))  # -1 is none
+    return "'" * is_formula + printable(value)
 
 
 def write_json(path, value):

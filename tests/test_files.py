@@ -7,13 +7,15 @@ import pytest
 
 import slstr_cloud
 from harness.config import Config
+from harness.console import table
 from harness.data.page_cache import evict
 from harness.errors import UserError
-from harness.files import MAX_TEXT_BYTES, check_own, read_text, replacing
+from harness.files import MAX_TEXT_BYTES, check_own, read_text, replacing, write_csv
 from harness.records.resume import find_requeued
 from harness.records.run_folder import make_folder
 from harness.records.saved_runs import read_run
 from tools import export_masks, report
+from tools.lib.markdown import markdown
 
 ROOT = 0  # which alone may give files to other users
 
@@ -175,3 +177,43 @@ def test_configuration_is_a_regular_file(tmp_path, kind, capsys):
 def test_pipe_is_not_evicted_from_the_file_cache(tmp_path):
     os.mkfifo(tmp_path / "x")
     assert evict([tmp_path / "x"])["unverified_bytes"] == 1
+
+
+# --- texts that other programs interpret
+
+
+CELLS = {  # text: what the CSV file has
+    "=HYPERLINK(A1)": "'=HYPERLINK(A1)",
+    "@SUM(A1)": "'@SUM(A1)",
+    "+A1": "'+A1",
+    "-A1": "'-A1",
+    "-1": "-1",
+    "+0.5": "+0.5",
+    "S3A=1": "S3A=1",
+    "-1\n": r"-1\n",
+    "\x1b[2J": r"\x1b[2J",
+}
+
+
+@pytest.mark.parametrize("text", CELLS)
+def test_cell_of_csv_is_no_formula(tmp_path, text):
+    write_csv(tmp_path / "x.csv", ["a", "b"], [{"a": text, "b": -1.5}])
+    assert (tmp_path / "x.csv").read_text() == f"a,b\n{CELLS[text]},-1.5\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[x](http://a.b)", r"\[x\]\(http\://a.b\)"),
+        ("WWW.a.b, x@y.z", r"WWW\.a.b, x\@y.z"),
+        ("2026-01-01T10:11:12", "2026-01-01T10:11:12"),
+        ("<img src=x>\n# x", r"\<img src=x\>\\n\# x"),
+    ],
+)
+def test_markdown_shows_texts_unchanged(text, expected):
+    assert markdown(text) == expected
+
+
+def test_table_has_no_terminal_escapes():
+    """Such as `--mode check` with an output_dir that contains them."""
+    assert "\x1b" not in table({"the \x1brun": {"disk": "free in /\x1b[2J", "\x1b]0;": ""}})

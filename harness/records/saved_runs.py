@@ -78,7 +78,8 @@ KINDS = {  # of the fields of results.json that are calculated with: numbers, li
     "peak_gpu_memory": [float],
     "bad_scenes": [{}],
     "network": {},
-    "devices": _numbers("replicas"),
+    "config": _numbers("batch_size"),
+    "devices": _numbers("replicas", "nodes", "ranks"),
     "training": {
         **_numbers("seconds", "epochs_run", "best_epoch", "patches_per_second", "warm_up_seconds"),
         **_numbers("val_loss", "val_accuracy"),
