@@ -1,5 +1,6 @@
 """Files that a run writes, reads or deletes in a folder where others may have put something."""
 
+import json
 import os
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import pytest
 import slstr_cloud
 from harness.config import Config
 from harness.console import table
+from harness.data.bad_scenes import BadScenes
 from harness.data.page_cache import evict
 from harness.errors import UserError
-from harness.files import MAX_TEXT_BYTES, check_own, read_text, replacing, write_csv
+from harness.files import MAX_TEXT_BYTES, check_own, read_text, replacing, write_csv, write_json
 from harness.records.resume import find_requeued
 from harness.records.run_folder import make_folder
 from harness.records.saved_runs import read_run
@@ -177,6 +179,32 @@ def test_configuration_is_a_regular_file(tmp_path, kind, capsys):
 def test_pipe_is_not_evicted_from_the_file_cache(tmp_path):
     os.mkfifo(tmp_path / "x")
     assert evict([tmp_path / "x"])["unverified_bytes"] == 1
+
+
+PARTS = {  # how somebody has edited the part of a run
+    "seconds": 10**400,
+    "peak_rss": "x",
+    "peak_gpu_memory": 5,
+    "sampling": [1],
+    "start": None,
+}
+
+
+@pytest.mark.parametrize("key", PARTS)
+def test_run_with_values_of_other_types_is_not_resumed(run, key, capsys):
+    part = {"start": "a", "status": "aborted", "seconds": 1.0, key: PARTS[key]}
+    results = json.loads((run / "results.json").read_text()) | {"parts": [part]}
+    write_json(run / "results.json", results)
+    assert slstr_cloud.main(["--resume", str(run)]) == 2
+    assert "its results.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["[]", "7", '{"path": 1}', "", "[" * 100_000])
+def test_record_of_a_bad_scene_that_is_none_is_named(run, text):
+    (run / "bad_scenes").mkdir()
+    (run / "bad_scenes/start-0.json").write_text(text)
+    with pytest.raises(UserError, match="start-0.json should describe a skipped scene"):
+        BadScenes(run, "skip").all()
 
 
 # --- texts that other programs interpret

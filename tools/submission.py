@@ -47,6 +47,7 @@ from harness.console import counted, format_bytes, log_to_screen, printable
 from harness.errors import UserError
 from harness.files import file_sha256, new_folder, read_text, write_json, write_text
 from harness.inference.scores import TARGET_ACCURACY, compare_with_baselines
+from harness.records.resume import DAMAGED
 from harness.records.saved_runs import MEASURES, Measure, differences, measures, read_run
 from tools.lib.log_check import CHECKS, log_file, read_events
 from tools.lib.markdown import markdown, markdown_table
@@ -66,10 +67,6 @@ SYSTEM = json.loads((TEMPLATES / "system.json").read_text(encoding="utf-8"))
 SYSTEM_JSON_FIELDS = list(SYSTEM)[4:]  # the first four come from the runs and --system
 SECONDS = Measure("time to train", "{:.1f}".format, "From run_start to the last eval_stop [s].")
 MEASUREMENTS = {"time_to_train": SECONDS} | MEASURES
-# What reading files of a run that were edited may raise.
-DAMAGED = (
-    OSError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, ValueError,
-)  # fmt: skip
 
 log = logging.getLogger("submission")
 

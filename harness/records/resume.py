@@ -8,8 +8,13 @@ from harness.config import FILE_KEYS, FOLDER_KEYS, check, load_config, resolved
 from harness.errors import UserError
 from harness.files import check_own, read_text
 from harness.parallel.launchers import is_requeued, job_id
+from harness.records.results import peaks, sampling_results
 from harness.records.run_folder import FORMAT
 
+# What reading a results.json that somebody has edited may raise.
+DAMAGED = (
+    OSError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, ValueError,
+)  # fmt: skip
 MODES = ("benchmark", "train", "inference")
 INPUT = ("model_file", "inference")  # a key of FILE_KEYS, and the mode that only reads it
 # Keys that change neither the weights nor the masks of a run, or only when it stops.
@@ -48,8 +53,12 @@ def load_resumed(folder, config_file=None, overrides=()):
         mode, parts, _ = earlier["mode"], earlier["parts"], earlier["status"]
         if mode not in MODES:
             raise ValueError(f"unknown mode {mode!r}")
-        _ = [part["start"] + part["status"] for part in parts], sum(p["seconds"] for p in parts)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        _ = (
+            [part["start"] + part["status"] for part in parts],
+            float(sum(p["seconds"] for p in parts)),
+        )
+        _ = peaks(parts), sampling_results([part.get("sampling") for part in parts])
+    except DAMAGED as error:
         raise UserError(
             f"{folder} cannot be resumed: its results.json is damaged ({type(error).__name__}: "
             f"{error}). Restore it, or start a new run."
@@ -89,7 +98,7 @@ def find_requeued(config, mode):
     if not is_requeued():
         return None
     for file in sorted(Path(config.output_dir).glob("*/results.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        with contextlib.suppress(*DAMAGED):
             found = json.loads(read_text(file))
             if (found["job"], found["mode"]) != (job_id(), mode):
                 continue
