@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from harness.errors import UserError
+from harness.files import open_regular
 
 MAX_BYTES = 1 << 20  # of a configuration file; the one we ship has about 4500
 MAX_ERRORS = 30  # reported at once
@@ -291,7 +292,7 @@ def load_config(path, overrides=()):
         UserError: With all errors of the file.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(Path(path)) as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise UserError(

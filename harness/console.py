@@ -86,11 +86,14 @@ def progress(items, what, total):
 def table(columns):
     """Text of a table: one line per key of the columns' dictionaries, below the titles.
 
+    Unprintable characters are escaped: names of folders can contain terminal escapes.
+
     Args:
         columns: {title: {line: text}}.
     """
     keys = list(dict.fromkeys(key for column in columns.values() for key in column))
     rows = [["", *columns]] + [[k, *(c.get(k, "") for c in columns.values())] for k in keys]
+    rows = [[printable(text) for text in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
         "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()

@@ -1,4 +1,4 @@
-"""Writing files completely or not at all, and their digests and locks."""
+"""Write files completely or not at all; check files of others before they are used."""
 
 import contextlib
 import csv
@@ -9,27 +9,29 @@ import io
 import json
 import math
 import os
+import secrets
 import shutil
 import stat
-import threading
+import tempfile
 import uuid
 from pathlib import Path
 
 from harness.console import printable
 from harness.errors import UserError
 
+MAX_TEXT_BYTES = 1 << 28  # of a file that is read whole; a row of samples.csv a second: weeks
+
 
 @contextlib.contextmanager
 def replacing(path):
     """Give a temporary path with the same suffix; on success, fsync it and rename it to `path`.
 
-    Whatever happens, `path` is unchanged or complete.
+    Whatever happens, `path` is unchanged or complete. Nobody can put a link at the temporary path
+    before, as its name is random; a link at `path` itself is replaced.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(
-        f".{path.stem}.{os.getpid()}-{threading.get_ident()}.part{path.suffix}"
-    )
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.part{path.suffix}")
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -106,13 +108,25 @@ def write_text(path, text):
 
 
 def write_csv(path, columns, rows):
-    """Write dictionaries as the rows of a CSV file, completely or not at all."""
+    """Write dictionaries as the rows of a CSV file, completely or not at all.
+
+    Texts cannot forge a line, and no formula: spreadsheets calculate what begins with = + - @.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     for row in rows:
-        writer.writerow({k: printable(v) if isinstance(v, str) else v for k, v in row.items()})
+        writer.writerow({key: _cell(value) for key, value in row.items()})
     write_text(path, text.getvalue())
+
+
+def _cell(value):
+    if not isinstance(value, str):
+        return value
+    is_formula = value.startswith(tuple("=+-@"))
+    with contextlib.suppress(ValueError):
+        is_formula = is_formula and not math.isfinite(float(value))  # -1 is none
+    return "'" * is_formula + printable(value)
 
 
 def write_json(path, value):
@@ -151,13 +165,79 @@ def open_regular(path):
     return path.open("rb")
 
 
-def check_regular(path):
-    """Raise an OSError unless the path is a regular file or a link to one.
+def read_text(path):
+    """Read a text file in UTF-8; see `check_regular`."""
+    check_regular(path, MAX_TEXT_BYTES)
+    return Path(path).read_bytes().decode("utf-8")
 
-    A pipe would block the program until somebody writes to it.
+
+def check_regular(path, max_bytes=None):
+    """Raise an OSError unless the path is a regular file or a link to one, and not too large.
+
+    A pipe would block the program until somebody writes to it; a device may have no end.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(f"{path} is not a regular file")
+    if max_bytes and status.st_size > max_bytes:
+        raise OSError(f"{path} has {status.st_size} bytes, expected at most {max_bytes}")
+
+
+def open_own(path):
+    """Open a file of this user for reading, unbuffered, in a folder where others may write.
+
+    Raises:
+        OSError: Unless it is a regular file of this user with one hard link, and not a link.
+    """
+    file = open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb", buffering=0)
+    status = os.fstat(file.fileno())
+    if (status.st_uid, status.st_nlink) != (os.geteuid(), 1) or not stat.S_ISREG(status.st_mode):
+        file.close()
+        raise OSError(f"{path} is not a file of this user alone")
+    return file
+
+
+def check_own(path):
+    """Check a file, or a folder and all that it contains, before a run writes there or deletes.
+
+    Others may have made it, with links to files that the user would not have named.
+
+    Args:
+        path: Path of a file or folder; one that is missing passes.
+
+    Raises:
+        UserError: Unless all of it is folders, and regular files with one hard link, of the user.
+    """
+    path = Path(path)
+    if not os.path.lexists(path):
+        return
+    _check_entry(path, None)  # os.walk would follow it
+    with tempfile.TemporaryFile(dir=path if path.is_dir() else path.parent) as file:
+        own = os.fstat(file.fileno()).st_uid  # not geteuid: NFS and containers map users
+    _check_entry(path, own)
+    for folder, folders, files in os.walk(path):
+        for name in (*folders, *files):
+            with contextlib.suppress(FileNotFoundError):  # a temporary file of another rank
+                _check_entry(Path(folder, name), own)
+
+
+def _check_entry(path, own):
+    status = os.lstat(path)
+    is_file = stat.S_ISREG(status.st_mode)
+    if stat.S_ISLNK(status.st_mode):
+        found = "is a link"
+    elif not is_file and not stat.S_ISDIR(status.st_mode):
+        found = "is not a regular file"
+    elif is_file and status.st_nlink > 1:
+        found = f"has {status.st_nlink} hard links"
+    elif own not in (None, status.st_uid):
+        found = f"belongs to the user {status.st_uid}"
+    else:
+        return
+    raise UserError(
+        f"{path} {found}; a run writes only to its own files. Remove it, or copy the folder with "
+        "'cp -rL' and use the copy."
+    )
 
 
 def sync(path):

@@ -58,7 +58,14 @@ import h5py
 import numpy as np
 
 from harness.console import counted, log_to_screen
-from harness.data.hdf5 import is_fill, open_hdf5, open_numbers, read_all, unpack
+from harness.data.hdf5 import (
+    is_fill,
+    open_hdf5,
+    open_numbers,
+    read_all,
+    read_attribute,
+    unpack,
+)
 from harness.data.scene_files import PRODUCT_NAME
 from harness.errors import Failure, UserError, one_line
 from harness.files import replacing
@@ -68,6 +75,8 @@ from tools.lib.options import command_parser, positive
 REFLECTIVE, THERMAL = range(1, 7), range(7, 10)  # channels S1 to S6, S7 to S9
 MANIFEST = "xfdumanifest.xml"  # of a product, which other programs open instead of its folder
 MAX_ROWS_APART = 8  # of 500 m, between the ends of the images of 500 m and 1 km
+MAX_PIXELS = 6_000_000  # of an image at 1 km; one of three minutes has 1.8 million
+MAX_FLAGS = 64  # bits of the largest integer
 MAX_BYTES = 4_000_000_000  # of the files read from a zip file; a product needs 0.5 GB
 
 log = logging.getLogger("convert_sen3")
@@ -193,7 +202,8 @@ def read_variable(path, name, shape):
         UserError: If it cannot be read or has another shape, in which None is any length.
     """
     with _reading(path) as file:
-        return unpack(open_numbers(file, name, shape))
+        most = MAX_PIXELS if None in shape else 4 * MAX_PIXELS  # an image at 500 m
+        return unpack(open_numbers(file, name, shape, most=most))
 
 
 def read_flags(path, name, shape, needed=()):
@@ -216,9 +226,9 @@ def read_flags(path, name, shape, needed=()):
             return None
         if dataset.dtype.kind == "f":
             raise ValueError(f"'{name}' should hold bits, found {dataset.dtype}")
-        text = np.ravel(dataset.attrs["flag_meanings"])[0]
+        text = read_attribute(dataset, "flag_meanings")
         flags = (text.decode() if isinstance(text, bytes) else str(text)).split()
-        masks = np.ravel(dataset.attrs["flag_masks"]).astype(dataset.dtype)
+        masks = read_attribute(dataset, "flag_masks", most=MAX_FLAGS).astype(dataset.dtype)
         kept = {flag for flag in flags if not flag.startswith("spare")}
         if len(flags) != len(masks) or not kept or not kept.issuperset(needed):
             raise ValueError(

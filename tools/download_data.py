@@ -25,6 +25,7 @@ import contextlib
 import csv
 import errno
 import hashlib
+import io
 import logging
 import os
 import re
@@ -41,7 +42,7 @@ from pathlib import Path
 from _command import exit_status
 from harness.console import counted, format_bytes, log_to_screen, progress, table
 from harness.errors import Failure, UserError, one_line
-from harness.files import file_sha256, lock, walk_files, write_csv
+from harness.files import file_sha256, lock, read_text, walk_files, write_csv
 from harness.signals import deferred, install_handlers
 from tools.lib.options import command_parser, positive
 
@@ -56,6 +57,7 @@ COLUMNS = ("key", "size", "etag", "sha256")
 PARTIAL = ".{}.download"  # name of a file until it is complete; hidden: never read as a scene
 SCENE_NAME = "S3[A-D]*.hdf"  # as in harness.data.scene_files, which needs h5py
 
+MAX_PAGES = 1000  # of a listing; S3 sends 1000 keys in each, and a set has two
 PAUSES = (1, 4, 16, 60)  # [s] before a listing or file is tried again; boto3 retries requests too
 TIMEOUT = 30  # [s] without a byte
 MIB = 1 << 20
@@ -156,14 +158,17 @@ class Bucket:
     def _list(self, folder, local):
         prefix, files = f"{self.prefix}{folder}/", {}
         listing = self.client.get_paginator("list_objects_v2")
-        for page in listing.paginate(Bucket=self.name, Prefix=prefix):
+        for number, page in enumerate(listing.paginate(Bucket=self.name, Prefix=prefix)):
+            if number == MAX_PAGES:
+                raise Damaged(f"the listing of {prefix} has more than {MAX_PAGES} pages")
             if not page.keys() & {"Name", "IsTruncated"}:
                 raise Damaged("the server's answer is not a listing")
             if page.get("IsTruncated") and not page.get("NextContinuationToken"):
                 raise Damaged("the listing is truncated")
             for entry in page.get("Contents", []):
                 source = entry["Key"]
-                if not (source.startswith(prefix) and entry.keys() >= {"Size", "ETag"}):
+                is_whole = entry.keys() >= {"Size", "ETag"} and entry["Size"] >= 0
+                if not (source.startswith(prefix) and is_whole):
                     raise Damaged(f"the listing of {prefix} contains {entry}")
                 if not source.endswith("/"):  # the placeholder of a folder
                     key = f"{local}/{source.removeprefix(prefix)}"
@@ -337,7 +342,8 @@ def fetch(bucket, file, dest):
             if n_received > file.size:  # an endless answer must not fill the disk
                 raise Damaged(f"more than the expected {file.size} bytes were received")
 
-        with partial.open("wb") as target:
+        partial.unlink(missing_ok=True)  # a link in a folder that others may write to
+        with partial.open("xb") as target:
             bucket.client.download_fileobj(
                 bucket.name, file.source, target, Callback=count, Config=bucket.transfer
             )
@@ -365,14 +371,12 @@ def read_manifest(dest):
     if not path.exists():
         return rows
     try:
-        if not path.is_file():  # reading a pipe would block
-            raise ValueError("not a file")
-        with path.open(newline="", encoding="utf-8") as file:
+        with io.StringIO(read_text(path), newline="") as file:
             for row in csv.DictReader(file, strict=True):
                 if set(row) != set(COLUMNS) or None in row.values() or not is_safe(row["key"]):
                     raise ValueError(row)
                 rows[row["key"]] = {**row, "size": int(row["size"])}
-    except (ValueError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise UserError(
             f"{path} should be a file with the columns {','.join(COLUMNS)}, sizes in bytes and "
             "paths below its folder. Remove it and download again: files that are right are kept."

@@ -35,11 +35,11 @@ import numpy as np
 
 from harness.config import load_config
 from harness.console import log_to_screen, printable, progress
-from harness.data.hdf5 import open_hdf5, open_numbers, read_all
+from harness.data.hdf5 import open_hdf5, open_numbers, read_all, read_attribute
 from harness.data.mask_files import find_masks, measured_pixels, read_mask
 from harness.data.positions import check_geodetic, read_positions
 from harness.data.scene_files import PRODUCT_NAME, find_scenes, product_times
-from harness.files import replacing
+from harness.files import check_own, replacing
 from harness.records.report.pictures import CLEAR, CLOUD, read_mask_and_label
 from harness.records.saved_runs import read_run
 from tools.lib.options import add_mask_arguments, command_parser
@@ -114,7 +114,8 @@ def read_masked_scene(path, scenes, geodetic, about_run):
         mask = read_mask(file)
         probability = open_numbers(file, "probability", mask.shape, optional=True)
         probability = None if probability is None else read_all(probability)
-        about = {key: file.attrs[key] for key in ("scene", "threshold", "model", "model_sha256")}
+        keys = ("scene", "threshold", "model", "model_sha256")
+        about = {key: read_attribute(file, key) for key in keys}
     if scene_file := scenes.get(about["scene"]):
         read_mask_and_label(path, scene_file)  # checks that this is the file that was masked
         with open_hdf5(scene_file) as file:
@@ -296,6 +297,8 @@ def export(arguments, command):
         )
         scenes = {}
     folder, positioned = arguments.output or arguments.run / "export", 0
+    if not arguments.output:
+        check_own(folder)
     for path in progress(masks, "Exporting", len(masks)):
         scene = read_masked_scene(path, scenes, arguments.geodetic, about_run)
         WRITERS[arguments.format](scene if arguments.keep_mask else scene.filled(), folder)

@@ -69,18 +69,23 @@ def read_run(folder):
     run = saved_runs.read_run(folder)
     if run.status != "success":
         raise UserError(f"{folder} has the status '{run.status}', expected 'success'. Remove it.")
-    devices, training = run.results["devices"], run.results["training"]
-    if training.get("epochs_run", 0) < 2:
+    results = run.clean_results
+    training, batch_size = results["training"], results["config"].get("batch_size")
+    values = {name: results["devices"].get(name) for name in ("replicas", "nodes", "ranks")}
+    values |= {"batch_size": batch_size, "patches_per_second": training.get("patches_per_second")}
+    seconds = training.get("train_seconds_per_epoch", [])
+    if (training.get("epochs_run") or 0) < 2:
         raise UserError(
             f"{folder} should hold a training of at least two epochs, because the first one is not "
             "counted. Set epochs to 2 or more."
         )
-    return {
-        **{name: devices[name] for name in ("replicas", "nodes", "ranks")},
-        "batch_size": run.results["config"]["batch_size"],
-        "patches_per_second": training["patches_per_second"],
-        "seconds_per_epoch": statistics.median(training["train_seconds_per_epoch"][1:]),
-    }
+    known = [*values.values(), *seconds]
+    if len(seconds) < 2 or None in known or min(known) <= 0:
+        raise UserError(
+            f"{folder}/results.json should have numbers above 0 as devices, batch_size, "
+            "patches_per_second and train_seconds_per_epoch. Copy it from the run again."
+        )
+    return {**values, "seconds_per_epoch": statistics.median(seconds[1:])}
 
 
 def tabulate(runs):

@@ -45,8 +45,9 @@ from mlperf_logging.mllog import constants
 from harness.config import FILE_KEYS, FOLDER_KEYS, Config, check, load_config, resolved
 from harness.console import counted, format_bytes, log_to_screen, printable
 from harness.errors import UserError
-from harness.files import file_sha256, new_folder, write_json, write_text
+from harness.files import file_sha256, new_folder, read_text, write_json, write_text
 from harness.inference.scores import TARGET_ACCURACY, compare_with_baselines
+from harness.records.resume import DAMAGED
 from harness.records.saved_runs import MEASURES, Measure, differences, measures, read_run
 from tools.lib.log_check import CHECKS, log_file, read_events
 from tools.lib.markdown import markdown, markdown_table
@@ -67,10 +68,6 @@ SYSTEM = json.loads((TEMPLATES / "system.json").read_text(encoding="utf-8"))
 SYSTEM_JSON_FIELDS = list(SYSTEM)[4:]  # the first four come from the runs and --system
 SECONDS = Measure("time to train", "{:.1f}".format, "From run_start to the last eval_stop [s].")
 MEASUREMENTS = {"time_to_train": SECONDS} | MEASURES
-# What reading files of a run that were edited may raise.
-DAMAGED = (
-    OSError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, ValueError,
-)  # fmt: skip
 
 log = logging.getLogger("submission")
 
@@ -257,7 +254,7 @@ def _as_texts(value):
 def read_system_json(path):
     """Read the fields of the system that the user gives; UserError if they are not such fields."""
     try:
-        given = dict(json.loads(path.read_text(encoding="utf-8")))
+        given = dict(json.loads(read_text(path)))
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f'{path} should contain {{"field": "text", ...}}: {error}.') from None
     if wrong := [key for key in given if key not in SYSTEM_JSON_FIELDS]:

@@ -38,6 +38,7 @@ differences.png   histograms of satellite - buoy
 
 import collections
 import csv
+import io
 import logging
 import math
 import re
@@ -52,14 +53,20 @@ import numpy as np
 
 from harness.config import load_config
 from harness.console import log_to_screen, progress, table
-from harness.data.hdf5 import open_hdf5, open_numbers, read_all, unpack
+from harness.data.hdf5 import (
+    open_hdf5,
+    open_numbers,
+    read_all,
+    read_attribute,
+    read_texts,
+    unpack,
+)
 from harness.data.hdf5_links import open_dataset
-from harness.data.hdf5_rows import check_storage
 from harness.data.mask_files import find_masks, measured_pixels, read_mask
 from harness.data.positions import check_geodetic, read_positions
 from harness.data.scene_files import day_or_night, find_scenes, product_times
 from harness.errors import UserError
-from harness.files import replacing, write_csv
+from harness.files import read_text, replacing, write_csv
 from tools.lib.options import add_mask_arguments, command_parser
 
 COLUMNS = (
@@ -128,8 +135,8 @@ def read_table(path, names, celsius):
             with open_hdf5(path, advice=advice) as file:
                 matchups = _hdf5_columns(file, names)
         else:
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                matchups = _csv_columns(file, names)
+            text = read_text(path).removeprefix("\ufeff")  # a byte order mark
+            matchups = _csv_columns(io.StringIO(text, newline=""), names)
         if not matchups["time"].size:
             raise ValueError("it has no rows")
         for column in celsius:
@@ -176,9 +183,8 @@ def _check_names(names, found):
 
 def _hdf5_times(dataset):
     if h5py.check_string_dtype(dataset.dtype):
-        check_storage(dataset)
-        return _parse(dataset.asstr()[:], "time")
-    units = dataset.attrs.get("units", "")
+        return _parse(read_texts(dataset), "time")
+    units = read_attribute(dataset, "units", "")
     units = units.decode() if isinstance(units, bytes) else str(units)
     since = units.strip().removeprefix("seconds since ")
     try:

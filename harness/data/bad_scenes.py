@@ -6,7 +6,8 @@ import threading
 from pathlib import Path
 
 from harness.data.scene_files import SceneError
-from harness.files import json_sha256, write_json
+from harness.errors import UserError
+from harness.files import json_sha256, read_text, write_json
 
 START = "start"  # found before the run; the other phases are training, validation and inference
 
@@ -60,8 +61,7 @@ class BadScenes:
     def all(self):
         """Every skipped scene, sorted: {'path', 'reason', 'during'}."""
         files = self._folder.glob("[a-z]*.json")  # not the temporary ones
-        found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-        return sorted(found, key=lambda scene: (scene["path"], scene["during"]))
+        return sorted(map(_read, files), key=lambda scene: (scene["path"], scene["during"]))
 
     def reasons(self, phase):
         """{path as text: reason} of the scenes that were skipped in one phase."""
@@ -75,3 +75,15 @@ class BadScenes:
         """Try the scenes of one phase again."""
         for file in self._folder.glob(f"{phase}-*.json"):
             file.unlink()
+
+
+def _read(file):
+    try:
+        scene = json.loads(read_text(file))
+        return {key: str(scene[key]) for key in ("path", "reason", "during")}
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{file} should describe a skipped scene ({type(error).__name__}: {error}). Remove it."
+        ) from None

@@ -2,9 +2,10 @@
 
 import hashlib
 import logging
-import os
-import threading
+import secrets
 from pathlib import Path
+
+from harness.files import open_own
 
 log = logging.getLogger(__name__)
 
@@ -14,7 +15,7 @@ def cached(read, cache_dir, key):
 
     Each patch has a file with its channels, then its cloud. Files are written under a temporary
     name and renamed, so that they are complete or absent; a damaged one is written again. Scenes
-    are recognised by path, size and modification time.
+    are recognised by path, size and modification time. Files of other users are not read.
 
     Args:
         read: Function of a path and of arrays for patches, such as `data_loader.read_patches`.
@@ -47,7 +48,7 @@ def cached(read, cache_dir, key):
 def _load(path, patch):
     """Fill the arrays of a patch from its cache file; return whether that worked."""
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_own(path) as file:
             if sum(file.readinto(part) for part in patch) != sum(part.nbytes for part in patch):
                 raise EOFError("it ends early")
         return True
@@ -59,9 +60,9 @@ def _load(path, patch):
 
 
 def _store(path, patch):
-    temporary = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.part")
+    temporary = path.with_suffix(f".{secrets.token_hex(8)}.part")  # nobody can put a link there
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             file.writelines(patch)
         temporary.replace(path)
     except OSError as error:

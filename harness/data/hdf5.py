@@ -2,16 +2,20 @@
 
 import contextlib
 import itertools
+import math
+import os
 
 import h5py
 import numpy as np
 
 from harness.data.hdf5_links import open_dataset
-from harness.data.hdf5_rows import check_storage, read_all
+from harness.data.hdf5_rows import check_storage, read_all, storage
 from harness.errors import UserError
 from harness.files import check_regular
 
 MAX_NUMBERS = 200_000_000  # of one dataset; a scene's reflectances on the 500 m grid are 43 million
+MAX_TEXTS, MAX_LENGTH = 1_000_000, 64  # of one dataset, and characters of each
+MAX_TEXT_BYTES = 1 << 28  # read at once
 LOCKED_ADVICE = (
     "Another program writes to it. If none does, its file system has no locks: set the environment "
     "variable HDF5_USE_FILE_LOCKING to FALSE."
@@ -48,7 +52,7 @@ def open_hdf5(path, name=None, advice="Make or copy it again.", error_class=User
         raise error_class(f"{name or path} cannot be used: {reason}. {advice}") from error
 
 
-def open_numbers(file, name, shape=None, optional=False):
+def open_numbers(file, name, shape=None, optional=False, most=MAX_NUMBERS):
     """Open a dataset of numbers after checking its headers; see `open_dataset` for its safety.
 
     Read it with `read_all` or in blocks of rows, which check its chunks first.
@@ -58,6 +62,7 @@ def open_numbers(file, name, shape=None, optional=False):
         name: Path of the dataset in the file.
         shape: Its shape, in which None stands for any length; None for any shape.
         optional: Whether to return None, and not to raise, if there is no such dataset.
+        most: Numbers that it may hold, if `shape` does not say how many.
 
     Returns:
         h5py.Dataset.
@@ -72,15 +77,15 @@ def open_numbers(file, name, shape=None, optional=False):
             return None
         found = list(itertools.islice(file, 8))  # there may be millions
         raise ValueError(f"it has no dataset '{name}', found {found or 'none'}")
-    if dataset.dtype.kind not in "fiu" or dataset.dtype.itemsize > 8:
+    if dataset.dtype.kind not in "fiu" or dataset.id.get_type().get_size() > 8:
         found = str(dataset.dtype)[:99]
         raise ValueError(f"dataset '{name}' should hold numbers of at most 8 bytes, found {found}")
     if shape is not None and not shape_matches(shape, dataset.shape):
         expected = str(shape).replace("None", "any")
         raise ValueError(f"dataset '{name}' has shape {dataset.shape}, expected {expected}")
-    if not dataset.size or dataset.size > MAX_NUMBERS:
+    if not dataset.size or dataset.size > most:
         raise ValueError(
-            f"dataset '{name}' should hold 1 to {MAX_NUMBERS} numbers, found shape {dataset.shape}"
+            f"dataset '{name}' should hold 1 to {most} numbers, found shape {dataset.shape}"
         )
     check_storage(dataset)
     return dataset
@@ -105,7 +110,8 @@ def unpack(dataset):
         ValueError: If `scale_factor` or `add_offset` is not finite.
     """
     packed = read_all(dataset)
-    scale, offset = _attribute(dataset, "scale_factor", 1), _attribute(dataset, "add_offset", 0)
+    scale = read_attribute(dataset, "scale_factor", 1)
+    offset = read_attribute(dataset, "add_offset", 0)
     if not np.isfinite([scale, offset]).all():
         raise ValueError(
             f"'{dataset.name}' should have a finite scale_factor and add_offset, found {scale} "
@@ -120,9 +126,66 @@ def unpack(dataset):
 
 def is_fill(dataset, packed):
     """Where the stored numbers of a dataset equal its `_FillValue` or `missing_value`."""
-    fill, missing = (_attribute(dataset, n, np.nan) for n in ("_FillValue", "missing_value"))
+    fill, missing = (read_attribute(dataset, n, np.nan) for n in ("_FillValue", "missing_value"))
     return (packed == fill) | (packed == missing)
 
 
-def _attribute(dataset, name, default):
-    return np.ravel(dataset.attrs.get(name, default))[0]
+def read_texts(dataset):
+    """Read a dataset (N,) of `open_dataset` with short texts: list of N texts.
+
+    Raises:
+        ValueError: If it has another shape, too many or too long texts, or is compressed with texts
+            of variable length: one that HDF5 decompresses may stand for any number of bytes.
+        OSError: If the file is truncated or damaged.
+    """
+    kind = h5py.check_string_dtype(dataset.dtype)
+    if len(dataset.shape) != 1 or dataset.size > MAX_TEXTS or (kind.length or 0) > MAX_LENGTH:
+        raise ValueError(
+            f"'{dataset.name}' should hold at most {MAX_TEXTS} texts of at most {MAX_LENGTH} "
+            f"bytes, found shape {dataset.shape}, type {str(dataset.dtype)[:99]}"
+        )
+    check_storage(dataset)
+    if kind.length:
+        return np.char.decode(read_all(dataset), kind.encoding).tolist()
+    if storage(dataset) not in ("contiguous", "compact", "chunked"):
+        raise ValueError(
+            f"'{dataset.name}' should hold texts of fixed length, or not be compressed, found "
+            f"storage {storage(dataset)}"
+        )
+    # Each text may be as large as the file, which cannot hold it in fewer bytes.
+    step, texts = max(MAX_TEXT_BYTES // os.stat(dataset.file.filename).st_size, 1), []
+    for first in range(0, dataset.size, step):
+        block = dataset.asstr()[first : first + step].tolist()
+        if longest := max((text for text in block if len(text) > MAX_LENGTH), default=""):
+            raise ValueError(
+                f"'{dataset.name}' should hold texts of at most {MAX_LENGTH} characters, found "
+                f"{len(longest)}"
+            )
+        texts += block
+    return texts
+
+
+def read_attribute(owner, name, default=None, most=1):
+    """Read an attribute of a file or dataset.
+
+    Args:
+        owner: h5py.File or h5py.Dataset.
+        name: Name of the attribute.
+        default: Returned if there is none; None if it is required.
+        most: Number of values that it may have: a few bytes of the file may name one text often.
+
+    Returns:
+        Its value; an array of shape (n,) if `most` is not 1.
+
+    Raises:
+        ValueError: If it is required and absent, or has no value or too many.
+    """
+    if name not in owner.attrs:
+        if default is None:
+            raise ValueError(f"it has no attribute '{name}'")
+        return default
+    shape = owner.attrs.get_id(name).shape
+    if not 0 < (n := 0 if shape is None else math.prod(shape)) <= most:
+        raise ValueError(f"attribute '{name}' should have 1 to {most} values, found {n}")
+    values = np.ravel(owner.attrs[name])
+    return values[0] if most == 1 else values

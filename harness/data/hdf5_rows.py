@@ -21,6 +21,7 @@ import numpy as np
 # 1200 x 1500; 256 KiB took 43 ms, as the calls cost more than the cache gains.
 BLOCK_BYTES = 1 << 20
 MAX_CHUNKS_AT_ONCE = 1 << 13  # in a call of h5py: HDF5 allocates 6 kB for each
+MAX_CHUNKS = 1 << 20  # of a dataset, also those never written: each takes time, 10 us
 MAX_CHUNK_RATIO = 4  # numbers of a chunk per number of its dataset; it may reach past its edges
 FILTERS = {  # in the order in which h5py applies them
     h5py.h5z.FILTER_SHUFFLE: "shuffle",
@@ -57,6 +58,8 @@ def check_storage(dataset):
             f"'{dataset.name}' of {dataset.shape} has chunks of {dataset.chunks}, expected at most "
             f"{MAX_CHUNK_RATIO} times its numbers"
         )
+    if (n_chunks := _chunks_in(dataset, dataset.shape)) > MAX_CHUNKS:
+        raise OSError(f"'{dataset.name}' has {n_chunks} chunks, expected at most {MAX_CHUNKS}")
     filters, n_bytes = _check_filters(dataset), _chunk_bytes(dataset)
     is_plain = {*filters} <= {"shuffle", "fletcher32"}  # which leave the number of bytes as it is
     sizes = (n_bytes, n_bytes + 4 * ("fletcher32" in filters))
@@ -92,22 +95,22 @@ def read_blocks(dataset, rows, cols, multiple=1):
     """
     offset = _byte_offset(dataset)
     if offset is None:
-        return _h5py_blocks(dataset, rows, cols, multiple)
+        return _h5py_blocks(dataset, (rows, cols, slice(0, dataset.shape[2])), multiple)
     return _contiguous_blocks(dataset, offset, rows, cols, multiple)
 
 
 def read_all(dataset):
-    """Read all numbers of a dataset that passed `check_storage`.
+    """Read all of a dataset that passed `check_storage`.
 
     Raises:
         OSError: If the file is truncated or damaged.
     """
-    if "gzip" in _filters(dataset):
-        check_chunk = _chunk_checker(dataset)
-        pairs = zip(dataset.shape, dataset.chunks, strict=True)
-        for corner in itertools.product(*(range(0, n, step) for n, step in pairs)):
-            check_chunk(corner)
-    return dataset[...]
+    if not dataset.chunks:
+        return dataset[...]
+    values = np.empty(dataset.shape, dataset.dtype)
+    for first, block in _h5py_blocks(dataset, [slice(0, n) for n in dataset.shape], 1):
+        values[first : first + len(block)] = block
+    return values
 
 
 def _filters(dataset):
@@ -135,8 +138,14 @@ def _check_filters(dataset):
     return filters
 
 
+def _chunks_in(dataset, shape):
+    """Number of chunks in an array of this shape at the beginning of the dataset."""
+    return math.prod(-(-n // m) for n, m in zip(shape, dataset.chunks, strict=True))
+
+
 def _chunk_bytes(dataset):
-    return math.prod(dataset.chunks) * dataset.id.get_type().get_size()
+    is_text = dataset.dtype.kind == "O"  # of any length: its length, an address and an index
+    return math.prod(dataset.chunks) * (16 if is_text else dataset.id.get_type().get_size())
 
 
 def _byte_offset(dataset):
@@ -168,26 +177,24 @@ def _contiguous_blocks(dataset, offset, rows, cols, multiple):
         yield first, block[:, cols]
 
 
-def _h5py_blocks(dataset, rows, cols, multiple):
+def _h5py_blocks(dataset, window, multiple):
     # A compressed chunk is decompressed whole: blocks of whole chunks do that once for each.
     step = math.lcm(dataset.chunks[0], multiple) if dataset.chunks else multiple
     n_steps = -(-_rows_in(4 * BLOCK_BYTES, dataset, 1) // step)
     if dataset.chunks:
-        n_chunks = math.prod(
-            -(-n // m) for n, m in zip((step, *dataset.shape[1:]), dataset.chunks, strict=True)
-        )
+        n_chunks = _chunks_in(dataset, (step, *dataset.shape[1:]))
         n_steps = max(min(n_steps, MAX_CHUNKS_AT_ONCE // n_chunks), 1)
     check_chunk = _chunk_checker(dataset) if "gzip" in _filters(dataset) else None
-    for first, stop in _steps(rows, step * n_steps):
+    for first, stop in _steps(window[0], step * n_steps):
+        block = slice(first, stop), *window[1:]
         if check_chunk:
-            reach = (first, stop), (cols.start, cols.stop), (0, dataset.shape[2])
             corners = (
-                range(begin - begin % n, end, n)
-                for (begin, end), n in zip(reach, dataset.chunks, strict=True)
+                range(each.start - each.start % n, each.stop, n)
+                for each, n in zip(block, dataset.chunks, strict=True)
             )
             for corner in itertools.product(*corners):
                 check_chunk(corner)
-        yield first, dataset[first:stop, cols]
+        yield first, dataset[block]
 
 
 def _chunk_checker(dataset):

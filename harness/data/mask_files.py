@@ -4,8 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.data.hdf5 import open_numbers, read_all
+from harness.data.hdf5 import MAX_NUMBERS, open_numbers, read_all
 from harness.errors import UserError
+
+MAX_PIXELS = MAX_NUMBERS // 6  # of a mask; its scene has more numbers than six for each
 
 
 def mask_files(folder):
@@ -40,7 +42,7 @@ def read_mask(file):
     Raises:
         ValueError: If the file has no such dataset.
     """
-    mask = open_numbers(file, "mask", (None, None))
+    mask = open_numbers(file, "mask", (None, None), most=MAX_PIXELS)
     if mask.dtype != np.uint8:
         raise ValueError(f"'mask' should hold bytes, found {mask.dtype}")
     return read_all(mask)

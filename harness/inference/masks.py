@@ -11,10 +11,14 @@ import numpy as np
 
 from data_loader import read_scene
 from harness.clock import active_seconds
-from harness.data.hdf5 import open_hdf5
+from harness.data.hdf5 import open_hdf5, read_attribute
 from harness.data.mask_files import read_mask
 from harness.files import replacing
-from harness.inference.scores import SCORES, THRESHOLD
+from harness.inference.scores import SCENE_COLUMNS, SCORES, THRESHOLD
+
+TEXTS = ("scene", "day_night", "device")  # in a row; all else are numbers
+TIMES = tuple(f"{part}_seconds" for part in ("read", "network", "stitch", "score", "write"))
+MAX_NUMBER = 1e100  # sums of larger numbers overflow
 
 log = logging.getLogger(__name__)
 
@@ -100,10 +104,11 @@ class MaskFolder:
             if not self._file(path).exists():
                 return None
             with open_hdf5(self._file(path)) as file:
-                if any(file.attrs[key] != value for key, value in self._made_from(path).items()):
+                made_from = self._made_from(path)
+                if any(read_attribute(file, key) != value for key, value in made_from.items()):
                     return None
                 read_mask(file)
-                return json.loads(file.attrs["row"])
+                return _check_row(json.loads(read_attribute(file, "row")))
         except (OSError, KeyError, ValueError) as error:
             log.warning("The mask of %s is damaged and is made again: %s", path.stem, error)
             return None
@@ -115,6 +120,16 @@ class MaskFolder:
 
     def _file(self, path):
         return self._folder / f"{path.stem}.h5"
+
+
+def _check_row(row):
+    """Return a row of scenes.csv; a ValueError or TypeError if it is not such a row."""
+    for name in (*SCENE_COLUMNS, *TIMES, "device", "part"):
+        value = row[name]
+        is_number = isinstance(value, int | float) and not abs(value) > MAX_NUMBER  # or NaN
+        if not (isinstance(value, str) if name in TEXTS else is_number):
+            raise ValueError(f"its row has {name} {str(value)[:40]!r}")
+    return row
 
 
 def compare_masks(predictor, reference, path, n_channels):

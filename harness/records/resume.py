@@ -4,13 +4,19 @@ import contextlib
 import json
 from pathlib import Path
 
-from harness.config import FOLDER_KEYS, check, load_config, resolved
+from harness.config import FILE_KEYS, FOLDER_KEYS, check, load_config, resolved
 from harness.errors import UserError
-from harness.files import open_regular
+from harness.files import check_own, read_text
 from harness.parallel.launchers import is_requeued, job_id
+from harness.records.results import peaks, sampling_results
 from harness.records.run_folder import FORMAT
 
+# What reading a results.json that somebody has edited may raise.
+DAMAGED = (
+    OSError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, ValueError,
+)  # fmt: skip
 MODES = ("benchmark", "train", "inference")
+INPUT = ("model_file", "inference")  # a key of FILE_KEYS, and the mode that only reads it
 # Keys that change neither the weights nor the masks of a run, or only when it stops.
 FREE_KEYS = {
     "epochs", "target_accuracy", "patience", "checkpoint_every", "on_bad_scene", "read_timeout",
@@ -41,14 +47,17 @@ def load_resumed(folder, config_file=None, overrides=()):
             f"{folder} cannot be resumed: {reason}. --resume takes the folder of a run, with "
             f"{' and '.join(files)}."
         )
+    check_own(folder.resolve())
     try:
-        with open_regular(folder / "results.json") as results:
-            earlier = json.loads(results.read())
+        earlier = json.loads(read_text(folder / "results.json"))
         mode, parts, _ = earlier["mode"], earlier["parts"], earlier["status"]
         if mode not in MODES:
             raise ValueError(f"unknown mode {mode!r}")
-        _ = [part["start"] + part["status"] for part in parts], sum(p["seconds"] for p in parts)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        _ = [part["start"] + part["status"] for part in parts]
+        _ = float(sum(part["seconds"] for part in parts))
+        _ = peaks([*parts, {"peak_rss": 0, "peak_gpu_memory": [0]}])
+        _ = sampling_results([part.get("sampling") for part in parts])
+    except DAMAGED as error:
         raise UserError(
             f"{folder} cannot be resumed: its results.json is damaged ({type(error).__name__}: "
             f"{error}). Restore it, or start a new run."
@@ -67,6 +76,9 @@ def load_resumed(folder, config_file=None, overrides=()):
     wanted = load_config(config_file or file, overrides)
     if mode == "inference":
         wanted = wanted.model_copy(update={"model_file": wanted.model_file.absolute()})
+    for key in FILE_KEYS:
+        if (path := getattr(wanted, key)).is_absolute() and (key, mode) != INPUT:
+            check_own(path)
     before, after = resolved(config), resolved(wanted)
     changed = [key for key in after if before[key] != after[key]]
     if rejected := [key for key in changed if key.lower() not in FREE_KEYS]:
@@ -85,10 +97,11 @@ def find_requeued(config, mode):
     if not is_requeued():
         return None
     for file in sorted(Path(config.output_dir).glob("*/results.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            found = json.loads(file.read_text(encoding="utf-8"))
+        with contextlib.suppress(*DAMAGED):
+            found = json.loads(read_text(file))
             if (found["job"], found["mode"]) != (job_id(), mode):
                 continue
+            check_own(file.parent)
             same = resolved(load_config(file.parent / "config.yaml")) == resolved(config)
             if same and config.run_name in (None, file.parent.name):
                 return file.parent

@@ -32,7 +32,7 @@ def make_folder(config, mode):
     for key in FILE_KEYS:
         path = getattr(config, key)
         is_input = key == "model_file" and mode == "inference"
-        if path.is_absolute() and path.exists() and not is_input:
+        if path.is_absolute() and os.path.lexists(path) and not is_input:
             raise UserError(
                 f"{path} exists: a run does not overwrite the file of another run. Set another "
                 f"{key}, for example a name in the run's folder, or move the file."

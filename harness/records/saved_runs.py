@@ -13,6 +13,7 @@ from pathlib import Path
 
 from harness.console import format_bytes
 from harness.errors import UserError
+from harness.files import read_text
 from harness.inference.scores import MEAN_SCORES
 
 PARTS = ("config", "devices", "versions", "training", "inference", "sampling")
@@ -77,7 +78,8 @@ KINDS = {  # of the fields of results.json that are calculated with: numbers, li
     "peak_gpu_memory": [float],
     "bad_scenes": [{}],
     "network": {},
-    "devices": _numbers("replicas"),
+    "config": _numbers("batch_size"),
+    "devices": _numbers("replicas", "nodes", "ranks"),
     "training": {
         **_numbers("seconds", "epochs_run", "best_epoch", "patches_per_second", "warm_up_seconds"),
         **_numbers("val_loss", "val_accuracy"),
@@ -151,7 +153,7 @@ def read_run(folder):
     folder = Path(folder)
     file = folder / "results.json"
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
+        results = json.loads(read_text(file))
         if not isinstance(results, dict) or not isinstance(results.get("status"), str):
             raise ValueError("it has no status")
         results |= {part: results.get(part) or {} for part in PARTS}
@@ -202,10 +204,10 @@ def _parse_number(value):
 def _read_rows(path, may_be_cut=False):
     """The rows of a CSV file, cleaned by `clean_row`; none if there is no file."""
     try:
-        content = path.read_bytes()
+        content = read_text(path)
         if may_be_cut:
-            content = content[: content.rfind(b"\n") + 1]
-        reader = csv.DictReader(io.StringIO(content.decode(), newline=""), strict=True)
+            content = content[: content.rfind("\n") + 1]
+        reader = csv.DictReader(io.StringIO(content, newline=""), strict=True)
         rows = list(reader)
     except FileNotFoundError:
         return []

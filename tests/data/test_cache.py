@@ -77,6 +77,46 @@ def test_damaged_cache_file_is_replaced(scene, tmp_path):
     assert source.calls == [[0, 1, 2], [1]]
 
 
+def foreign(copy, other):
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a file to another user")
+    os.chown(copy, 12345, -1)
+
+
+FOREIGN = {
+    "pipe": lambda copy, other: copy.unlink() or os.mkfifo(copy),
+    "link": lambda copy, other: copy.unlink() or copy.symlink_to(other),
+    "hard link": lambda copy, other: copy.unlink() or copy.hardlink_to(other),
+    "another user": foreign,
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_cache_file_that_others_may_have_made_is_replaced(scene, tmp_path, name):
+    read = cached(source := Reader(), tmp_path / "cache", "a")
+    fill(read, scene, [0, 1])
+    other, copy = sorted((tmp_path / "cache").glob("*.raw"))
+    if name == "hard link":
+        other = other.rename(tmp_path / "other")
+    FOREIGN[name](copy, other)
+    fill(read, scene, [1])
+    fill(read, scene, [1])
+    assert source.calls == [[0, 1], [1]]
+
+
+def test_links_in_a_shared_cache_are_not_written_through(scene, tmp_path, monkeypatch):
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    monkeypatch.setattr("secrets.token_hex", lambda n: "guessed")
+    read = cached(Reader(), tmp_path / "cache", "a")
+    fill(read, scene, [0])
+    (copy,) = (tmp_path / "cache").iterdir()
+    copy.unlink()
+    copy.with_suffix(".guessed.part").symlink_to(precious)
+    fill(read, scene, [0])
+    assert precious.read_text() == "precious"
+
+
 def test_cache_that_cannot_be_written_is_no_error(scene, tmp_path, caplog):
     read = cached(source := Reader(), tmp_path / "cache", "a")
     (tmp_path / "cache").rmdir()

@@ -5,7 +5,15 @@ import h5py
 import numpy as np
 import pytest
 
-from harness.data.hdf5 import MAX_NUMBERS, open_hdf5, open_numbers, read_all, unpack
+from harness.data.hdf5 import (
+    MAX_NUMBERS,
+    open_hdf5,
+    open_numbers,
+    read_all,
+    read_attribute,
+    read_texts,
+    unpack,
+)
 from harness.errors import UserError
 
 
@@ -104,3 +112,76 @@ def test_chunk_that_inflates_to_another_size_is_not_read(tmp_path, read):
             read(open_numbers(file, "bomb"))
         with pytest.raises(OSError, match="'/short' .* inflates to 3 bytes, expected 1024"):
             read(open_numbers(file, "short"))
+
+
+@pytest.mark.parametrize("shape", [(1200, 1500), (1200, 1500, 3), (1_800_000,)])
+def test_dataset_of_millions_of_chunks_is_not_read(path, shape):
+    """None of them is written: the file has 2 kB, and HDF5 allocates 6 kB for each."""
+    with h5py.File(path, "r+") as file:
+        file.create_dataset("small", shape, "u1", chunks=(1,) * len(shape))
+        with pytest.raises(OSError, match="/small' has [15]?[48]00000 chunks, expected at most"):
+            open_numbers(file, "small")
+
+
+@pytest.mark.parametrize("chunks", [(7,), (3, 5), (2, 3, 5), (1, 1, 1, 2)])
+@pytest.mark.parametrize("compression", [None, "gzip"])
+def test_all_of_a_dataset_of_any_rank_is_read(path, chunks, compression):
+    shape = (13, 7, 11, 2)[: len(chunks)]
+    numbers = np.arange(np.prod(shape)).reshape(shape)
+    with h5py.File(path, "r+") as file:
+        file.create_dataset("a", data=numbers, chunks=chunks, compression=compression)
+        np.testing.assert_array_equal(read_all(open_numbers(file, "a")), numbers)
+
+
+TIMES = [f"2019-10-01T11:{minute:02}:21Z" for minute in range(60)]
+
+
+@pytest.mark.parametrize("kind", ["S20", h5py.string_dtype(), h5py.string_dtype(length=30)])
+@pytest.mark.parametrize("options", [{}, {"chunks": (7,)}, {"chunks": (7,), "compression": "gzip"}])
+def test_texts_are_read(path, kind, options):
+    with h5py.File(path, "r+") as file:
+        file.create_dataset("t", data=TIMES, dtype=kind, **options)
+        if kind == h5py.string_dtype() and "compression" in options:
+            with pytest.raises(ValueError, match="fixed length, or not be compressed"):
+                read_texts(file["t"])
+        else:
+            assert read_texts(file["t"]) == TIMES
+
+
+TEXTS = {  # of a file that claims too much
+    "many": ((1_000_001,), "S20", None, "at most 1000000 texts of at most 64 bytes"),
+    "long": ((10,), "S8192", None, "found shape (10,), type |S8192"),
+    "matrix": ((10, 2), "S20", None, "found shape (10, 2)"),
+    "long of any length": ((3,), h5py.string_dtype(), "x" * 65, "64 characters, found 65"),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_too_many_or_too_long_texts_are_not_read(path, name):
+    shape, kind, value, words = TEXTS[name]
+    with h5py.File(path, "r+") as file:
+        dataset = file.create_dataset("t", shape, kind)
+        if value:
+            dataset[1] = value
+        with pytest.raises(ValueError) as error:
+            read_texts(dataset)
+        assert words in str(error.value)
+
+
+def test_texts_are_inflated_only_to_their_own_size(path):
+    with h5py.File(path, "r+") as file:
+        bomb = file.create_dataset("t", (40,), "S20", chunks=(40,), compression="gzip")
+        bomb.id.write_direct_chunk((0,), zlib.compress(bytes(1 << 20)))
+        with pytest.raises(OSError, match="'/t' .* inflates to more than 800 bytes"):
+            read_texts(bomb)
+
+
+def test_attribute_has_at_most_its_number_of_values(path):
+    with h5py.File(path, "r+") as file:
+        file.attrs.update({"one": [7], "three": [1, 2, 3], "text": "a", "none": h5py.Empty("f4")})
+        assert read_attribute(file, "one") == 7 and read_attribute(file, "text") == "a"
+        assert read_attribute(file, "three", most=3).tolist() == [1, 2, 3]
+        assert read_attribute(file, "absent", 5) == 5
+        for name, most in (("three", 2), ("none", 1), ("absent", 1)):
+            with pytest.raises(ValueError, match=f"attribute '{name}'"):
+                read_attribute(file, name, most=most)

@@ -1,3 +1,4 @@
+import json
 import os
 from types import SimpleNamespace
 
@@ -6,7 +7,8 @@ import numpy as np
 import pytest
 
 from data_loader import PatchGrid
-from harness.inference.masks import MaskFolder, compare_masks
+from harness.inference.masks import TIMES, MaskFolder, compare_masks
+from harness.inference.scores import SCENE_COLUMNS
 from tools.make_scenes import make_scene, write_scene
 
 MASK = np.eye(4, dtype=np.uint8)
@@ -28,9 +30,14 @@ def open_masks(tmp_path, model="a"):
     return masks
 
 
+def make_row(path, **changes):
+    numbers = dict.fromkeys((*SCENE_COLUMNS, *TIMES, "part"), 1)
+    return {**numbers, "scene": path.stem, "day_night": "day", "device": "0", **changes}
+
+
 def write_all(masks, paths):
     for path in masks.take(paths):
-        masks.write(path, MASK, None, {"scene": path.stem, "seconds": 2.0})
+        masks.write(path, MASK, None, make_row(path, seconds=2.0))
 
 
 def test_rows_are_sorted_by_scene_and_contain_the_seconds_of_writing(tmp_path, paths):
@@ -72,8 +79,34 @@ def test_mask_is_made_again_if_anything_has_changed(tmp_path, paths, change):
             masks.collect(paths)
 
 
+ROWS = {  # how somebody else has written the row of a mask
+    "number as text": lambda row: {**row, "accuracy": "0.9"},
+    "text as number": lambda row: {**row, "day_night": 1},
+    "too large": lambda row: {**row, "seconds": 10**400},
+    "nothing": lambda row: None,
+    "list": lambda row: [*row],
+    "no column": lambda row: {name: value for name, value in row.items() if name != "tp"},
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_mask_with_a_row_of_other_types_is_made_again(tmp_path, paths, kind):
+    write_all(open_masks(tmp_path), paths)
+    with h5py.File(tmp_path / "masks/S3A_b.h5", "a") as file:
+        file.attrs["row"] = json.dumps(ROWS[kind](json.loads(file.attrs["row"])))
+    assert list(open_masks(tmp_path).take(paths)) == paths[:1]
+
+
+def test_mask_that_leads_to_another_file_is_made_again(tmp_path, paths):
+    write_all(open_masks(tmp_path), paths)
+    with h5py.File(tmp_path / "masks/S3A_b.h5", "a") as file:
+        del file["mask"]
+        file["mask"] = h5py.ExternalLink("S3A_a.h5", "mask")
+    assert list(open_masks(tmp_path).take(paths)) == paths[:1]
+
+
 def test_probability_is_stored_if_it_is_given(tmp_path, paths):
-    masks, row = open_masks(tmp_path), {"scene": "S3A_b", "seconds": 1.0}
+    masks, row = open_masks(tmp_path), make_row(paths[0])
     masks.write(paths[0], MASK, MASK / np.float32(3), row, model="a.keras")
     with h5py.File(tmp_path / "masks/S3A_b.h5") as file:
         np.testing.assert_array_equal(file["mask"], MASK)

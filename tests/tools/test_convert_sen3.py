@@ -726,6 +726,10 @@ FAULTS = {
         attribute("flags_in.nc", "confidence_in", "flag_meanings", " ".join("abcdefghijklmnop")),
         "including day unfilled summary_cloud",
     ),
+    "8000 flags": (
+        attribute("flags_in.nc", "bayes_in", "flag_masks", np.ones(8000, np.uint8)),
+        "attribute 'flag_masks' should have 1 to 64 values, found 8000",
+    ),
     "no flags": (attribute("flags_in.nc", "bayes_in", "flag_meanings", ""), "including any"),
     "no variable": (variable("indices_an.nc", "detector_an", lambda _: None), "'detector_an'"),
     "other shape": (variable("S9_BT_in.nc", "S9_BT_in", lambda bt: bt[:-1]), "(59, 75)"),

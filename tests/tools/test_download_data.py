@@ -481,6 +481,7 @@ def test_network_faults_are_retried(scenes, download, capsys, faults, reason):
         (relisted(b"<IsTruncated>false", b"<IsTruncated>true"), "the listing is truncated"),
         (relisted(b"<Size>[0-9]+</Size>", b""), "the listing of es/clouds/one-day/ contains"),
         (relisted(b"<Size>", b"<Size>many"), "invalid literal"),
+        (relisted(b"<Size>", b"<Size>-"), "the listing of es/clouds/one-day/ contains"),
         (renamed("manifest.csv"), "contains"),
         (renamed("one-day-2/S3A_0.hdf"), "contains"),
     ],
@@ -496,6 +497,21 @@ def test_malformed_listing_is_requested_again_and_never_used(
     download.proxy.faults[""] += [fault] * 4
     assert download() == 1
     assert f"Cannot list s3://{scenes.bucket}/" in error_line(capsys)
+
+
+def test_listing_without_end_is_an_error(scenes, download, monkeypatch, capsys):
+    pages = []
+
+    def endless(headers, forward):
+        pages.append(pages[0] if pages else forward(headers))
+        token = b"<NextContinuationToken>%d</NextContinuationToken>" % len(pages)
+        body = pages[0].body.replace(b"<IsTruncated>false", token + b"<IsTruncated>true")
+        return with_body(lambda _: body)(headers, lambda _: pages[0])
+
+    monkeypatch.setattr(download_data, "MAX_PAGES", 20)
+    download.proxy.faults[""] += [endless] * 200
+    assert download() == 1
+    assert "the listing of es/clouds/one-day/ has more than 20 pages" in error_line(capsys)
 
 
 @pytest.mark.parametrize(

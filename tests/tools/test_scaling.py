@@ -266,3 +266,22 @@ def test_runs_are_made_here_and_tabulated(settings, tmp_path):
     )  # fmt: skip
     assert status == 0
     assert [(row["replicas"], row["ranks"]) for row in rows] == [(1, 1), (2, 2)]
+
+
+EDITS = [  # part of results.json, field, value in a file of somebody else
+    *(("devices", "replicas", value) for value in (None, "2", [2], 10**400, 0, True)),
+    *(("config", "batch_size", value) for value in (None, [32], 10**400)),
+    *(("training", "epochs_run", value) for value in (None, "3")),
+    *(("training", "train_seconds_per_epoch", value) for value in (None, "x", [1.0], [1, "x", {}])),
+]
+
+
+@pytest.mark.parametrize(("part", "field", "value"), EDITS)
+def test_run_with_values_of_other_types_ends_in_one_line(tmp_path, capsys, part, field, value):
+    folder = write_run(tmp_path / "a", 1, 10.0)
+    results = json.loads((tmp_path / "a/results.json").read_text())
+    results[part][field] = value
+    (tmp_path / "a/results.json").write_text(json.dumps(results))
+    assert scaling.main([folder, write_run(tmp_path / "b", 2, 19.0), "-o", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"Error: {folder}")

@@ -555,6 +555,7 @@ BAD_HDF5 = {
     "other length": (replaced("buoy_sst", [290.0] * 4), "same shape (N,)"),
     "matrix": (replaced("buoy_sst", [[290.0] * 3]), "same shape (N,)"),
     "link": (replaced("buoy_sst", h5py.ExternalLink("/etc/passwd", "/x")), "link out of the file"),
+    "long times": (replaced("time", np.zeros(3, "S8192")), "at most 1000000 texts of at most 64"),
     "no units": (replaced("time", [1.0, 2.0, 3.0]), "found units ''"),
     "days": (with_units("days since 1981-01-01"), "found units 'days since 1981-01-01'"),
     "no date": (with_units("seconds since yesterday"), "found units 'seconds since yesterday'"),

@@ -11,7 +11,7 @@ import statistics
 from mlperf_logging.compliance_checker import mlp_compliance, mlp_parser
 
 from harness import REPOSITORY
-from harness.files import file_sha256, jsonable
+from harness.files import MAX_TEXT_BYTES, check_regular, file_sha256, jsonable
 from harness.records import mlperf_log
 from harness.records.results import result_event, scene_results
 
@@ -27,6 +27,7 @@ def log_file(run):
 
 def read_events(run):
     """Read a run's log: mlp_parser.LogLines with timestamps in ms, and the invalid lines."""
+    check_regular(log_file(run), MAX_TEXT_BYTES)
     return mlp_parser.parse_file(str(log_file(run)), ruleset="3.0.0")
 
 

@@ -1,11 +1,17 @@
 """Markdown from texts that may contain anything, such as names of runs."""
 
+import re
+
 from harness.console import printable
 
 
 def markdown(text):
-    """Escape text so that Markdown shows it unchanged; names may contain markup and HTML."""
-    return "".join(f"\\{c}" if c in "\\`*_{}[]()<>#|!~&" else c for c in printable(text))
+    """Escape text so that Markdown shows it unchanged; names may contain markup and HTML.
+
+    Addresses do not become links either, as GitHub makes of www.x, http://x and x@y.
+    """
+    text = "".join(f"\\{c}" if c in "\\`*_{}[]()<>#|!~&" else c for c in printable(text))
+    return re.sub(r"(?<=www)\.|:(?=//)|@", r"\\\g<0>", text, flags=re.IGNORECASE)
 
 
 def markdown_table(heads, rows):

@@ -17,7 +17,7 @@ from harness import REPOSITORY
 from harness.config import check, load_config, resolved
 from harness.console import format_duration
 from harness.errors import UserError, one_line
-from harness.files import lock
+from harness.files import lock, read_text
 from harness.parallel.launchers import job_id
 from harness.parallel.rendezvous import reserve_port
 from harness.records.resume import load_resumed
@@ -228,6 +228,6 @@ def _environments(ranks):
 def _results(folder):
     """What results.json in a folder holds; empty if it cannot be read."""
     with contextlib.suppress(OSError, ValueError):
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        results = json.loads(read_text(folder / "results.json"))
         return results if isinstance(results, dict) else {}
     return {}

@@ -15,7 +15,7 @@ import numpy as np
 from harness.console import printable, progress
 from harness.data.mask_files import find_masks
 from harness.errors import UserError
-from harness.files import write_text
+from harness.files import check_own, write_text
 from harness.inference.scores import SCORES, TARGET_ACCURACY
 from harness.records.report import pictures
 from harness.records.report.charts import chart
@@ -49,9 +49,11 @@ def make_report(run_folder, data=None, output=None, all_scenes=False):
     """
     run = read_run(run_folder)
     output = check_output(output or run.folder / "report.html")
+    scene_pages = output.with_name(f"{output.stem}_scenes")
+    check_own(scene_pages)
 
     def write_scene(name, scene):
-        file = output.with_name(f"{output.stem}_scenes") / f"{name}.html"
+        file = scene_pages / f"{name}.html"
         sections = {"Pictures": {"scenes": [scene]}}
         back = quote(os.fsencode(f"../{output.name}"))
         write_page(file, {"name": scene["title"], "back": back, "sections": sections})

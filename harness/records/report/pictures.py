@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.data.hdf5 import open_hdf5, open_numbers, read_all
+from harness.data.hdf5 import open_hdf5, open_numbers, read_all, read_attribute
 from harness.data.mask_files import measured_pixels, read_mask
 from harness.data.positions import read_positions
 from harness.data.scene_files import walk_scenes
@@ -96,7 +96,7 @@ def scenes_by_name(folder):
 def read_row(mask_path):
     """Read the row of scenes.csv in a mask file, see `clean_row`; empty if there is none."""
     with open_hdf5(mask_path) as file:
-        return clean_row(dict(json.loads(file.attrs.get("row", "{}"))))
+        return clean_row(dict(json.loads(read_attribute(file, "row", "{}"))))
 
 
 def read_mask_and_label(mask_path, scene_path):
@@ -113,7 +113,7 @@ def read_mask_and_label(mask_path, scene_path):
     accuracy = read_row(mask_path).get("accuracy", np.nan)
     with open_hdf5(mask_path) as file:
         mask = read_mask(file) != 0
-        size = int(file.attrs.get("scene_bytes", -1))
+        size = int(read_attribute(file, "scene_bytes", -1))
     with open_hdf5(scene_path) as file:
         label = open_numbers(file, "bayes", (*mask.shape, None), optional=True)
         label = None if label is None else np.nan_to_num(read_all(label)[..., 0]) != 0
