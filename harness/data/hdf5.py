@@ -96,7 +96,25 @@ def shape_matches(shape, found):
 
 
 def unpack(dataset):
-    """Read a dataset packed by the NetCDF conventions.
+    """Read a dataset packed by the NetCDF conventions: see `unpacked`."""
+    return unpacked(dataset, read_all(dataset))
+
+
+def is_packed(dataset):
+    """Whether the attributes of a dataset give its stored numbers another meaning.
+
+    Raises:
+        ValueError: If they do so in a way that is not supported.
+    """
+    if not len(dataset.attrs):  # as in the published scenes
+        return False
+    if str(dataset.attrs.get("_Unsigned")).lower() == "true" and dataset.dtype.kind != "u":
+        raise ValueError(f"'{dataset.name}' has the attribute _Unsigned; store it as unsigned type")
+    return _scaling(dataset) != (1, 0) or not np.isnan(_missing(dataset)).all()
+
+
+def unpacked(dataset, packed):
+    """What the stored numbers of a dataset mean by the NetCDF conventions.
 
     Returns:
         float64, scaled by `scale_factor` and `add_offset`, NaN where missing.
@@ -104,13 +122,7 @@ def unpack(dataset):
     Raises:
         ValueError: If `scale_factor` or `add_offset` is not finite.
     """
-    packed = read_all(dataset)
-    scale, offset = _attribute(dataset, "scale_factor", 1), _attribute(dataset, "add_offset", 0)
-    if not np.isfinite([scale, offset]).all():
-        raise ValueError(
-            f"'{dataset.name}' should have a finite scale_factor and add_offset, found {scale} "
-            f"and {offset}"
-        )
+    scale, offset = _scaling(dataset)
     values = packed.astype(np.float64)
     values *= scale
     values += offset
@@ -120,9 +132,28 @@ def unpack(dataset):
 
 def is_fill(dataset, packed):
     """Where the stored numbers of a dataset equal its `_FillValue` or `missing_value`."""
-    fill, missing = (_attribute(dataset, n, np.nan) for n in ("_FillValue", "missing_value"))
+    fill, missing = _missing(dataset)
     return (packed == fill) | (packed == missing)
 
 
+def _scaling(dataset):
+    scale, offset = _attribute(dataset, "scale_factor", 1), _attribute(dataset, "add_offset", 0)
+    if not np.isfinite([scale, offset]).all():
+        raise ValueError(
+            f"'{dataset.name}' should have a finite scale_factor and add_offset, found {scale} "
+            f"and {offset}"
+        )
+    return scale, offset
+
+
+def _missing(dataset):
+    return [_attribute(dataset, name, np.nan) for name in ("_FillValue", "missing_value")]
+
+
 def _attribute(dataset, name, default):
-    return np.ravel(dataset.attrs.get(name, default))[0]
+    values = np.ravel(dataset.attrs.get(name, default))
+    if not values.size or values.dtype.kind not in "fiu":
+        raise ValueError(
+            f"'{dataset.name}' should have a number as {name}, found {str(values)[:99]}"
+        )
+    return values[0]
