@@ -69,3 +69,33 @@ def test_settings_of_keras_are_those_of_the_benchmark(tmp_path):
     )
     done = run("-c", KERAS, KERAS_HOME=tmp_path, KERAS_BACKEND="jax")
     assert (done.stdout, done.stderr) == ("tensorflow float32 channels_last\n", "")
+
+
+CONFIG = ["--config", REPOSITORY / "config.yaml", "--set", "epochs=0"]
+ERROR = "--set: epochs: Input should be greater than or equal to 1, found 0."
+
+
+@pytest.mark.parametrize("flags", [["-P"], ["-I"], ["-OO"], ["-s"]])
+def test_program_starts_with_any_flags_of_python_from_any_folder(tmp_path, flags):
+    if flags == ["-P"] and sys.version_info < (3, 11):
+        pytest.skip("Python 3.10 has no -P")
+    done = run(*flags, REPOSITORY / "slstr_cloud.py", *CONFIG, cwd=tmp_path, HOME=None)
+    assert done.returncode == 2 and ERROR in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&-", "<&- >&- 2>&-"])
+def test_closed_files_get_no_content_of_others(tmp_path, closed):
+    code = (
+        "import harness.missing_packages, sys; file = open('results', 'w'); file.write('mine');"
+        "print('out'); print('error', file=sys.stderr); sys.stdin.read(); assert file.fileno() > 2"
+    )
+    command = ["sh", "-c", f'{sys.executable} -c "{code}" {closed}']
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, stdin=subprocess.DEVNULL)
+    assert (tmp_path / "results").read_text() == "mine"
+
+
+def test_pictures_do_not_depend_on_the_notebook_that_started_the_program():
+    code = "import harness.missing_packages, matplotlib; print(matplotlib.get_backend())"
+    done = run("-c", code, MPLBACKEND="module://not_installed.backend_inline")
+    assert (done.stdout, done.stderr) == ("agg\n", "")

@@ -23,9 +23,9 @@ import sys
 import traceback
 from pathlib import Path
 
+from _command import exit_status  # isort: skip  (before all packages)
 import numpy as np
 
-from _command import exit_status
 from cloudmask import N_CHANNELS, predict_scene
 from data_loader import REFLECTANCE_OFFSET, read_scene
 from harness.console import log_to_screen

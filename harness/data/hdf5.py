@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 
 from harness.data.hdf5_links import open_dataset
-from harness.data.hdf5_rows import check_storage, read_all
+from harness.data.hdf5_rows import MissingFilter, check_storage, read_all
 from harness.errors import UserError
 from harness.files import check_regular
 
@@ -15,6 +15,10 @@ MAX_NUMBERS = 200_000_000  # of one dataset; a scene's reflectances on the 500 m
 LOCKED_ADVICE = (
     "Another program writes to it. If none does, its file system has no locks: set the environment "
     "variable HDF5_USE_FILE_LOCKING to FALSE."
+)
+FILTER_ADVICE = (
+    "Install it: pip install hdf5plugin; or set the environment variable HDF5_PLUGIN_PATH to the "
+    "folder that has it."
 )
 
 
@@ -45,6 +49,7 @@ def open_hdf5(path, name=None, advice="Make or copy it again.", error_class=User
     except (OSError, RuntimeError, LookupError, ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         advice = LOCKED_ADVICE if "unable to lock file" in reason else advice
+        advice = FILTER_ADVICE if isinstance(error, MissingFilter) else advice
         raise error_class(f"{name or path} cannot be used: {reason}. {advice}") from error
 
 

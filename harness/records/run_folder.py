@@ -34,8 +34,9 @@ def make_folder(config, mode):
         is_input = key == "model_file" and mode == "inference"
         if path.is_absolute() and path.exists() and not is_input:
             raise UserError(
-                f"{path} exists: a run does not overwrite the file of another run. Set another "
-                f"{key}, for example a name in the run's folder, or move the file."
+                f"{path} exists: a run does not overwrite the file of another run. To repeat the "
+                f"run, add --set {key}={path.name}, which is in the run's own folder; or move the "
+                "file."
             )
     name = config.run_name or default_name()
     folder = Path(config.output_dir).resolve() / name
