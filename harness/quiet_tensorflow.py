@@ -36,9 +36,13 @@ os.write(2, b"Error: TensorFlow could not be loaded. " + what + last + b"\\n")
 def _captured_stderr():
     """Capture what native code writes to standard error; show it unless the import succeeds."""
     sys.stderr.flush()
-    keeper = subprocess.Popen(
-        [sys.executable, "-ISc", KEEPER], stdin=subprocess.PIPE, start_new_session=True
-    )
+    try:
+        keeper = subprocess.Popen(
+            [sys.executable, "-ISc", KEEPER], stdin=subprocess.PIPE, start_new_session=True
+        )
+    except OSError:  # no more processes are allowed: then nothing is captured
+        yield
+        return
     screen = os.dup(2)
     os.dup2(keeper.stdin.fileno(), 2)
     try:

@@ -1,5 +1,6 @@
 import json
 import math
+import multiprocessing.synchronize
 import os
 import shutil
 import signal
@@ -343,6 +344,15 @@ def test_zip_files_and_parallel_jobs_give_the_same_scenes(day, night, tmp_path):
     for a, b in zip(one, two, strict=True):
         assert a.relative_to(tmp_path / "one") == b.relative_to(tmp_path / "two")
         assert a.read_bytes() == b.read_bytes()
+
+
+def test_without_shared_memory_one_process_converts(monkeypatch, caplog):
+    def fail(*arguments, **options):
+        raise FileNotFoundError(2, "No such file or directory")  # as SemLock without /dev/shm
+
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", fail)
+    assert list(convert_sen3.parallel_map(abs, [-1, -2], 2)) == [1, 2]
+    assert "/dev/shm" in caplog.text
 
 
 def test_killed_worker_is_reported():
