@@ -58,6 +58,8 @@ def _expand(value):
     expanded = os.path.expanduser(os.path.expandvars(value))
     if unset := re.findall(r"\$\{?(\w+)", expanded):
         raise ValueError(f"uses the environment variable {', '.join(unset)}, which is not set")
+    if expanded.startswith("~"):
+        raise ValueError("begins with ~, and the home directory is unknown; write the whole path")
     return expanded
 
 

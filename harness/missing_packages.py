@@ -20,6 +20,7 @@ def _report(kind, error, traceback):
 sys.excepthook = _report
 # That of a notebook, 'module://matplotlib_inline...', is often not installed here.
 os.environ["MPLBACKEND"] = "agg"
+os.environ["KERAS_HOME"] = os.devnull  # no keras.json; without HOME it would be in a folder '~'
 for number, name in enumerate(("stdin", "stdout", "stderr")):
     if getattr(sys, name) is None:  # closed: the next file that is opened would get its number
         descriptor = os.open(os.devnull, os.O_RDWR)

@@ -250,6 +250,10 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
         ("inference_mode: fast", "inference_mode: "),
         ("epochs: 0\nCROP_SIZE: 256", "CROP_SIZE 256 must be smaller"),
         ("train_dir: $NOT_SET_ANYWHERE/x", "NOT_SET_ANYWHERE"),
+        (
+            "train_dir: ~no_such_user/x",
+            "train_dir: begins with ~, and the home directory is unknown",
+        ),
         ("seed: 1\nseed: 2", "duplicate key seed"),
         ("- a\n- b", "found a list"),
         ("a: [", "not a valid configuration"),

@@ -99,3 +99,9 @@ def test_pictures_do_not_depend_on_the_notebook_that_started_the_program():
     code = "import harness.missing_packages, matplotlib; print(matplotlib.get_backend())"
     done = run("-c", code, MPLBACKEND="module://not_installed.backend_inline")
     assert (done.stdout, done.stderr) == ("agg\n", "")
+
+
+@pytest.mark.slow
+def test_keras_leaves_no_files(tmp_path):
+    done = run("-c", "import harness.missing_packages, keras", HOME=tmp_path)
+    assert (done.returncode, list(tmp_path.rglob("*keras*"))) == (0, [])
