@@ -1,7 +1,5 @@
 """CloudMask: train a network on Sentinel-3 SLSTR scenes, mask scenes with it, and time both.
 
-python slstr_cloud.py --config config.yaml
-
 Read it from top to bottom: main > run_benchmark > train, infer. TensorFlow takes seconds to
 import: functions that need it import their modules themselves, so that mistakes are reported fast.
 """
@@ -9,9 +7,11 @@ import: functions that need it import their modules themselves, so that mistakes
 import contextlib
 import functools
 import logging
+import sys
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 
+sys.path.insert(0, __file__.rpartition("/")[0])  # which python -P and -I leave out
 import harness.missing_packages  # noqa: F401, isort: skip  (before all packages)
 import numpy as np
 

@@ -3,3 +3,4 @@
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+VERSION = "0.2.0"  # of the project; pyproject.toml takes it from here

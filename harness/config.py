@@ -21,8 +21,9 @@ from pydantic import (
 
 from harness.errors import UserError
 from harness.files import open_regular
+from harness.published_layouts import without_blocks
 
-MAX_BYTES = 1 << 20  # of a configuration file; the one we ship has about 4500
+MAX_BYTES = 1 << 16  # of a configuration file; the one we ship has about 4500
 MAX_ERRORS = 30  # reported at once
 SIMILAR = 0.6  # of difflib's 0 to 1: 'epoch' and 'epochs' are at 0.9, 'foo' and 'platform' at 0.4
 COMBINED = ("PATCH_SIZE", "CROP_SIZE", "IMAGE_H", "IMAGE_W", "clip_offset")
@@ -36,12 +37,22 @@ FOLDER_KEYS = ("train_dir", "inference_dir", "output_dir", "cache_dir")
 # The two names of each folder of the published data; the second ones since April 2026.
 OTHER_NAME = {"one-day": "training", "ssts": "inference"}
 OTHER_NAME |= {new: old for old, new in OTHER_NAME.items()}
+# How numbers are written. YAML 1.1 also reads 010, 12:30 and 1_000: as 8, 750 and 1000.
+NUMBER = re.compile(
+    r"[-+]?((0|[1-9][0-9]{0,30})(\.[0-9]{0,30})?|\.[0-9]{1,30})([eE][-+]?[0-9]{1,3})?"
+)
+MAX_COUNT = 10**9
 V1_UPPER_CASE = ("patch_size", "image_h", "image_w", "n_channels", "min_sst", "crop_size")
 
 
-def _reject_bool(value):
-    if isinstance(value, bool):
-        raise ValueError("should be a number")
+def _number(value):
+    """Turn text into a number if all readers would read the same one."""
+    if isinstance(value, str) and NUMBER.fullmatch(value):
+        return float(value) if set(value) & set(".eE") else int(value)
+    if isinstance(value, bool | str):
+        raise ValueError(
+            "should be a number in plain decimal digits (no leading zeros, no ':' or '_')"
+        )
     return value
 
 
@@ -52,6 +63,8 @@ def _expand(value):
     expanded = os.path.expanduser(os.path.expandvars(value))
     if unset := re.findall(r"\$\{?(\w+)", expanded):
         raise ValueError(f"uses the environment variable {', '.join(unset)}, which is not set")
+    if expanded.startswith("~"):
+        raise ValueError("begins with ~, and the home directory is unknown; write the whole path")
     return expanded
 
 
@@ -80,8 +93,8 @@ def _network(value):
     return os.path.abspath(_expand(str(value)))
 
 
-Number = BeforeValidator(_reject_bool)
-Count = Annotated[int, Number, Field(ge=1)]
+Number = BeforeValidator(_number)
+Count = Annotated[int, Number, Field(ge=1, le=MAX_COUNT)]
 FilePath = Annotated[Path, BeforeValidator(_expand)]
 ScenesPath = Annotated[FilePath, AfterValidator(_either_name)]
 
@@ -118,7 +131,7 @@ class Config(BaseModel):
     division: str = "open"
     status: str = "research"
     platform: str = "unknown"
-    accelerators_per_node: Annotated[int, Number, Field(ge=0)] | None = None
+    accelerators_per_node: Annotated[int, Number, Field(ge=0, le=MAX_COUNT)] | None = None
     submission: Submission = Submission()
     name: str = ""
     email: str = ""
@@ -140,9 +153,9 @@ class Config(BaseModel):
     # Scenes and patches
     image_h: Count = 1200
     image_w: Count = 1500
-    n_channels: Annotated[int, Number, Field(ge=4)] = 9
-    patch_size: Annotated[int, Number, Field(ge=8)] = 256
-    crop_size: Annotated[int, Number, Field(ge=0, multiple_of=2)] = 80
+    n_channels: Annotated[int, Number, Field(ge=4, le=MAX_COUNT)] = 9
+    patch_size: Annotated[int, Number, Field(ge=8, le=MAX_COUNT)] = 256
+    crop_size: Annotated[int, Number, Field(ge=0, le=MAX_COUNT, multiple_of=2)] = 80
     min_sst: Annotated[float, Number, Field(gt=0)] = 273.15
 
     # Training
@@ -154,7 +167,7 @@ class Config(BaseModel):
     epochs: Count = 30
     batch_size: Count = 32
     train_split: Annotated[float, Number, Field(gt=0, lt=1)] = 0.8
-    clip_offset: Annotated[int, Number, Field(ge=0)] = 15
+    clip_offset: Annotated[int, Number, Field(ge=0, le=MAX_COUNT)] = 15
     cloud_weight: Annotated[float, Number, Field(gt=0)] = 1.0
     target_accuracy: Annotated[float, Number, Field(gt=0, le=1)] | None = None
     patience: Count | None = None
@@ -174,7 +187,7 @@ class Config(BaseModel):
 
     # Devices
     nodes: Count | Literal["auto"] = "auto"
-    gpu: Annotated[int, Number, Field(ge=0)] | Literal["auto"] = "auto"
+    gpu: Annotated[int, Number, Field(ge=0, le=MAX_COUNT)] | Literal["auto"] = "auto"
     cpu_devices: Count = 1
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     xla: bool = False
@@ -249,7 +262,20 @@ class Config(BaseModel):
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML's safe loader without duplicate keys and aliases: a few aliases can become gigabytes."""
+    """YAML of texts, null, lists and keys: the type of a key says what its text means.
+
+    Duplicate keys and aliases are rejected: a few aliases can become gigabytes.
+    """
+
+    yaml_constructors = {
+        tag: construct
+        for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in ("null", "str", "seq", "map")
+    }
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in resolvers if tag.endswith(":null")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_node(self, parent, index):
         if anchor := self.peek_event().anchor:
@@ -273,8 +299,7 @@ def _parse(text):
         return yaml.load(text, Loader=_PlainLoader)
     except RecursionError:
         raise UserError("lists or keys are nested too deeply") from None
-    # A ValueError is an impossible date or number, for example 2019-13-45.
-    except (yaml.YAMLError, ValueError, KeyError, OverflowError) as error:
+    except yaml.YAMLError as error:
         raise UserError(" ".join(str(error).split())) from None
 
 
@@ -314,7 +339,7 @@ def load_config(path, overrides=()):
             f"{path} should contain lines of 'key: value', found a {type(values).__name__}."
         )
     overriding = dict(map(_override, overrides))
-    return check({**values, **overriding}, path, overriding)
+    return check(without_blocks({**values, **overriding}, path), path, overriding)
 
 
 def _override(text):
@@ -372,10 +397,8 @@ def _explain(error):
 
 def _shown(value):
     """A value as text for a message; only the beginning of a very long one."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python prints no number with more than 4300 digits
-        return "a number of thousands of digits"
+    is_number = isinstance(value, str) and NUMBER.fullmatch(value)
+    text = value if is_number else repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 

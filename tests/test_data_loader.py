@@ -147,6 +147,64 @@ def test_numbers_too_large_for_float32_are_missing(tmp_path, arrays):
     assert scene.channels[50, 60, 1] == -0.5 and scene.out_of_range == 0
 
 
+PACKED = {
+    "bts": (0.01, 200.0),
+    "refs": (1e-4, 0.5),
+    "bayes": (2.0, 0.0),
+}  # scale_factor, add_offset
+
+
+@pytest.mark.parametrize("refs_fold", [1, 2])
+def test_packed_numbers_and_fill_values_mean_what_their_attributes_say(tmp_path, arrays, refs_fold):
+    plain, packed, fill = {}, {}, -32768
+    for name, (scale, offset) in PACKED.items():
+        numbers = np.round((arrays[name].astype(np.float64) - offset) / scale)
+        missing = ~np.isfinite(numbers)
+        if name == "bayes":
+            missing[5:9] = True  # without label: clear
+        packed[name] = np.where(missing, fill, np.nan_to_num(numbers)).astype(np.int16)
+        plain[name] = np.where(missing, np.nan, packed[name] * scale + offset)
+        if name == "refs":
+            packed[name], plain[name] = (
+                np.repeat(np.repeat(each[name], refs_fold, 0), refs_fold, 1)
+                for each in (packed, plain)
+            )
+    write_scene(tmp_path / "plain.hdf", plain)
+    write_scene(tmp_path / "packed.hdf", packed)
+    with h5py.File(tmp_path / "packed.hdf", "r+") as file:
+        for name, (scale, offset) in PACKED.items():
+            attributes = {"scale_factor": [scale], "add_offset": offset, "_FillValue": fill}
+            file[name].attrs.update(attributes)
+    found, expected = (
+        data_loader.read_scene(tmp_path / f"{name}.hdf", SHAPE) for name in ("packed", "plain")
+    )
+    for name in ("channels", "cloud", "valid", "bt_12um"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), name)
+    assert not found.cloud[5:9].any() and found.out_of_range == 0
+
+
+def test_attributes_without_effect_leave_all_bits_as_they_are(path):
+    """xarray stores _FillValue NaN with all floating point numbers."""
+    before = data_loader.read_scene(path, SHAPE)
+    with h5py.File(path, "r+") as file:
+        for name in ("refs", "bts", "bayes"):
+            file[name].attrs.update({"_FillValue": np.nan, "scale_factor": 1.0, "units": "K"})
+    after = data_loader.read_scene(path, SHAPE)
+    np.testing.assert_array_equal(after.channels, before.channels)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("scale_factor", np.nan), ("scale_factor", "fast"), ("_Unsigned", "true"), ("add_offset", [])],
+)
+def test_attributes_that_cannot_be_used_are_reported_before_a_run(path, name, value):
+    with h5py.File(path, "r+") as file:
+        file["bts"].attrs[name] = value
+    with pytest.raises(SceneError, match="S3A_x.hdf cannot be used: ") as error:
+        data_loader.check_scene(path, SHAPE)
+    assert "'/bts'" in str(error.value) and name in str(error.value)
+
+
 def test_padding_surrounds_only_the_channels(path):
     plain = data_loader.read_scene(path, SHAPE)
     padded = data_loader.read_scene(path, SHAPE, padding=((3, 4), (5, 6)))

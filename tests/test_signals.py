@@ -1,11 +1,9 @@
 import os
 import signal
-import subprocess
 import sys
 
 import pytest
 
-from harness import REPOSITORY
 from harness.signals import STOPPING, Interrupted, check_signals, deferred, install_handlers
 
 
@@ -67,13 +65,3 @@ def test_signals_of_an_earlier_program_are_forgotten():
         check_signals()
     install_handlers()
     check_signals()
-
-
-def test_ctrl_c_while_tensorflow_is_imported_shows_no_traceback(tmp_path):
-    (tmp_path / "tensorflow.py").write_text("raise KeyboardInterrupt\n")
-    program = subprocess.run(
-        [sys.executable, REPOSITORY / "harness" / "quiet_tensorflow.py"],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-    )
-    assert (program.returncode, program.stderr) == (130, b"")

@@ -538,11 +538,16 @@ def parallel_map(work, paths, jobs):
     if jobs == 1:
         yield from map(work, paths)
         return
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(jobs, len(paths)),
-        multiprocessing.get_context("spawn"),
-        initializer=initialise_worker,
-    )
+    try:
+        pool = concurrent.futures.ProcessPoolExecutor(
+            min(jobs, len(paths)),
+            multiprocessing.get_context("spawn"),
+            initializer=initialise_worker,
+        )
+    except (OSError, ImportError) as error:  # of semaphores, which are in /dev/shm
+        log.warning("Using one process, --jobs %d failed: %s. Is there /dev/shm?", jobs, error)
+        yield from map(work, paths)
+        return
     try:
         for future in concurrent.futures.as_completed([pool.submit(work, p) for p in paths]):
             yield future.result()

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 
 from harness.data.hdf5_links import open_dataset
-from harness.data.hdf5_rows import check_storage, read_all, storage
+from harness.data.hdf5_rows import MissingFilter, check_storage, read_all, storage
 from harness.errors import UserError
 from harness.files import check_regular
 
@@ -19,6 +19,10 @@ MAX_TEXT_BYTES = 1 << 28  # read at once
 LOCKED_ADVICE = (
     "Another program writes to it. If none does, its file system has no locks: set the environment "
     "variable HDF5_USE_FILE_LOCKING to FALSE."
+)
+FILTER_ADVICE = (
+    "Install it: pip install hdf5plugin; or set the environment variable HDF5_PLUGIN_PATH to the "
+    "folder that has it."
 )
 
 
@@ -49,6 +53,7 @@ def open_hdf5(path, name=None, advice="Make or copy it again.", error_class=User
     except (OSError, RuntimeError, LookupError, ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         advice = LOCKED_ADVICE if "unable to lock file" in reason else advice
+        advice = FILTER_ADVICE if isinstance(error, MissingFilter) else advice
         raise error_class(f"{name or path} cannot be used: {reason}. {advice}") from error
 
 
@@ -101,7 +106,25 @@ def shape_matches(shape, found):
 
 
 def unpack(dataset):
-    """Read a dataset packed by the NetCDF conventions.
+    """Read a dataset packed by the NetCDF conventions: see `unpacked`."""
+    return unpacked(dataset, read_all(dataset))
+
+
+def is_packed(dataset):
+    """Whether the attributes of a dataset give its stored numbers another meaning.
+
+    Raises:
+        ValueError: If they do so in a way that is not supported.
+    """
+    if not len(dataset.attrs):  # as in the published scenes
+        return False
+    if str(dataset.attrs.get("_Unsigned")).lower() == "true" and dataset.dtype.kind != "u":
+        raise ValueError(f"'{dataset.name}' has the attribute _Unsigned; store it as unsigned type")
+    return _scaling(dataset) != (1, 0) or not np.isnan(_missing(dataset)).all()
+
+
+def unpacked(dataset, packed):
+    """What the stored numbers of a dataset mean by the NetCDF conventions.
 
     Returns:
         float64, scaled by `scale_factor` and `add_offset`, NaN where missing.
@@ -109,14 +132,7 @@ def unpack(dataset):
     Raises:
         ValueError: If `scale_factor` or `add_offset` is not finite.
     """
-    packed = read_all(dataset)
-    scale = read_attribute(dataset, "scale_factor", 1)
-    offset = read_attribute(dataset, "add_offset", 0)
-    if not np.isfinite([scale, offset]).all():
-        raise ValueError(
-            f"'{dataset.name}' should have a finite scale_factor and add_offset, found {scale} "
-            f"and {offset}"
-        )
+    scale, offset = _scaling(dataset)
     values = packed.astype(np.float64)
     values *= scale
     values += offset
@@ -126,7 +142,7 @@ def unpack(dataset):
 
 def is_fill(dataset, packed):
     """Where the stored numbers of a dataset equal its `_FillValue` or `missing_value`."""
-    fill, missing = (read_attribute(dataset, n, np.nan) for n in ("_FillValue", "missing_value"))
+    fill, missing = _missing(dataset)
     return (packed == fill) | (packed == missing)
 
 
@@ -189,3 +205,26 @@ def read_attribute(owner, name, default=None, most=1):
         raise ValueError(f"attribute '{name}' should have 1 to {most} values, found {n}")
     values = np.ravel(owner.attrs[name])
     return values[0] if most == 1 else values
+
+
+def _scaling(dataset):
+    scale, offset = _attribute(dataset, "scale_factor", 1), _attribute(dataset, "add_offset", 0)
+    if not np.isfinite([scale, offset]).all():
+        raise ValueError(
+            f"'{dataset.name}' should have a finite scale_factor and add_offset, found {scale} "
+            f"and {offset}"
+        )
+    return scale, offset
+
+
+def _missing(dataset):
+    return [_attribute(dataset, name, np.nan) for name in ("_FillValue", "missing_value")]
+
+
+def _attribute(dataset, name, default):
+    value = read_attribute(dataset, name, default)
+    if np.asarray(value).dtype.kind not in "fiu":
+        raise ValueError(
+            f"'{dataset.name}' should have a number as {name}, found {str(value)[:99]}"
+        )
+    return value

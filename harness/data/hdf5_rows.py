@@ -8,6 +8,7 @@ The sizes in a file are claims. They are checked before memory is allocated, and
 inflated here once before HDF5 does, which has no limit (see `_chunk_checker`).
 """
 
+import contextlib
 import itertools
 import math
 import os
@@ -30,6 +31,10 @@ FILTERS = {  # in the order in which h5py applies them
 }
 
 
+class MissingFilter(OSError):
+    """A filter that this HDF5 lacks; the file may be good."""
+
+
 def storage(dataset):
     """How a dataset is stored: "contiguous", "chunked", "chunked shuffle gzip", "virtual", ..."""
     properties = dataset.id.get_create_plist()
@@ -46,7 +51,8 @@ def check_storage(dataset):
     """Check that the numbers of a dataset can be where its file says, without reading any.
 
     Raises:
-        OSError: If the file is too short, a chunk of absurd size, or a filter not available.
+        OSError: If the file is too short, a chunk of absurd size, or a filter not available
+            (MissingFilter).
     """
     file_bytes = os.stat(dataset.file.filename).st_size
     if (offset := _byte_offset(dataset)) is not None and offset + dataset.nbytes > file_bytes:
@@ -125,9 +131,12 @@ def _check_filters(dataset):
     for i in range(len(filters)):
         number, *_, name = properties.get_filter(i)
         if not h5py.h5z.filter_avail(number):
-            raise OSError(
-                f"'{dataset.name}' is compressed with the filter {number} ({os.fsdecode(name)}), "
-                "which this HDF5 lacks"
+            with contextlib.suppress(ImportError):
+                import hdf5plugin  # noqa: F401  (adds the filters that it has)
+        if not h5py.h5z.filter_avail(number):
+            raise MissingFilter(
+                f"'{dataset.name}' is compressed with the HDF5 filter {number} "
+                f"({os.fsdecode(name)}), which is not installed"
             )
     # `_chunk_checker` understands no other order: data compressed twice, for example.
     if "gzip" in filters and filters != [name for name in FILTERS.values() if name in filters]:

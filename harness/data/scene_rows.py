@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from harness.data.hdf5 import open_hdf5, open_numbers
+from harness.data.hdf5 import is_packed, open_hdf5, open_numbers, unpacked
 from harness.data.hdf5_rows import read_blocks
 from harness.data.scene_files import SceneError
 
@@ -73,6 +73,7 @@ def open_scene(path, shape, labelled=True):
                     f"{path}: dataset '{name}' has shape {dataset.shape}, expected "
                     f"{' or '.join(map(str, shapes))} {advice}"
                 )
+            is_packed(dataset)  # or raises an error before the run
             datasets[name] = dataset
         yield datasets
 
@@ -87,7 +88,8 @@ def is_synthetic(path):
 def read_rows(dataset, tiles, limits, fold=1):
     """Read the rows and columns that tiles need, in blocks of rows, missing values as 0.
 
-    Not-a-number and infinity, and what becomes infinite in float32, count as missing.
+    Not-a-number and infinity, and what becomes infinite in float32, count as missing. Numbers
+    packed by the NetCDF conventions are unpacked, their fill values are missing.
 
     Args:
         dataset: h5py.Dataset (fold * H, fold * W, C) of `open_scene`.
@@ -103,7 +105,10 @@ def read_rows(dataset, tiles, limits, fold=1):
     last_row = max(tile.row + tile.cloud.shape[0] for tile in tiles)
     last_col = max(tile.col + tile.cloud.shape[1] for tile in tiles)
     rows, cols = slice(fold * row, fold * last_row), slice(fold * col, fold * last_col)
+    packed = is_packed(dataset)
     for first, block in read_blocks(dataset, rows, cols, fold):
+        if packed:
+            block = unpacked(dataset, block)
         # Minimum and maximum show whether anything is odd, at a tenth of the cost of a full check.
         with np.errstate(over="ignore", invalid="ignore"):
             extremes = np.array([block.min(), block.max()])

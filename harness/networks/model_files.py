@@ -1,6 +1,8 @@
 """Networks from the table or from files: build, read, check, copy and describe them."""
 
 import contextlib
+import json
+import zipfile
 from pathlib import Path
 
 import keras
@@ -8,6 +10,9 @@ import keras
 from harness.errors import UserError
 from harness.networks.geometry import geometry
 from model import NETWORKS
+
+MAX_REASON = 300  # characters of Keras' message in ours
+MAX_METADATA = 1 << 16  # bytes of metadata.json that are read
 
 
 def build_network(network, input_shape, policy="float32"):
@@ -96,7 +101,22 @@ def read_model(path):
         # Keras' message continues with how to run the code of a trusted model, which has no use
         # here.
         reason = str(error).strip().partition("\n")[0].partition(" If you trust")[0]
+        if len(reason) > MAX_REASON:  # the whole configuration of the model
+            reason = f"{reason[:MAX_REASON]}…"
+        if (version := _keras_version(path)).startswith("2."):
+            reason = (
+                f"it was written by Keras {version}, and Keras {keras.__version__} reads only .h5 "
+                "files of Keras 2. Save it there with model.save('model.h5')."
+            )
         raise UserError(f"{path} cannot be read as a Keras model: {reason}") from error
+
+
+def _keras_version(path):
+    """The version of Keras that wrote a .keras file; empty if it does not say."""
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
+        with archive.open("metadata.json") as file:
+            return str(json.loads(file.read(MAX_METADATA))["keras_version"])
+    return ""
 
 
 def as_functional(model):

@@ -10,6 +10,7 @@ import sys
 from mlperf_logging.mllog import constants as keys
 from mlperf_logging.mllog.mllog import MLLogger
 
+from harness import VERSION
 from harness.errors import UserError
 
 # Keys of ours and of MLCommons Science that the package has no constant for.
@@ -105,7 +106,8 @@ def log_submission(mllog, config, commit):
     """Log who submits what; to be followed by `cache_clear` and `init_start`."""
     results = {"config": config.model_dump(by_alias=True, mode="json"), "git_commit": commit}
     for key, place in SUBMISSION.items():
-        mllog.event(key, value_at(results, place))
+        metadata = {"cloudmask_version": VERSION} if key == SUBMISSION_COMMIT else None
+        mllog.event(key, value_at(results, place), metadata)
 
 
 def log_hyperparameters(config, devices, mllog, n_train, n_eval, network):

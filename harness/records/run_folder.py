@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
-from harness import REPOSITORY
+from harness import REPOSITORY, VERSION
 from harness.config import FILE_KEYS, dump_config
 from harness.errors import UserError
 from harness.files import new_folder, write_json, write_text
@@ -34,8 +34,9 @@ def make_folder(config, mode):
         is_input = key == "model_file" and mode == "inference"
         if path.is_absolute() and os.path.lexists(path) and not is_input:
             raise UserError(
-                f"{path} exists: a run does not overwrite the file of another run. Set another "
-                f"{key}, for example a name in the run's folder, or move the file."
+                f"{path} exists: a run does not overwrite the file of another run. To repeat the "
+                f"run, add --set {key}={path.name}, which is in the run's own folder; or move the "
+                "file."
             )
     name = config.run_name or default_name()
     folder = Path(config.output_dir).resolve() / name
@@ -64,22 +65,31 @@ def default_name():
 
 
 def package_versions():
-    """Versions of Python and of the packages that determine the results."""
+    """Versions of the project, of Python and of the packages that determine the results."""
     return {
+        "cloudmask": VERSION,
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in PACKAGES},
     }
 
 
 def git_commit():
-    """The commit of this code, with '-dirty' if it was changed; None outside a repository."""
-    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--abbrev=40", "--dirty"]
-    with contextlib.suppress(OSError):
-        answer = subprocess.run(
-            [*command, "--exclude=*"], capture_output=True, text=True, timeout=30, check=False
-        )
-        if answer.returncode == 0:
-            return answer.stdout.strip()
+    """The commit of this code, with '-dirty' if it was changed; None outside its own repository.
+
+    Git looks for a repository in all parent folders, and where variables such as GIT_DIR say:
+    the one that it finds may be another project's.
+    """
+    environment = {name: v for name, v in os.environ.items() if not name.startswith("GIT_")}
+    environment["GIT_CEILING_DIRECTORIES"] = str(REPOSITORY.parent)
+    git = ["git", "-C", str(REPOSITORY), "-c", "core.fsmonitor=false"]  # which may be any program
+    describe = ["describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        for arguments in (["ls-files", "--error-unmatch", "harness"], describe):
+            answer = subprocess.run(
+                [*git, *arguments], env=environment, capture_output=True, text=True, timeout=30,
+                check=True,
+            )  # fmt: skip
+        return answer.stdout.strip()
     return None
 
 

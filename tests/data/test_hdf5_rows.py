@@ -1,6 +1,8 @@
 import contextlib
 import ctypes
 import os
+import subprocess
+import sys
 import tracemalloc
 import zlib
 
@@ -8,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
+from harness import REPOSITORY
 from harness.data.hdf5_rows import MAX_CHUNKS_AT_ONCE, check_storage, read_blocks, storage
 
 SHAPE = (1200, 61, 4)  # 2.3 MB of float64, three blocks; chunks of (16, 20, 3) divide no side of it
@@ -310,3 +313,46 @@ def test_file_without_its_last_byte_is_an_error(path, numbers, name):
         os.truncate(path, max(ends) - 1)
         with pytest.raises(OSError, match="ends after the end of the file: it is truncated"):
             check_storage(file["x"])
+
+
+@pytest.mark.parametrize("where", ["hdf5plugin is installed", "HDF5_PLUGIN_PATH", "nowhere"])
+def test_other_filters_are_used_if_they_are_installed(tmp_path, where):
+    """Zstandard, which HDF5 itself lacks; each in a process of its own, after TensorFlow."""
+    write = (
+        "import hdf5plugin, h5py, numpy; file = h5py.File('a.h5', 'w');"
+        "file.create_dataset('x', data=numpy.arange(600.), chunks=(50,), **hdf5plugin.Zstd());"
+        "print(hdf5plugin.PLUGIN_PATH)"
+    )
+    read = (
+        f"import sys; sys.modules |= {{'hdf5plugin': None}} if {where!r}[0] != 'h' else {{}}\n"
+        "sys.path.insert(0, 'fake')\n"
+        "import harness.quiet_tensorflow\n"
+        "from harness.data.hdf5 import open_hdf5, open_numbers, read_all\n"
+        "with open_hdf5('a.h5') as file: print(read_all(open_numbers(file, 'x')).sum())"
+    )
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake/tensorflow.py").write_text(  # with the line that disables plugins
+        "import os; os.environ['HDF5_PLUGIN_PATH'] = 'disable'\n"
+        "class config: list_physical_devices = staticmethod(lambda: [])\n"
+    )
+    (tmp_path / "fake/keras.py").write_text(
+        "class config:\n"
+        "    set_floatx = set_image_data_format = set_epsilon = staticmethod(lambda value: None)\n"
+        "    backend = staticmethod(lambda: 'tensorflow')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+
+    def run(code):
+        return subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
+            env=environment, check=False,
+        )  # fmt: skip
+
+    folder = run(write).stdout.strip()
+    if where == "HDF5_PLUGIN_PATH":
+        environment["HDF5_PLUGIN_PATH"] = folder
+    done = run(read)
+    if where == "nowhere":
+        assert "filter 32015" in done.stderr and "pip install hdf5plugin" in done.stderr
+    else:
+        assert (done.stdout, done.stderr) == (f"{600 * 599 / 2}\n", "")

@@ -1,5 +1,7 @@
+import json
 import subprocess
 import sys
+import zipfile
 
 import keras
 import numpy as np
@@ -114,6 +116,25 @@ def test_damaged_file_is_rejected_in_one_line(tmp_path, content):
     with pytest.raises(UserError, match="cannot be read as a Keras model") as error:
         read_model(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [("2.15.0", "written by Keras 2.15.0, .*model.save"), ("3.0.0", "a.*…$")],
+)
+def test_reason_of_keras_is_short(tmp_path, monkeypatch, version, reason):
+    """Keras 3 answers a file of Keras 2.15 with the whole configuration of the model."""
+
+    def fail(*arguments, **options):
+        raise TypeError("a" * 21_166)
+
+    monkeypatch.setattr(keras.models, "load_model", fail)
+    path = tmp_path / "model.keras"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("metadata.json", json.dumps({"keras_version": version}))
+    with pytest.raises(UserError, match=f"cannot be read as a Keras model: .*{reason}") as error:
+        read_model(path)
+    assert len(str(error.value)) < 600 and "\n" not in str(error.value)
 
 
 def test_cast_model_keeps_weights_and_ends_in_float32():

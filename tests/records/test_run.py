@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from harness import VERSION
 from harness.config import Config
 from harness.console import PlainFormatter, log_to_file, printable
 from harness.errors import UserError
@@ -68,24 +69,59 @@ def test_mlperf_log_that_lost_bytes_is_refused_and_kept(tmp_path):
     assert log.read_text() == "ten bytes\n"
 
 
-def test_commit_says_whether_the_code_was_changed(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_folder, "REPOSITORY", tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert run_folder.git_commit() is None
+def repository(folder, name="harness/code.py"):
+    """A function that runs git in a new repository of one committed file."""
 
     def git(*arguments):
         who = "-c", "user.name=Ada", "-c", "user.email=ada@example.org"
-        subprocess.run(["git", "-C", str(tmp_path), *who, *arguments], check=True)
+        subprocess.run(["git", "-C", str(folder), *who, *arguments], check=True)
 
-    (tmp_path / "code.py").write_text("a")
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("a")
     git("init", "--quiet")
-    git("add", "code.py")
+    git("add", name)
     git("commit", "--quiet", "--message", "a")
+    return git
+
+
+def test_commit_says_whether_the_code_was_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "REPOSITORY", tmp_path)
+    assert run_folder.git_commit() is None
+    git = repository(tmp_path)
     git("tag", "v1")  # a tag must not replace the commit
     commit = run_folder.git_commit()
     assert re.fullmatch("[0-9a-f]{40}", commit)
-    (tmp_path / "code.py").write_text("b")
+    (tmp_path / "harness/code.py").write_text("b")
     assert run_folder.git_commit() == f"{commit}-dirty"
+
+
+@pytest.mark.parametrize("place", ["parent", "GIT_DIR", "same folder, without this code"])
+def test_commit_of_another_repository_is_not_reported(tmp_path, monkeypatch, place):
+    ours = tmp_path / "ours"
+    (ours / "harness").mkdir(parents=True)
+    if place == "parent":
+        repository(tmp_path, "paper.tex")
+        (ours / ".git").mkdir()  # damaged: git continues in the parent
+    elif place == "GIT_DIR":
+        repository(tmp_path / "other", "harness/code.py")
+        monkeypatch.setenv("GIT_DIR", str(tmp_path / "other/.git"))
+        monkeypatch.setenv("GIT_WORK_TREE", str(tmp_path / "other"))
+    else:
+        repository(ours, "paper.tex")
+    monkeypatch.setattr(run_folder, "REPOSITORY", ours)
+    assert run_folder.git_commit() is None
+    assert run_folder.package_versions()["cloudmask"] == VERSION
+
+
+def test_file_monitor_of_a_repository_is_not_started(tmp_path, monkeypatch):
+    git = repository(tmp_path)
+    hook = tmp_path / "hook"
+    hook.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    hook.chmod(0o755)
+    git("config", "core.fsmonitor", str(hook))
+    monkeypatch.setattr(run_folder, "REPOSITORY", tmp_path)
+    assert re.fullmatch("[0-9a-f]{40}", run_folder.git_commit())
+    assert not (tmp_path / "started").exists()
 
 
 def test_edited_configuration_of_a_run_is_refused_with_both_values(finished, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 import json
 import math
+import multiprocessing.synchronize
 import os
 import shutil
 import signal
@@ -495,6 +496,15 @@ def test_existing_scene_of_another_variant_is_no_success(
     convert(tmp_path, day[0], *first)  # skipped
     convert(tmp_path, day[0], *second, "--overwrite")
     assert path.read_bytes() != before
+
+
+def test_without_shared_memory_one_process_converts(monkeypatch, caplog):
+    def fail(*arguments, **options):
+        raise FileNotFoundError(2, "No such file or directory")  # as SemLock without /dev/shm
+
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", fail)
+    assert list(convert_sen3.parallel_map(abs, [-1, -2], 2)) == [1, 2]
+    assert "/dev/shm" in caplog.text
 
 
 def test_killed_worker_is_reported():
