@@ -306,7 +306,7 @@ def test_file_over_64_kib_is_not_parsed(tmp_path):
     with pytest.raises(UserError, match="config.yaml has more than 65536 bytes"):
         load(tmp_path, text)
     assert load(tmp_path, text[: 1 << 16]) == Config()
-    with pytest.raises(UserError, match="/dev/zero has more than"):
+    with pytest.raises((UserError, OSError), match="/dev/zero is not a regular file"):
         load_config("/dev/zero")
 
 

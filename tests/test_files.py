@@ -13,7 +13,7 @@ from harness.data.bad_scenes import BadScenes
 from harness.data.page_cache import evict
 from harness.errors import UserError
 from harness.files import MAX_TEXT_BYTES, check_own, read_text, replacing, write_csv, write_json
-from harness.records.resume import find_requeued
+from harness.records.resume import find_requeued, load_resumed
 from harness.records.run_folder import make_folder
 from harness.records.saved_runs import read_run
 from tools import export_masks, report
@@ -106,6 +106,7 @@ def test_absolute_files_of_a_run_are_not_links(tmp_path, outside, key, link):
 
 def test_own_files_pass(run, tmp_path):
     check_own(run)
+    assert load_resumed(run)[1]["parts"] == []
     check_own(tmp_path / "missing")
     (tmp_path / "link").symlink_to(run)
     check_own((tmp_path / "link").resolve())  # --resume may name the folder by a link

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from harness.data.hdf5 import is_packed, open_hdf5, open_numbers, unpacked
+from harness.data.hdf5 import is_packed, open_hdf5, open_numbers, read_attribute, unpacked
 from harness.data.hdf5_rows import read_blocks
 from harness.data.scene_files import SceneError
 
@@ -81,7 +81,7 @@ def open_scene(path, shape, labelled=True):
 def is_synthetic(path):
     """Whether a scene file says that it is synthetic, as those of tools/make_scenes.py do."""
     with contextlib.suppress(SceneError), open_hdf5(path, error_class=SceneError) as file:
-        return bool(file.attrs.get("synthetic", False))
+        return bool(read_attribute(file, "synthetic", False))
     return False
 
 

@@ -56,7 +56,7 @@ def load_resumed(folder, config_file=None, overrides=()):
         _ = [part["start"] + part["status"] for part in parts]
         _ = float(sum(part["seconds"] for part in parts))
         _ = peaks([*parts, {"peak_rss": 0, "peak_gpu_memory": [0]}])
-        _ = sampling_results([part.get("sampling") for part in parts])
+        _ = parts and sampling_results([part.get("sampling") for part in parts])
     except DAMAGED as error:
         raise UserError(
             f"{folder} cannot be resumed: its results.json is damaged ({type(error).__name__}: "
