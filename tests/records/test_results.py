@@ -33,7 +33,7 @@ def clock(monkeypatch):
         return value
 
     wait.now = 100.0
-    monkeypatch.setattr(slstr_cloud, "time", SimpleNamespace(perf_counter=lambda: wait.now))
+    monkeypatch.setattr(slstr_cloud, "active_seconds", lambda: wait.now)
     return wait
 
 
