@@ -553,7 +553,7 @@ def make_evil(run):
     return evil
 
 
-def test_names_and_texts_from_files_stay_texts(run, finished, monkeypatch):
+def test_names_and_texts_from_files_stay_texts(run, finished):
     evil = make_evil(run)
     for page in (page_of(evil, finished), page_of(evil)):
         assert page.html.count("<script>") == 1
@@ -561,7 +561,11 @@ def test_names_and_texts_from_files_stay_texts(run, finished, monkeypatch):
         assert "<script>window.evil=1<" in page.text  # as text
     assert page.text.count("http://evil.example") >= 10 and r"\u202e\n" in page.text
     assert len(page.scenes) == 1  # the other one has no name of a scene
+
+
+def test_page_of_one_scene_keeps_texts_as_texts(run, monkeypatch):
     monkeypatch.setattr(one_run, "PAGE_BYTES", 1)
+    evil = run.rename(run.with_name(EVIL.replace("/", "∕")))
     assert len(page_of(evil).scenes) == 1
     (file,) = (evil / "report_scenes").iterdir()
     own = Page(file.read_text())

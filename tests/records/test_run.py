@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -111,6 +112,16 @@ def test_commit_of_another_repository_is_not_reported(tmp_path, monkeypatch, pla
     monkeypatch.setattr(run_folder, "REPOSITORY", ours)
     assert run_folder.git_commit() is None
     assert run_folder.package_versions()["cloudmask"] == VERSION
+
+
+def test_error_about_an_existing_model_says_how_to_repeat_the_run(tmp_path):
+    model = tmp_path / "cloudModel.h5"
+    model.touch()
+    config = Config(model_file=model, output_dir=tmp_path)
+    with pytest.raises(UserError, match="add (--set )(model_file=cloudModel.h5),") as error:
+        run_folder.make_folder(config, "train")
+    key, _, value = re.search("--set (.*?),", str(error.value))[1].partition("=")
+    run_folder.make_folder(config.model_copy(update={key: Path(value)}), "train")
 
 
 def test_file_monitor_of_a_repository_is_not_started(tmp_path, monkeypatch):
