@@ -23,7 +23,8 @@ def test_notebook_runs_after_the_demo(notebook, finished, dataset, tmp_path):
     copy = Path(shutil.copy(notebook, tmp_path / "docs"))
     # In a process of its own, as by a user: a kernel needs an event loop and sockets.
     program = Path(sys.executable).with_name("jupyter-execute")
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "IPYTHONDIR": str(tmp_path)}
+    mine = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}  # the programs' setting
+    environment = {**mine, "PYTHONPATH": str(REPOSITORY), "IPYTHONDIR": str(tmp_path)}
     done = subprocess.run(
         [program, "--inplace", copy], env=environment, capture_output=True, text=True, check=False
     )

@@ -75,7 +75,7 @@ from tools.lib.options import command_parser, positive
 REFLECTIVE, THERMAL = range(1, 7), range(7, 10)  # channels S1 to S6, S7 to S9
 MANIFEST = "xfdumanifest.xml"  # of a product, which other programs open instead of its folder
 MAX_ROWS_APART = 8  # of 500 m, between the ends of the images of 500 m and 1 km
-MAX_PIXELS = 6_000_000  # of an image at 1 km; one of three minutes has 1.8 million
+MAX_PIXELS = 24_000_000  # of an image at 500 m; one of three minutes has 7.2 million
 MAX_FLAGS = 64  # bits of the largest integer
 MAX_BYTES = 4_000_000_000  # of the files read from a zip file; a product needs 0.5 GB
 
@@ -202,8 +202,7 @@ def read_variable(path, name, shape):
         UserError: If it cannot be read or has another shape, in which None is any length.
     """
     with _reading(path) as file:
-        most = MAX_PIXELS if None in shape else 4 * MAX_PIXELS  # an image at 500 m
-        return unpack(open_numbers(file, name, shape, most=most))
+        return unpack(open_numbers(file, name, shape, most=MAX_PIXELS))
 
 
 def read_flags(path, name, shape, needed=()):

@@ -202,7 +202,8 @@ def read_attribute(owner, name, default=None, most=1):
         return default
     shape = owner.attrs.get_id(name).shape
     if not 0 < (n := 0 if shape is None else math.prod(shape)) <= most:
-        raise ValueError(f"attribute '{name}' should have 1 to {most} values, found {n}")
+        expected = "1 value" if most == 1 else f"1 to {most} values"
+        raise ValueError(f"'{owner.name}' should have {expected} in its {name}, found {n}")
     values = np.ravel(owner.attrs[name])
     return values[0] if most == 1 else values
 

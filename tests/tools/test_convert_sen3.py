@@ -738,7 +738,7 @@ FAULTS = {
     ),
     "8000 flags": (
         attribute("flags_in.nc", "bayes_in", "flag_masks", np.ones(8000, np.uint8)),
-        "attribute 'flag_masks' should have 1 to 64 values, found 8000",
+        "should have 1 to 64 values in its flag_masks, found 8000",
     ),
     "no flags": (attribute("flags_in.nc", "bayes_in", "flag_meanings", ""), "including any"),
     "no variable": (variable("indices_an.nc", "detector_an", lambda _: None), "'detector_an'"),
