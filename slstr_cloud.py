@@ -155,7 +155,7 @@ def train_epoch(run, trainer, training, feed, state):
             raise FloatingPointError(
                 f"The loss was not finite in epoch {state.epoch}, step {first + n} of {n_steps}, "
                 f"with patches of {', '.join(path.name for path in paths)}. Lower learning_rate, "
-                "or set precision: float32."
+                "above all in half precision."
             )
     state.seconds = active_seconds() - begin
 
