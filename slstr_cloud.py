@@ -11,8 +11,8 @@ import sys
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 
-sys.path.insert(0, __file__.rpartition("/")[0])  # which python -P and -I leave out
-import harness.missing_packages  # noqa: F401, isort: skip  (before all packages)
+sys.path.insert(0, __file__.rpartition("/")[0])  # python -P and -I omit it
+import harness.startup  # noqa: F401, isort: skip  (before all packages)
 import numpy as np
 
 import data_loader

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import harness.quiet_tensorflow  # noqa: F401
 
 # isort: split
 import h5py
+import numpy as np
 import pytest
 import tensorflow as tf
 import yaml
@@ -66,6 +68,16 @@ def settings(dataset):
         "email": "ada@example.org",
         "report": False,  # test_report.py makes them
     }
+
+
+def build_product(folder, **options):
+    """Build a SEN3 product in a process of its own; return its folder and what its pixels are."""
+    builder = (
+        Path(__file__).with_name("tools") / "sen3_product.py"
+    )  # imports netCDF4, a second HDF5
+    subprocess.run([sys.executable, builder, folder, json.dumps(options)], check=True, timeout=120)
+    (product,) = folder.glob("*.SEN3")
+    return product, dict(np.load(product.with_suffix(".npz")))
 
 
 def start(folder, settings, *arguments):

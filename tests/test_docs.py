@@ -1,6 +1,5 @@
 """README.md and docs/: the commands work, the links lead somewhere, the numbers are right."""
 
-import json
 import os
 import re
 import shutil
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import results
+from conftest import build_product, results
 
 from data_loader import SPLIT_SEED, PatchGrid
 from harness import REPOSITORY
@@ -76,9 +75,7 @@ def checkout(tmp_path_factory):
     demo = folder / "demo/outputs"
     shutil.copy(demo / "demo/results.json", folder)  # a page trains the run further
     make_dataset(folder / "data", train=4, inference=2, height=96, width=128, seed=7)
-    options = json.dumps({"height": 96, "width": 128, "views": ["nadir"]})
-    builder = REPOSITORY / "tests/tools/sen3_product.py"
-    subprocess.run([sys.executable, builder, folder / "products", options], check=True)
+    build_product(folder / "products", height=96, width=128, views=["nadir"])
     for file, values in {"config.yaml": TINY, "target/demo.yaml": {"epochs": 1}}.items():
         config = yaml.safe_load((folder / file).read_text()) | values
         (folder / file).write_text(yaml.safe_dump(config))

@@ -86,7 +86,7 @@ def test_program_starts_with_any_flags_of_python_from_any_folder(tmp_path, flags
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&-", "<&- >&- 2>&-"])
 def test_closed_files_get_no_content_of_others(tmp_path, closed):
     code = (
-        "import harness.missing_packages, sys; file = open('results', 'w'); file.write('mine');"
+        "import harness.startup, sys; file = open('results', 'w'); file.write('mine');"
         "print('out'); print('error', file=sys.stderr); sys.stdin.read(); assert file.fileno() > 2"
     )
     command = ["sh", "-c", f'{sys.executable} -c "{code}" {closed}']
@@ -96,12 +96,12 @@ def test_closed_files_get_no_content_of_others(tmp_path, closed):
 
 
 def test_pictures_do_not_depend_on_the_notebook_that_started_the_program():
-    code = "import harness.missing_packages, matplotlib; print(matplotlib.get_backend())"
+    code = "import harness.startup, matplotlib; print(matplotlib.get_backend())"
     done = run("-c", code, MPLBACKEND="module://not_installed.backend_inline")
     assert (done.stdout, done.stderr) == ("agg\n", "")
 
 
 @pytest.mark.slow
 def test_keras_leaves_no_files(tmp_path):
-    done = run("-c", "import harness.missing_packages, keras", HOME=tmp_path)
+    done = run("-c", "import harness.startup, keras", HOME=tmp_path)
     assert (done.returncode, list(tmp_path.rglob("*keras*"))) == (0, [])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # python tools/x.py, from anywhere
 
-import harness.missing_packages  # noqa: E402, F401
+import harness.startup  # noqa: E402, F401
 
 log = logging.getLogger("tools")
 

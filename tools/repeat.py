@@ -24,7 +24,7 @@ from harness.records.run_folder import git_commit
 from harness.signals import install_handlers
 from tools import compare, submission
 from tools.lib.options import positive
-from tools.lib.series import CANCEL_FIRST, PlannedRun, add_run_arguments, make_runs
+from tools.lib.series import PlannedRun, add_run_arguments, make_runs, when_stopped
 
 log = logging.getLogger("repeat")
 
@@ -112,9 +112,7 @@ def main(argv=None):
     arguments = parse_arguments(argv)
     log_to_screen(arguments.verbose)
     install_handlers()
-    again = "The same command continues the series."
-    if arguments.launch:
-        again += f" {CANCEL_FIRST}"
+    again = when_stopped("The same command continues the series.", arguments.launch)
     return exit_status(lambda: work(arguments), arguments.verbose, again)
 
 

@@ -24,7 +24,7 @@ from harness.errors import UserError
 from harness.files import write_csv, write_text
 from harness.records import saved_runs
 from harness.signals import install_handlers
-from tools.lib.series import CANCEL_FIRST, PlannedRun, add_run_arguments, make_runs
+from tools.lib.series import PlannedRun, add_run_arguments, make_runs, when_stopped
 
 COLUMNS = (
     "scaling", "replicas", "nodes", "ranks", "batch_size", "repeats", "patches_per_second",
@@ -241,9 +241,7 @@ def main(argv=None):
     arguments = parse_arguments(argv)
     log_to_screen(arguments.verbose)
     install_handlers()
-    again = "The same command makes the remaining runs."
-    if arguments.launch:
-        again += f" {CANCEL_FIRST}"
+    again = when_stopped("The same command makes the remaining runs.", arguments.launch)
     return exit_status(lambda: work(arguments), arguments.verbose, again)
 
 

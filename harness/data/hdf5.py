@@ -172,7 +172,7 @@ def read_texts(dataset):
     step, texts = max(MAX_TEXT_BYTES // os.stat(dataset.file.filename).st_size, 1), []
     for first in range(0, dataset.size, step):
         block = dataset.asstr()[first : first + step].tolist()
-        if longest := max((text for text in block if len(text) > MAX_LENGTH), default=""):
+        if longest := max((text for text in block if len(text) > MAX_LENGTH), default="", key=len):
             raise ValueError(
                 f"'{dataset.name}' should hold texts of at most {MAX_LENGTH} characters, found "
                 f"{len(longest)}"

@@ -28,7 +28,7 @@ def evict(paths):
 
     Returns:
         Dictionary with `bytes` of all files, `remaining_bytes` that are still in the page cache,
-        and `unverified_bytes` of files of which the kernel does not tell it.
+        and `unverified_bytes` of files for which that is unknown.
     """
     counts = {"bytes": 0, "remaining_bytes": 0, "unverified_bytes": 0}
     types = file_system_types()
@@ -69,7 +69,7 @@ def may_ask(file, types):
     """Whether mincore tells the truth about an open file.
 
     Since Linux 5.2 it does so only for the owner of a file and for those who may write to it;
-    others are told that all pages are in the cache.
+    to others it reports all pages as cached.
     """
     found = os.fstat(file.fileno())
     device = f"{os.major(found.st_dev)}:{os.minor(found.st_dev)}"

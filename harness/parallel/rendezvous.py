@@ -89,13 +89,13 @@ class Rendezvous:
 
     def _check_unused(self):
         """Raise UserError if a living process announces itself as this rank."""
-        first = self._announcements().get(self.launch.rank)
+        first = self._announcement(self.launch.rank)
         if first is None or first["age"] > LOST_HEARTBEATS * HEARTBEAT_SECONDS:
             return
         deadline = time.monotonic() + 2 * HEARTBEAT_SECONDS
         while time.monotonic() < deadline:  # wait for its next sign of life
             time.sleep(HEARTBEAT_SECONDS / 10)
-            found = self._announcements().get(self.launch.rank)
+            found = self._announcement(self.launch.rank)
             if found is None or found["key"] != first["key"]:
                 return
             if found["beat"] != first["beat"]:
@@ -124,18 +124,22 @@ class Rendezvous:
         """All announcements, of earlier starts too: {rank: dictionary}."""
         with contextlib.suppress(OSError):
             os.listdir(self.folder)  # makes a network file system refresh its cache
-        found = {}
-        for rank, file in enumerate(self._files):
-            try:
-                found[rank] = read_announcement(file)
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{file} is no announcement of a rank ({error}). Remove {self.folder}."
-                ) from None
-            except OSError as error:  # ESTALE: replaced meanwhile, on NFS
-                if error.errno not in (errno.ENOENT, errno.ESTALE):
-                    raise
-        return found
+        found = {rank: self._announcement(rank) for rank in range(self.launch.n_ranks)}
+        return {rank: other for rank, other in found.items() if other is not None}
+
+    def _announcement(self, rank):
+        """That of a rank, of an earlier start too; None if there is none."""
+        file = self._files[rank]
+        try:
+            return read_announcement(file)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{file} is no announcement of a rank ({error}). Remove {self.folder}."
+            ) from None
+        except OSError as error:  # ESTALE: replaced meanwhile, on NFS
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
+            return None
 
     def read(self):
         """What the ranks of this start announced: {rank: dictionary}; failures are among them.
@@ -190,18 +194,13 @@ class Rendezvous:
             UserError: If ranks are missing after this time, or one of them announces a failure.
         """
         begin, is_reported = time.monotonic(), False
-        while True:
-            found = self.read()
-            if failure := announced_failure(found):
-                raise StartError(failure)
+        for found in self._poll(seconds):
             if len(found) == self.launch.n_ranks:
                 self._keys = [self._own["seen"][str(r)] for r in range(self.launch.n_ranks)]
                 return [found[rank] for rank in range(self.launch.n_ranks)]
             missing = [str(rank) for rank in range(self.launch.n_ranks) if rank not in found]
-            awaited, waited = ", ".join(missing), time.monotonic() - begin
-            if waited > seconds:
-                break
-            if waited > REPORT_SECONDS and not is_reported:
+            awaited = ", ".join(missing)
+            if time.monotonic() - begin > REPORT_SECONDS and not is_reported:
                 is_reported = True
                 unset = " ".join(f"-u {name}" for name in self.launch.variables)
                 log.warning(
@@ -209,7 +208,6 @@ class Rendezvous:
                     "env %s python slstr_cloud.py ...",
                     len(missing), self.launch.n_ranks, awaited, unset,
                 )  # fmt: skip
-            time.sleep(0.1)
         raise UserError(
             f"{len(missing)} of {self.launch.n_ranks} ranks did not start within {seconds} s: "
             f"{awaited}. Check their logs; all ranks must see the same output_dir, "
@@ -238,20 +236,31 @@ class Rendezvous:
                     "host names, network interfaces and firewalls."
                 ) from None
         self.announce(**self._own["facts"], connected=True)
-        deadline = time.monotonic() + WAIT_SECONDS
+        for found in self._poll(WAIT_SECONDS):
+            if sum("connected" in facts for facts in found.values()) == len(addresses):
+                return
+        raise UserError(f"Not all ranks could connect within {WAIT_SECONDS} s.")
+
+    def _poll(self, seconds):
+        """Yield what `read` returns, at least once, until this time is over.
+
+        Raises:
+            StartError: If a rank announces a failure.
+        """
+        deadline = time.monotonic() + seconds
         while True:
             found = self.read()
             if failure := announced_failure(found):
                 raise StartError(failure)
-            if sum("connected" in facts for facts in found.values()) == len(addresses):
-                return
+            yield found
             if time.monotonic() > deadline:
-                raise UserError(f"Not all ranks could connect within {WAIT_SECONDS} s.")
+                return
             time.sleep(0.1)
 
     def _is_own(self):
         with contextlib.suppress(OSError, UserError):
-            return self._announcements().get(self.launch.rank, {}).get("key") == self._own["key"]
+            found = self._announcement(self.launch.rank)
+            return found is not None and found["key"] == self._own["key"]
         return False
 
     def wait_for_failure(self, seconds=FAILURE_SECONDS):

@@ -1,4 +1,3 @@
-import json
 import math
 import multiprocessing.synchronize
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from conftest import build_product
 
 from data_loader import BT_OFFSET, BT_SCALE, REFLECTANCE_OFFSET, read_scene
 from harness import REPOSITORY
@@ -21,7 +21,6 @@ from harness.data.positions import read_positions
 from harness.errors import Failure
 from tools import convert_sen3
 
-BUILDER = Path(__file__).with_name("sen3_product.py")
 SHAPE = (60, 75)
 OBLIQUE = (60, 45)
 
@@ -58,21 +57,14 @@ np.savez(sys.argv[2], **answers)
 """
 
 
-def build(folder, **options):
-    """Build a product; return its folder and what its pixels are."""
-    subprocess.run([sys.executable, BUILDER, folder, json.dumps(options)], check=True, timeout=120)
-    (product,) = folder.glob("*.SEN3")
-    return product, dict(np.load(product.with_suffix(".npz")))
-
-
 @pytest.fixture(scope="module")
 def day(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("day"))
+    return build_product(tmp_path_factory.mktemp("day"))
 
 
 @pytest.fixture(scope="module")
 def night(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("night"), zenith=120, platform="S3B", bayes=False)
+    return build_product(tmp_path_factory.mktemp("night"), zenith=120, platform="S3B", bayes=False)
 
 
 @pytest.fixture
@@ -190,7 +182,7 @@ def test_night_has_no_reflectance_and_goes_to_night(night, tmp_path, capsys):
 
 
 def test_sun_below_the_horizon_gives_reflectance_0(tmp_path):
-    product, truth = build(tmp_path / "product", zenith=89.98)
+    product, truth = build_product(tmp_path / "product", zenith=89.98)
     cosine = truth["cosine_nadir"]
     assert 0.3 < (cosine > 0).mean() < 0.7
     (path,) = convert(tmp_path / "scenes", product, "--refs-grid", "500m")
@@ -234,7 +226,7 @@ def test_day_means_that_all_measured_pixels_are_day(product, tmp_path, change, p
 
 
 def test_missing_tie_points_outside_the_swath_lose_no_pixels(tmp_path):
-    product, truth = build(tmp_path / "product", tie_points_missing=True)
+    product, truth = build_product(tmp_path / "product", tie_points_missing=True)
     with h5py.File(product / "geometry_tn.nc") as file:
         assert (file["solar_zenith_tn"][:] > 1e30).any(axis=0).sum() == 7  # of 11
     (path,) = convert(tmp_path / "scenes", product)
@@ -787,7 +779,7 @@ def test_failed_write_leaves_the_existing_scene(day, tmp_path, monkeypatch, caps
 
 @pytest.fixture(scope="module")
 def full_size(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("full"), height=1200, width=1500, views=["nadir"])
+    return build_product(tmp_path_factory.mktemp("full"), height=1200, width=1500, views=["nadir"])
 
 
 # Runs the command and prints its highest memory (getrusage would include that of the tests).

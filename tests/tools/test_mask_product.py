@@ -1,7 +1,4 @@
-import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import keras
@@ -9,6 +6,7 @@ import numpy as np
 import pytest
 import rasterio
 import xarray
+from conftest import build_product
 from PIL import Image
 
 from cloudmask import predict_scene
@@ -16,29 +14,19 @@ from data_loader import BT_OFFSET, BT_SCALE
 from tools import mask_product
 from tools.export_masks import COLOURS
 
-BUILDER = Path(__file__).with_name("sen3_product.py")
 COLDEST_CLEAR = 279.0  # [K]
-
-
-def build(folder, **options):
-    """Build a product of 60 x 75 pixels; return its folder and what its pixels are."""
-    options = {"views": ["nadir"], **options}
-    subprocess.run([sys.executable, BUILDER, folder, json.dumps(options)], check=True, timeout=120)
-    (product,) = folder.glob("*.SEN3")
-    return product, dict(np.load(product.with_suffix(".npz")))
 
 
 @pytest.fixture(scope="module")
 def day(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("day"))
+    return build_product(tmp_path_factory.mktemp("day"), views=["nadir"])
 
 
 @pytest.fixture(scope="module")
 def night(tmp_path_factory):
     """A product of a night as it is downloaded, without Bayesian mask."""
-    product, truth = build(
-        tmp_path_factory.mktemp("night"), zenith=120, platform="S3B", bayes=False
-    )
+    folder = tmp_path_factory.mktemp("night")
+    product, truth = build_product(folder, zenith=120, platform="S3B", bayes=False, views=["nadir"])
     archive = shutil.make_archive(product, "zip", product.parent, product.name)
     return Path(archive), truth
 

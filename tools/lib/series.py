@@ -24,9 +24,6 @@ from harness.records.resume import load_resumed
 from harness.records.saved_runs import PLACES
 from harness.signals import Interrupted
 
-# Added to the message after a signal: a launcher that is stopped leaves its job in the queue.
-CANCEL_FIRST = "If --launch has submitted a job, first cancel it or wait for it."
-
 log = logging.getLogger(__name__)
 
 
@@ -70,6 +67,12 @@ def add_run_arguments(add):
         help="override keys of the configuration",
     )  # fmt: skip
     add("--verbose", action="store_true", help="show tracebacks")
+
+
+def when_stopped(again, launch):
+    """What to do after a signal; a launcher that is stopped leaves its job in the queue."""
+    cancel = " If --launch has submitted a job, first cancel it or wait for it."
+    return again + cancel if launch else again
 
 
 def make_runs(runs, resume, summarise):

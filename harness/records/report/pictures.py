@@ -2,7 +2,7 @@
 
 A scene becomes planes of small whole numbers, from which the viewer in the page draws its pictures
 and reads its values. Pixels without data are transparent; what is behind them is hatched. Classes
-differ in brightness, so that they can be told apart without colour vision and in grey print.
+differ in brightness, so that they are distinct without colour vision and in grey print.
 Nothing here needs TensorFlow.
 """
 
