@@ -33,5 +33,6 @@ def test_suspended_time_does_not_count(is_stopped):
         os.kill(program.pid, signal.SIGCONT)
         wall, active = map(float, program.communicate("\n")[0].split())
     assert wall > 4
-    # The length of a suspension is known to a second, more on a busy machine.
-    assert (wall - active > 2) if is_stopped else (wall == pytest.approx(active, abs=1e-3))
+    # The length of a suspension is known to a second. A SIGCONT without one adds nothing but what
+    # a busy machine delays the thread that waits for it.
+    assert (wall - active > 2) if is_stopped else (wall - active < 1)
