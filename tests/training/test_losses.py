@@ -4,8 +4,22 @@ import tensorflow as tf
 
 from harness.training.losses import LOSSES
 
+
+def numpy_cross_entropy(y, p):
+    return -(y * np.log(p) + (1 - y) * np.log(1 - p))
+
+
 # What an entry computes for a label and a probability of float64, where its formula is known.
-FORMULAS = {"cross_entropy": lambda y, p: -(y * np.log(p) + (1 - y) * np.log(1 - p))}
+FORMULAS = {
+    "cross_entropy": numpy_cross_entropy,
+    "generalised_cross_entropy": lambda y, p: (1 - np.where(y == 1, p, 1 - p) ** 0.7) / 0.7,
+    "symmetric_cross_entropy": lambda y, p: (
+        0.1 * numpy_cross_entropy(y, p)
+        - p * np.where(y == 1, 0, -4)  # p x log(label), cloud
+        - (1 - p) * np.where(y == 0, 0, -4)  # the same of clear
+    ),
+    "bootstrapping": lambda y, p: numpy_cross_entropy(0.8 * y + 0.2 * (p > 0.5), p),
+}
 everything = pytest.mark.parametrize("name", LOSSES)
 
 
@@ -53,3 +67,34 @@ def test_gradient_leads_to_the_label(name, value):
         loss = LOSSES[name](label, probability)
     clear, cloud = np.ravel(tape.gradient(loss, probability))
     assert clear > 0 > cloud
+
+
+@pytest.mark.parametrize(
+    "name, limit",
+    [
+        ("generalised_cross_entropy", {"q": 0.01}),
+        ("symmetric_cross_entropy", {"alpha": 1.0, "beta": 0.0}),
+        ("bootstrapping", {"beta": 1.0}),
+    ],
+)
+def test_limit_for_right_labels_is_the_cross_entropy(name, limit):
+    label, probability = map(tf.constant, label_and_probability())
+    loss = LOSSES[name](label, probability, **limit)
+    np.testing.assert_allclose(loss, LOSSES["cross_entropy"](label, probability), rtol=0.03)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "cross_entropy"])
+def test_wrong_label_pulls_less_than_with_the_cross_entropy(name):
+    """Compared with a label that the network only doubts."""
+
+    def pull(loss, value):
+        label = tf.ones((1, 1, 1, 1))
+        probability = tf.Variable(tf.fill((1, 1, 1, 1), value))
+        with tf.GradientTape() as tape:
+            value = loss(label, probability)
+        return -tape.gradient(value, probability).numpy().item()
+
+    def ratio(loss):
+        return pull(loss, 0.02) / pull(loss, 0.6)
+
+    assert ratio(LOSSES[name]) < ratio(LOSSES["cross_entropy"])
