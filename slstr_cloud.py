@@ -119,7 +119,7 @@ def train(config, devices, run, scenes):
         log.info("%s", results.epoch_header())
         with run.checkpoint_on_interrupt(trainer, state):
             while not (reason := run.stop_reason(state)):
-                run.begin_epoch(state)
+                run.begin_epoch(trainer, state)
                 train_epoch(run, trainer, training, training_feed, state)
                 run.begin_evaluation(state)
                 begin = active_seconds()

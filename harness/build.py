@@ -148,6 +148,7 @@ def check_training(config, devices):
     Raises:
         UserError: If batch_size, loss or augment cannot be used.
     """
+    from harness.training.label_noise import LABEL_CORRECTIONS
     from harness.training.losses import LOSSES
 
     if config.batch_size < devices.n_replicas:
@@ -156,6 +157,7 @@ def check_training(config, devices):
             f"{devices.n_replicas}. Set it to at least {devices.n_replicas}."
         )
     choose(LOSSES, "loss", config.loss)
+    choose(LABEL_CORRECTIONS, "label_correction", config.label_correction)
     choose(AUGMENTATIONS, "augment", config.augment)
 
 
@@ -169,6 +171,7 @@ def choose(table, key, name):
 def open_trainer(config, devices):
     """A new network on all devices, with its optimizer and loss."""
     from harness.networks.model_files import build_network
+    from harness.training.label_noise import LABEL_CORRECTIONS, ForwardCorrection
     from harness.training.losses import LOSSES
     from harness.training.trainer import POLICIES, Trainer
 
@@ -184,6 +187,8 @@ def open_trainer(config, devices):
         config.cloud_weight,
         loss_scaling=config.precision == "float16",
         xla=config.xla,
+        forward_correction=ForwardCorrection if config.loss == "forward_correction" else None,
+        label_correction=choose(LABEL_CORRECTIONS, "label_correction", config.label_correction),
     )
 
 

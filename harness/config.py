@@ -161,6 +161,7 @@ class Config(BaseModel):
     # Training
     network: Annotated[str, BeforeValidator(_network)] = "unet"
     loss: str = "cross_entropy"
+    label_correction: str = "none"
     augment: str = "none"
     seed: Annotated[int, Number, Field(ge=0, lt=2**32)] = 1234
     learning_rate: Annotated[float, Number, Field(gt=0)] = 0.001

@@ -30,6 +30,7 @@ from harness.records import mlperf_log
 from harness.records.resume import find_requeued, load_resumed
 from harness.records.run_folder import make_folder
 from harness.training.checkpoints import Checkpoints
+from harness.training.label_noise import EarlyLearning, ForwardCorrection
 from harness.training.losses import LOSSES
 from harness.training.state import TrainingState
 from harness.training.trainer import POLICIES, Trainer
@@ -183,6 +184,23 @@ def test_resumed_training_continues_at_the_next_step(copy_of_stopped, whole, mon
     assert resume(copy_of_stopped) == 0
     assert len(steps) == WARM_UP + 3 * N_STEPS - (2 * N_STEPS + 3)  # the third step was finished
     assert_same_outcome(copy_of_stopped, whole)
+
+
+@pytest.mark.slow
+def test_resumed_training_with_replaced_labels_equals_one_that_was_never_stopped(
+    tmp_path, quick, monkeypatch
+):
+    """As confusion matrices and replaced labels follow from the epochs before."""
+    monkeypatch.setattr(EarlyLearning, "bent_classes", lambda self, counts: [len(counts) > 0] * 2)
+    for method in (EarlyLearning, ForwardCorrection):
+        monkeypatch.setattr(method, "CONFIDENT", 0.5)
+    noisy = {**quick, "loss": "forward_correction", "label_correction": "early_learning"}
+    whole = start(tmp_path / "whole", noisy).folder
+    shares = [float(row["labels_replaced"]) for row in rows(whole / "history.csv")]
+    assert shares[0] == 0 and all(share > 0 for share in shares[1:])
+    folder = stop(tmp_path, noisy, in_step("train_step", N_STEPS + 3))
+    assert resume(folder) == 0
+    assert_same_outcome(folder, whole)
 
 
 def test_signal_between_epochs_loses_no_epoch(tmp_path, quick, monkeypatch):

@@ -12,6 +12,7 @@ from harness.records.run_warnings import batch_warnings
 
 HISTORY_COLUMNS = (
     "epoch", "loss", "accuracy", "val_loss", "val_accuracy", "seconds", "patches_per_second",
+    "labels_replaced",  # share of all; empty without label_correction
 )  # fmt: skip
 EPOCH_FORMAT = "{:>9} {:>8} {:>9} {:>9} {:>13} {:>8} {:>10}  {}"
 
@@ -21,7 +22,7 @@ def epoch_row(state, trained, validated, evaluation_seconds):
 
     Args:
         state: TrainingState at the end of the epoch's training steps.
-        trained: Dictionary with `loss`, `accuracy` and `patches` of the training steps.
+        trained: Of the training steps, see Trainer.pop_train_metrics.
         validated: The same of the validation.
         evaluation_seconds: Time that the validation took [s].
     """

@@ -216,8 +216,9 @@ class Run:
             self.path("tensorboard"), channels, cloud, self._config.profile_steps
         )
 
-    def begin_epoch(self, state):
-        """Log the start of an epoch; not again if the run continues inside it."""
+    def begin_epoch(self, trainer, state):
+        """Prepare the trainer, and log the start of an epoch if the run does not continue in it."""
+        trainer.begin_epoch(state.history)
         if not state.step:
             self.mllog.start(keys.EPOCH_START, metadata={"epoch_num": state.epoch})
         state.mlperf_bytes = self._mlperf_bytes()
@@ -243,6 +244,8 @@ class Run:
         state.end_epoch(row)
         state.mlperf_bytes = self._mlperf_bytes()
         log.info("%s", results.epoch_line(state.history, self._config.epochs))
+        if share := row.get("labels_replaced"):
+            log.info("  %.1f %% of the labels were replaced", 100 * share)
         if self.is_chief:
             write_csv(self.path("history.csv"), results.HISTORY_COLUMNS, state.history)
             self.board.write_epoch(row, trainer.model)

@@ -70,7 +70,7 @@ class TensorBoard(NoBoard):
         shown = picture(self._channels, self._cloud, model(self._channels).numpy())
         with self._writer.as_default(step=row["epoch"]):
             for name, value in row.items():
-                if name != "epoch":
+                if name not in ("epoch", "label_counts"):
                     self._tf.summary.scalar(name, value)
             self._tf.summary.image("S9, Bayesian mask, probability", shown[None, :, :, None])
         self._writer.flush()

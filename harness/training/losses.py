@@ -61,4 +61,5 @@ LOSSES = {
     "generalised_cross_entropy": generalised_cross_entropy,
     "symmetric_cross_entropy": symmetric_cross_entropy,
     "bootstrapping": bootstrapping,
+    "forward_correction": cross_entropy,  # of the label's probability, see label_noise.py
 }

@@ -51,6 +51,8 @@ class Trainer:
         cloud_weight: Weight of cloud pixels in the loss.
         loss_scaling: Whether gradients are scaled against underflow, for float16.
         xla: Whether the network is compiled.
+        forward_correction: Class label_noise.ForwardCorrection, or None.
+        label_correction: A class in label_noise.LABEL_CORRECTIONS, or None.
 
     Raises:
         UserError: If the network cannot be trained this way.
@@ -59,6 +61,7 @@ class Trainer:
     def __init__(
         self, strategy, build_model, loss, learning_rate, batch_size, micro_batch,
         clip_offset=0, cloud_weight=1.0, loss_scaling=False, xla=False,
+        forward_correction=None, label_correction=None,
     ):  # fmt: skip
         self.strategy, self.batch_size, self.micro_batch = strategy, batch_size, micro_batch
         self._loss, self._clip_offset, self._cloud_weight = loss, clip_offset, cloud_weight
@@ -71,8 +74,16 @@ class Trainer:
             if loss_scaling:
                 self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
             self.optimizer.build(self.model.trainable_variables)
-            # Sums of loss, correct pixels and pixels; in evaluation also of cloud in the labels.
-            self._train_sums = _per_replica(tf.zeros(3, tf.float64), tf.VariableAggregation.SUM)
+            self._forward_correction = forward_correction and forward_correction()
+            self._label_correction = label_correction and label_correction()
+            noise = self._forward_correction, self._label_correction
+            self._counters = [counter for counter in noise if counter]
+            # Sums of loss, correct pixels and pixels; in training also what counters count, in
+            # evaluation also cloud in the labels.
+            n_sums = 3 + sum(counter.n_counts for counter in self._counters)
+            self._train_sums = _per_replica(
+                tf.zeros(n_sums, tf.float64), tf.VariableAggregation.SUM
+            )
             self._eval_sums = _per_replica(tf.zeros(4, tf.float64), tf.VariableAggregation.SUM)
             # Training steps, and the first of them whose loss was not finite, or 0.
             first_replica = tf.VariableAggregation.ONLY_FIRST_REPLICA
@@ -115,7 +126,7 @@ class Trainer:
     def _sum_over_micro_batches(self, channels, cloud, weight):
         """Gradients of the objective, and float64 (3,) sums over pixels, of a replica's share."""
         gradients = [tf.zeros_like(v.value) for v in self.model.trainable_variables]
-        sums = tf.zeros(3, tf.float64)
+        sums = tf.zeros(self._train_sums.shape, tf.float64)
         for i in self._micro_batches(weight):
             tf.autograph.experimental.set_loop_options(parallel_iterations=1)  # memory of one
             part, part_sums = self._gradients_of(*self._cut(i, channels, cloud, weight))
@@ -157,8 +168,23 @@ class Trainer:
         """Return float64 (3,) sums over pixels, and the float32 loss per patch of a full batch."""
         probability = self._clipped(self._network(channels, training=training))
         label = tf.cast(self._clipped(cloud), tf.float32)
-        loss = self._loss(label, probability)  # (m, p, p)
-        loss *= 1 + (self._cloud_weight - 1) * label[..., 0]
+        target, expected, counts = label, probability, []
+        if self._label_correction and training:
+            target = self._label_correction.corrected(
+                label,
+                probability,
+                lambda: self._clipped(_turned(self._network(_turned(channels)))),
+            )
+            target = tf.stop_gradient(target)
+        if self._forward_correction:
+            expected = self._forward_correction.probability_of_label(
+                probability, self._clipped(channels)
+            )
+        if training:
+            facts = self._clipped(channels), label, probability, target, weight
+            counts = [counter.count(*facts) for counter in self._counters]
+        loss = self._loss(target, expected)  # (m, p, p)
+        loss *= 1 + (self._cloud_weight - 1) * target[..., 0]
         patch_loss = weight * tf.reduce_mean(loss, axis=(1, 2))  # (m,)
         correct = tf.reduce_sum(
             tf.cast((probability > THRESHOLD) == (label > 0), tf.float32), axis=(1, 2, 3)
@@ -166,13 +192,20 @@ class Trainer:
         pixels = float(label.shape[1] * label.shape[2])
         sums = tf.stack([patch_loss * pixels, weight * correct, weight * pixels])  # (3, m)
         objective = tf.reduce_sum(patch_loss) / self.batch_size
-        return tf.reduce_sum(tf.cast(sums, tf.float64), axis=1), objective
+        sums = tf.reduce_sum(tf.cast(sums, tf.float64), axis=1)
+        return tf.concat([sums, *counts], axis=0) if counts else sums, objective
 
     def _clipped(self, pixels):
         clip = slice(self._clip_offset, pixels.shape[1] - self._clip_offset)
         return pixels[:, clip, clip]
 
     # --- between steps ----------------------------------------------------------------------
+
+    def begin_epoch(self, history):
+        """Prepare what depends on earlier epochs; `history` has their rows."""
+        with self.strategy.scope():
+            for i, counter in enumerate(self._counters):
+                counter.begin_epoch([row["label_counts"][i] for row in history])
 
     @property
     def train_totals(self):
@@ -186,22 +219,30 @@ class Trainer:
     def pop_train_metrics(self):
         """Return loss, accuracy and number of patches since the last call; restart all counters."""
         self._steps.assign(tf.zeros(2, tf.int64))
-        return self._pop(self._train_sums)
+        metrics, _, counts = self._pop(self._train_sums)
+        if self._counters:
+            ends = np.cumsum([counter.n_counts for counter in self._counters])
+            parts = np.split(counts, ends[:-1])
+            metrics["label_counts"] = [part.tolist() for part in parts]
+        if self._label_correction:
+            metrics["labels_replaced"] = self._label_correction.share_replaced(parts[-1])
+        return metrics
 
     def pop_eval_metrics(self):
         """Return the same of `eval_step`, and the share of cloud in the labels of these pixels."""
-        return self._pop(self._eval_sums)
+        metrics, pixels, (cloud,) = self._pop(self._eval_sums)
+        return metrics | {"cloud": float(cloud / pixels)}
 
     def _pop(self, sums):
-        loss, correct, pixels, *cloud = sums.numpy()
+        (loss, correct, pixels), others = np.split(sums.numpy(), [3])
         sums.assign(tf.zeros(sums.shape, tf.float64))
         clipped = self.model.input_shape[1] - 2 * self._clip_offset
-        found = {
+        metrics = {
             "loss": float(loss / pixels),
             "accuracy": float(correct / pixels),
             "patches": round(pixels / clipped**2),
         }
-        return found | {"cloud": float(cloud[0] / pixels)} if cloud else found
+        return metrics, pixels, others
 
     def first_bad_step(self):
         """Return the first training step with a loss that is not finite, or 0.
@@ -273,6 +314,11 @@ def check_trainable(model):
             f"The network {model.name} has no trainable weights. Set trainable = True before "
             "saving it, or choose another network."
         )
+
+
+def _turned(patches):
+    """Patches (m, p, p, C) turned by 180 degrees."""
+    return tf.reverse(patches, axis=(1, 2))
 
 
 def _per_replica(value, aggregation):
