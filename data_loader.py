@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from harness.console import counted
-from harness.data.batches import Batch, as_dataset, fill_batches
+from harness.data.batches import Batch, as_dataset, fill_batches, raise_error
 from harness.data.hdf5_rows import storage
 from harness.data.patch_order import epoch_steps, replica_slots
 from harness.data.prefetch import ReaderPool
@@ -141,7 +141,7 @@ def read_scene(path, shape, padding=((0, 0), (0, 0)), labelled=True):
         return Scene(channels, cloud if "bayes" in datasets else None, valid, bt_12um, out_of_range)
 
 
-def read_patches(path, patches, shape, patch_size):
+def read_patches(path, patches, shape, patch_size, labelled=True):
     """Read training patches of a scene into their arrays.
 
     Args:
@@ -150,6 +150,7 @@ def read_patches(path, patches, shape, patch_size):
             (P, P, C), which receive normalised channels, and uint8 (P, P, 1).
         shape: (H, W, C) that the configuration demands of every scene.
         patch_size: Rows and columns of a patch.
+        labelled: Whether the Bayesian mask is read; otherwise the cloud arrays are left alone.
 
     Returns:
         How many of the numbers read are out of range; see Scene.
@@ -157,14 +158,13 @@ def read_patches(path, patches, shape, patch_size):
     Raises:
         SceneError: As `read_scene`.
     """
-    rows, cols = training_crop(*shape[:2], patch_size)
-    corners = itertools.product(*(range(cut.start, cut.stop, patch_size) for cut in (rows, cols)))
-    tiles = [Tile(*corner, *patches[i]) for i, corner in enumerate(corners) if i in patches]
-    with open_scene(path, shape) as datasets:
-        return _read_tiles(datasets, tiles)
+    corners = patch_corners(*shape[:2], patch_size)
+    tiles = [Tile(*corners[i], *arrays) for i, arrays in patches.items()]
+    with open_scene(path, shape, labelled) as datasets:
+        return _read_tiles(datasets, tiles, labelled)
 
 
-def _read_tiles(datasets, tiles):
+def _read_tiles(datasets, tiles, labelled=True):
     """Fill the arrays of tiles, and return how many numbers are out of range.
 
     A block of rows is read, normalised and copied to the tiles while it is in the processor's
@@ -175,8 +175,7 @@ def _read_tiles(datasets, tiles):
     # Pixels are copied as one item of bytes each, 24 and 12: twice as fast as float by float.
     pixel = np.dtype([("refs", f"V{4 * n_refs}"), ("bts", f"V{4 * n_bts}")])
     pixels = [tile.channels.view(pixel)[..., 0] for tile in tiles]  # (h, w)
-    fold = refs.shape[0] // bts.shape[0]  # 2 if reflectances are on the 500 m grid
-    out_of_range = 0
+    out_of_range, fold = 0, refs.shape[0] // bts.shape[0]  # 2 if refs are on the 500 m grid
 
     blocks = read_rows(refs, tiles, REFLECTANCE_RANGE, fold)
     for first, col, _, n_outside, values in _normalise(blocks, REFLECTANCE_OFFSET):
@@ -192,7 +191,7 @@ def _read_tiles(datasets, tiles):
         if any(tile.valid is not None for tile in tiles):
             valid = np.logical_and.reduce([block[..., i] != 0 for i in range(n_bts)])
             copy_to_tiles(first, col, valid, tiles, [tile.valid for tile in tiles])
-    if "bayes" in datasets:
+    if labelled and "bayes" in datasets:
         clouds = [tile.cloud[..., 0] for tile in tiles]
         for first, col, block, _ in read_rows(datasets["bayes"], tiles, (-np.inf, np.inf)):
             copy_to_tiles(first, col, block[..., 0] != 0, tiles, clouds)
@@ -228,9 +227,10 @@ def training_crop(height, width, patch_size):
     return tuple(slice(begin, begin + n) for begin, n in zip(begins, sizes, strict=True))
 
 
-def raise_error(path, error):
-    """The default of `PatchBatches.on_bad_scene`."""
-    raise error
+def patch_corners(height, width, patch_size):
+    """First row and column of each training patch, along rows first: (88, 110), (88, 366)..."""
+    cuts = training_crop(height, width, patch_size)
+    return list(itertools.product(*(range(cut.start, cut.stop, patch_size) for cut in cuts)))
 
 
 @dataclass

@@ -91,25 +91,25 @@ def run_benchmark(task, ranks):
 
 def train(config, devices, run, scenes):
     """Train a network on scenes; the model with the lowest validation loss is run.model_file."""
+    labels = build.open_labels(config, devices, run, scenes)
     trainer = build.open_trainer(config, devices)
-    on_bad_scene = run.bad_scenes.handler
+    skipping = run.bad_scenes.handler
     with (
         build.open_batches(
-            config, devices, scenes.train, on_bad_scene=on_bad_scene("training", scenes.train)
+            config, devices, scenes.train, labels, on_bad_scene=skipping("training", scenes.train)
         ) as training,
         build.open_batches(
-            config, devices, scenes.validation, validate=True,
-            on_bad_scene=on_bad_scene("validation", scenes.validation),
+            config, devices, scenes.validation, labels, validate=True,
+            on_bad_scene=skipping("validation", scenes.validation),
         ) as validation,
     ):  # fmt: skip
-        warm_up_seconds = trainer.warm_up(training.replica_batch, validation.replica_batch)
         facts = {
             "scenes_train": len(scenes.train),
             "scenes_test": len(scenes.validation),
             "patches_train": training.n_patches,
             "patches_test": validation.n_patches,
             "loss_function": config.loss,
-            "warm_up_seconds": warm_up_seconds,  # tracing and compiling, before the run starts
+            "warm_up_seconds": trainer.warm_up(training.replica_batch, validation.replica_batch),
         }
         state = run.start_training(trainer, facts)
         if config.tensorboard and run.is_chief:

@@ -19,6 +19,7 @@ from harness.data.cache import cached
 from harness.data.page_cache import evict
 from harness.errors import UserError
 from harness.files import json_sha256, lock, walk_files
+from harness.labels.label_files import ONE, make_labels, with_labels
 from harness.records.run import Run
 from harness.records.run_folder import make_folder
 from harness.signals import install_handlers
@@ -187,25 +188,45 @@ def open_trainer(config, devices):
         config.cloud_weight,
         loss_scaling=config.precision == "float16",
         xla=config.xla,
+        label_one=1 if config.labels == "bayes" else ONE,
         forward_correction=ForwardCorrection if config.loss == "forward_correction" else None,
         label_correction=choose(LABEL_CORRECTIONS, "label_correction", config.label_correction),
     )
 
 
-def open_batches(config, devices, paths, validate=False, **options):
+def open_labels(config, devices, run, scenes):
+    """The folder of mask files that training takes its labels from; None for the Bayesian mask."""
+    if config.labels == "bayes":
+        return None
+    if config.labels != "none":
+        return Path(config.labels)
+    folder, paths = run.path("labels"), sorted([*scenes.train, *scenes.validation])
+    on_bad_scene = run.bad_scenes.handler("training", paths)
+    make_labels(folder, paths, config.scene_shape, config.seed, devices, on_bad_scene)
+    return folder
+
+
+def open_batches(config, devices, paths, labels=None, validate=False, **options):
     """The batches of training patches, or of validation patches in order.
 
     Args:
         config: Config.
         devices: Devices.
         paths: Scene files.
+        labels: Folder of `open_labels`.
         validate: Whether the scenes are for validation.
         options: More arguments of data_loader.PatchBatches.
     """
     micro_batch = devices.micro_batch(config.micro_batch, config.batch_size)
-    read = functools.partial(read_patches, shape=config.scene_shape, patch_size=config.patch_size)
+    read = functools.partial(
+        read_patches, shape=config.scene_shape, patch_size=config.patch_size,
+        labelled=config.labels == "bayes",
+    )  # fmt: skip
     if config.cache_dir:
-        read = cached(read, config.cache_dir, f"{config.scene_shape} {config.patch_size}")
+        label = "" if config.labels == "bayes" else " unlabelled"
+        read = cached(read, config.cache_dir, f"{config.scene_shape} {config.patch_size}{label}")
+    if labels:
+        read = with_labels(read, labels, config.scene_shape, config.patch_size)
     mixed_scenes = config.shuffle_scenes
     if mixed_scenes == "auto":
         mixed_scenes = max(MIXED_SCENES, devices.n_ranks)

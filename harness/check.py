@@ -42,7 +42,9 @@ def check(config, ranks):
             "without srun, jsrun or mpirun."
         )
     found = FoundScenes.find(config.train_dir, config.inference_dir, "benchmark")
-    stored, bad = check_scenes(found.all, config.scene_shape, read_timeout=config.read_timeout)
+    stored, bad = check_scenes(
+        found.all, config.scene_shape, config.labels == "bayes", config.read_timeout
+    )
     columns = {}
     for name, paths in (("train_dir", found.train), ("inference_dir", found.inference)):
         good = [path for path in paths if path in stored]
@@ -50,7 +52,7 @@ def check(config, ranks):
         for path in good[:: -(-len(good) // SCENES_SAMPLED)] if good else ():
             begin = time.perf_counter()
             try:
-                scene = read_scene(path, config.scene_shape)
+                scene = read_scene(path, config.scene_shape, labelled=config.labels == "bayes")
                 samples.append((scene, time.perf_counter() - begin))
             except SceneError as error:
                 bad[path] = str(error)

@@ -29,9 +29,10 @@ SIMILAR = 0.6  # of difflib's 0 to 1: 'epoch' and 'epochs' are at 0.9, 'foo' and
 COMBINED = ("PATCH_SIZE", "CROP_SIZE", "IMAGE_H", "IMAGE_W", "clip_offset")
 RESERVED = (  # names in a run's folder
     "config.yaml", "results.json", "history.csv", "scenes.csv", "samples.csv", "report.html",
-    "report_scenes", "masks", "checkpoints", "bad_scenes", "tensorboard",
+    "report_scenes", "masks", "labels", "checkpoints", "bad_scenes", "tensorboard",
 )  # fmt: skip
 FILE_KEYS = ("model_file", "log_file", "mlperf_logfile")  # files that a run writes
+LABELS = ("bayes", "none")  # values of `labels` that are no folder
 MODEL_SUFFIXES = (".keras", ".h5")
 FOLDER_KEYS = ("train_dir", "inference_dir", "output_dir", "cache_dir")
 # The two names of each folder of the published data; the second ones since April 2026.
@@ -84,6 +85,11 @@ def _plain_name(value):
     if isinstance(value, str) and not (value.isprintable() and 0 < len(value.strip()) <= 200):
         raise ValueError("should have 1 to 200 characters that can be printed")
     return str(value) if isinstance(value, int | float) else value
+
+
+def _labels(value):
+    """`bayes` and `none` stay; the path of a folder of masks becomes absolute."""
+    return value if value in LABELS else os.path.abspath(_expand(str(value)))
 
 
 def _network(value):
@@ -161,6 +167,7 @@ class Config(BaseModel):
     # Training
     network: Annotated[str, BeforeValidator(_network)] = "unet"
     loss: str = "cross_entropy"
+    labels: Annotated[str, BeforeValidator(_labels)] = "bayes"
     label_correction: str = "none"
     augment: str = "none"
     seed: Annotated[int, Number, Field(ge=0, lt=2**32)] = 1234

@@ -12,12 +12,14 @@ import numpy as np
 
 from data_loader import SceneError, check_scene, find_scenes, split_scenes
 from harness import REPOSITORY
+from harness.config import LABELS
 from harness.console import counted, format_bytes, progress
 from harness.data.bad_scenes import START, BadScenes
 from harness.data.prefetch import ReaderPool
 from harness.data.scene_files import day_or_night
 from harness.data.scene_rows import is_synthetic
 from harness.errors import UserError
+from harness.labels.label_files import check_labels
 
 THREADS = 16
 HEADER_BYTES = 1 << 16  # of a file; contains most of its headers
@@ -86,13 +88,14 @@ class FoundScenes:
         """The paths of all scenes."""
         return [*self.train, *self.inference]
 
-    def check(self, shape, read_timeout, on_bad_scene, known_bad=()):
+    def check(self, shape, read_timeout, on_bad_scene, labelled, known_bad=()):
         """Check the headers of all scenes.
 
         Args:
             shape: (H, W, C) of every scene.
             read_timeout: Seconds after which reading a file fails.
             on_bad_scene: 'stop' or 'skip'.
+            labelled: Whether a scene without a Bayesian mask is bad.
             known_bad: {path as text: reason} of scenes that need no check.
 
         Returns:
@@ -102,7 +105,7 @@ class FoundScenes:
             SceneError: If there are bad scenes and none may be skipped.
         """
         paths = [path for path in self.all if str(path) not in known_bad]
-        _, bad = check_scenes(paths, shape, bool(self.train), read_timeout)
+        _, bad = check_scenes(paths, shape, labelled, read_timeout)
         reject_bad_scenes(paths, bad, on_bad_scene)
         return {**dict(known_bad), **{str(path): reason for path, reason in bad.items()}}
 
@@ -184,11 +187,14 @@ def choose_skipped(config, mode, found, folder=None):
         SceneError: If scenes are bad and must not be skipped, or too few remain.
         UserError: If the disk is too small.
     """
+    if config.labels not in LABELS:
+        check_labels(config.labels, found.train)
     skipped = BadScenes(folder, config.on_bad_scene).reasons(START) if folder else {}
     if folder and config.on_bad_scene == "skip":
         return skipped  # scenes that turned bad later are met, and skipped, where they are read
     shape = config.shape_in(mode)
-    skipped = found.check(shape, config.read_timeout, config.on_bad_scene, skipped)
+    labelled = bool(found.train) and config.labels == "bayes"
+    skipped = found.check(shape, config.read_timeout, config.on_bad_scene, labelled, skipped)
     found.split(config.train_split, skipped)
     if not folder:
         n_masks = len(found.inference)
@@ -304,10 +310,11 @@ def describe_scenes(paths, stored, samples):
         )
     if samples:
         scenes = [scene for scene, _ in samples]
+        cloud = [scene.cloud.mean() for scene in scenes if scene.cloud is not None]
         lines |= {
             "sample": counted(len(samples), "scene"),
             "pixels without data": f"{1 - np.mean([s.valid.mean() for s in scenes]):.1%}",
-            "cloud": f"{np.mean([s.cloud.mean() for s in scenes]):.1%}",
+            "cloud": f"{np.mean(cloud):.1%}" if cloud else "no Bayesian mask",
             "numbers out of range": str(sum(s.out_of_range for s in scenes)),
             "reading": f"{np.median([seconds for _, seconds in samples]):.3f} s per scene",
         }

@@ -100,6 +100,11 @@ def _scene_jobs(epoch, shares, begun, empty_batch):
         yield job
 
 
+def raise_error(path, error):
+    """The default of `PatchBatches.on_bad_scene`."""
+    raise error
+
+
 def as_dataset(batches, shapes, dtypes):
     """A prefetching tf.data.Dataset, without end, of batches that are made in Python.
 

@@ -7,7 +7,7 @@ agree, and a resumed run continues exactly. Each has
     n_counts: how many counts there are.
     count(channels, label, probability, corrected, weight): float64 (n_counts,) of a micro-batch,
         for float32 channels (m, p, p, 9), normalised; label, probability and corrected label
-        (m, p, p, 1); and weight (m,), 0 or 1.
+        (m, p, p, 1), 0 to 1; and weight (m,), 0 or 1.
     begin_epoch(counts): prepares an epoch; `counts` has those of each earlier epoch.
 """
 
@@ -52,7 +52,7 @@ class ForwardCorrection:
     def count(self, channels, label, probability, corrected, weight):
         """Confident pixels by regime, predicted class and label."""
         is_cloud, is_clear = probability > self.CONFIDENT, probability < 1 - self.CONFIDENT
-        classes = (2 * tf.cast(is_cloud, tf.float32) + corrected)[..., 0]
+        classes = (2 * tf.cast(is_cloud, tf.float32) + tf.round(corrected))[..., 0]
         cells = 4 * regimes(channels) + classes
         return _count_cells(cells, (is_cloud | is_clear)[..., 0], weight, self.n_counts)
 
@@ -111,7 +111,7 @@ class EarlyLearning:
     def count(self, channels, label, probability, corrected, weight):
         """Pixels by label and predicted class, and those whose label is replaced."""
         del channels
-        cells = (2 * label + tf.cast(probability > 0.5, tf.float32))[..., 0]
+        cells = (2 * tf.round(label) + tf.cast(probability > 0.5, tf.float32))[..., 0]
         agreement = _count_cells(cells, tf.ones_like(cells, bool), weight, 4)
         replaced = _count_cells(tf.zeros_like(cells), (label != corrected)[..., 0], weight, 1)
         return tf.concat([agreement, replaced], axis=0)

@@ -51,6 +51,7 @@ class Trainer:
         cloud_weight: Weight of cloud pixels in the loss.
         loss_scaling: Whether gradients are scaled against underflow, for float16.
         xla: Whether the network is compiled.
+        label_one: Number in `cloud` that says cloud; smaller ones are probabilities times this.
         forward_correction: Class label_noise.ForwardCorrection, or None.
         label_correction: A class in label_noise.LABEL_CORRECTIONS, or None.
 
@@ -61,11 +62,11 @@ class Trainer:
     def __init__(
         self, strategy, build_model, loss, learning_rate, batch_size, micro_batch,
         clip_offset=0, cloud_weight=1.0, loss_scaling=False, xla=False,
-        forward_correction=None, label_correction=None,
+        label_one=1, forward_correction=None, label_correction=None,
     ):  # fmt: skip
         self.strategy, self.batch_size, self.micro_batch = strategy, batch_size, micro_batch
         self._loss, self._clip_offset, self._cloud_weight = loss, clip_offset, cloud_weight
-        self._loss_scaling = loss_scaling
+        self._loss_scaling, self._label_one = loss_scaling, float(label_one)
         with strategy.scope():
             self.model = build_model()
             check_trainable(self.model)
@@ -160,14 +161,16 @@ class Trainer:
 
     def _sums(self, channels, cloud, weight):
         sums, _ = self._forward(channels, cloud, weight, training=False)
-        label = tf.cast(self._clipped(cloud), tf.float32)
-        cloudy = tf.cast(weight * tf.reduce_sum(label, axis=(1, 2, 3)), tf.float64)  # (m,), exact
+        is_cloud = tf.cast(self._label(cloud) > THRESHOLD, tf.float32)
+        cloudy = tf.cast(
+            weight * tf.reduce_sum(is_cloud, axis=(1, 2, 3)), tf.float64
+        )  # (m,), exact
         return tf.concat([sums, [tf.reduce_sum(cloudy)]], axis=0)
 
     def _forward(self, channels, cloud, weight, training):
         """Return float64 (3,) sums over pixels, and the float32 loss per patch of a full batch."""
         probability = self._clipped(self._network(channels, training=training))
-        label = tf.cast(self._clipped(cloud), tf.float32)
+        label = self._label(cloud)
         target, expected, counts = label, probability, []
         if self._label_correction and training:
             target = self._label_correction.corrected(
@@ -187,13 +190,17 @@ class Trainer:
         loss *= 1 + (self._cloud_weight - 1) * target[..., 0]
         patch_loss = weight * tf.reduce_mean(loss, axis=(1, 2))  # (m,)
         correct = tf.reduce_sum(
-            tf.cast((probability > THRESHOLD) == (label > 0), tf.float32), axis=(1, 2, 3)
+            tf.cast((probability > THRESHOLD) == (label > THRESHOLD), tf.float32), axis=(1, 2, 3)
         )  # (m,), exact: below 2^24 pixels
         pixels = float(label.shape[1] * label.shape[2])
         sums = tf.stack([patch_loss * pixels, weight * correct, weight * pixels])  # (3, m)
         objective = tf.reduce_sum(patch_loss) / self.batch_size
         sums = tf.reduce_sum(tf.cast(sums, tf.float64), axis=1)
         return tf.concat([sums, *counts], axis=0) if counts else sums, objective
+
+    def _label(self, cloud):
+        """Label of each pixel that counts: float32 (m, p, p, 1), 0 to 1."""
+        return tf.cast(self._clipped(cloud), tf.float32) / self._label_one
 
     def _clipped(self, pixels):
         clip = slice(self._clip_offset, pixels.shape[1] - self._clip_offset)

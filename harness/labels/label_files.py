@@ -1,0 +1,104 @@
+"""Labels from mask files, one per scene: masks of another run, or those of the mixture model."""
+
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from data_loader import SceneError, patch_corners, read_scene
+from harness.console import progress
+from harness.data.hdf5 import open_hdf5, open_numbers, read_all
+from harness.errors import UserError
+from harness.files import read_text, replacing, write_json
+
+ONE = 255  # the probability 1, in the bytes of a batch
+FITTED_SCENES = 64  # at most, to which the mixture model is fitted
+
+
+def label_file(folder, path):
+    """The mask file of a scene."""
+    return Path(folder) / f"{path.stem}.h5"
+
+
+def check_labels(folder, paths):
+    """Check that a folder has a mask file for each scene.
+
+    Raises:
+        UserError: If it has not.
+    """
+    if missing := [path for path in paths if not label_file(folder, path).is_file()]:
+        raise UserError(
+            f"labels {folder} should have a mask file for each scene in train_dir, found none for "
+            f"{missing[0].stem} ({len(missing)} of {len(paths)} are missing). Make masks with "
+            "--mode inference, or set labels to bayes or none."
+        )
+
+
+def with_labels(read, folder, shape, patch_size):
+    """Give a function that reads patches the labels of mask files.
+
+    Args:
+        read: Function of a path and of arrays for patches, such as `data_loader.read_patches`,
+            which leaves the cloud arrays alone.
+        folder: Folder of mask files with `probability`, or `mask` alone.
+        shape: (H, W, C) of every scene.
+        patch_size: Rows and columns of a patch.
+
+    Returns:
+        Function of the same arguments and result as `read`; labels are 0 to ONE.
+    """
+    corners = patch_corners(*shape[:2], patch_size)
+
+    def read_with_labels(path, patches):
+        out_of_range = read(path, patches)
+        with open_hdf5(label_file(folder, path), error_class=SceneError) as file:
+            name = "probability" if "probability" in file else "mask"
+            probability = read_all(open_numbers(file, name, shape[:2]))
+        labels = np.rint(ONE * np.clip(np.nan_to_num(probability), 0, 1)).astype(np.uint8)
+        for i, (_, cloud) in patches.items():
+            row, col = corners[i]
+            cloud[..., 0] = labels[row : row + patch_size, col : col + patch_size]
+        return out_of_range
+
+    return read_with_labels
+
+
+def make_labels(folder, paths, shape, seed, devices, on_bad_scene):
+    """Label scenes by a mixture model that is fitted to them; files that exist stay.
+
+    Args:
+        folder: Path, for mask files with `probability` and mixture.json; made if absent.
+        paths: Scene files.
+        shape: (H, W, C) of every scene.
+        seed: Of the run.
+        devices: Devices; its ranks share the scenes.
+        on_bad_scene: Called with the path and the SceneError of a scene that cannot be read.
+    """
+    from harness.labels.mixture import PhysicalMixture, fit_mixture
+
+    def read(path):
+        devices.check()
+        try:
+            return read_scene(path, shape, labelled=False)
+        except SceneError as error:
+            on_bad_scene(path, error)
+
+    model_file = folder / "mixture.json"
+    if devices.is_chief and not model_file.exists():
+        folder.mkdir(exist_ok=True)
+        chosen = np.random.default_rng(seed).permutation(len(paths))[:FITTED_SCENES]
+        scenes = (
+            scene for i in progress(chosen, "Fitting", len(chosen)) if (scene := read(paths[i]))
+        )
+        write_json(model_file, fit_mixture(((s.channels, s.valid) for s in scenes), seed).to_dict())
+    devices.gather(0)  # the model is there
+    mixture = PhysicalMixture.from_dict(json.loads(read_text(model_file)))
+    mine = paths[devices.rank :: devices.n_ranks]
+    for path in progress(mine, "Labelling", len(mine)):
+        if label_file(folder, path).exists() or (scene := read(path)) is None:
+            continue
+        probability = mixture.probability(scene.channels, scene.valid)
+        with replacing(label_file(folder, path)) as temporary, h5py.File(temporary, "w") as file:
+            file["probability"] = probability.astype(np.float16)
+    devices.gather(0)  # all labels are there
