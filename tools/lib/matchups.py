@@ -308,11 +308,41 @@ def median_and_robust_std(values):
     return float(median), float(ROBUST * np.median(np.abs(values - median)))
 
 
+def compare_masks(names, cloud, scores, difference):
+    """Statistics of satellite - buoy where masks are clear, at their own and at equal coverage.
+
+    Args:
+        names: Names of the K masks.
+        cloud: bool (n, K), what they say of n match-ups.
+        scores: float (n, K), rising with the probability of cloud; NaN where unknown.
+        difference: float64 (n,), satellite - buoy [K].
+
+    Returns:
+        List of dictionaries with `mask`, `as_clear_as`, `matchups`, `coverage` (share of the n),
+        `median` and `robust_std`. Each mask with scores is also taken to be clear in as many
+        match-ups as each mask without; if all have scores, as the mask with the fewest.
+    """
+
+    def row(name, reference, values):
+        median, robust_std = median_and_robust_std(values)
+        about = {"mask": name, "as_clear_as": reference, "matchups": len(values)}
+        about["coverage"] = len(values) / len(difference)
+        return about | {"median": median, "robust_std": robust_std}
+
+    rows = [row(name, "", difference[~cloud[:, i]]) for i, name in enumerate(names)]
+    n_clear, has_scores = (~cloud).sum(axis=0), ~np.isnan(scores).any(axis=0)
+    for reference in [n_clear.argmin()] if has_scores.all() else np.flatnonzero(~has_scores):
+        for i in np.flatnonzero(has_scores):
+            clearest = np.argsort(scores[:, i], kind="stable")[: n_clear[reference]]
+            rows.append(row(names[i], names[reference], difference[clearest]))
+    return rows
+
+
 # --- the command line -----------------------------------------------------------------------
 
 
 def add_matchup_arguments(add):
-    """Add the options that say how a table of match-ups is read, by the add_argument of a parser."""
+    """Add the options that say how a table is read, by the add_argument of a parser."""
     lists = {"nargs": "+", "action": "extend", "default": []}
     add("--minutes", type=float, default=0.0, help="tolerance before and after a scene (default 0)")
     add("--column", metavar="OURS=THEIRS", **lists, help="names that the table has for our columns")
