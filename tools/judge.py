@@ -23,7 +23,7 @@ consistency   with --consistency N: share of the pixels that change if a run mas
 
 The estimates are right if the errors of the masks are independent. They seldom are: networks learn
 the errors of their label, and all masks miss thin cloud. Masks that err alike then look better than
-they are. Signs of that are printed, but three masks show few: add masks of other kinds, and believe
+the others. Signs of that are printed, but three masks show few: add masks of other kinds, and trust
 SST at equal coverage first. If the scene files contain `truth`, as synthetic ones do, the tables
 include the true values and how the errors correlate.
 
@@ -239,8 +239,8 @@ def warnings_of(masks, n_scenes, counts):
     learned = [mask.name for mask in masks if mask.config or mask.name == "bayes"]
     if len(learned) > 1:
         texts.append(
-            "Networks learn the errors of their label: the estimates of "
-            f"{', '.join(learned)} are probably too high."
+            f"Do not trust the order of {', '.join(learned)}: the errors of networks depend on "
+            "each other and on their label."
         )
     if n_scenes < FEW_SCENES:
         texts.append(f"The limits of 95 % are rough, as they come from {n_scenes} scenes.")
