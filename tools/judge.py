@@ -39,7 +39,7 @@ from _command import exit_status  # isort: skip  (before all packages)
 import numpy as np
 
 from harness.config import Config
-from harness.console import log_to_screen, progress, table
+from harness.console import counted, log_to_screen, progress, table
 from harness.data.positions import check_geodetic
 from harness.data.scene_files import day_or_night
 from harness.errors import UserError
@@ -196,6 +196,9 @@ def judge(arguments):
     total = counts.sum(axis=0)
     has_truth = total[1].any()
     accuracy, balanced = collocation.agreement(total.ravel() if has_truth else total[0])
+    same = accuracy[: len(names), : len(names)] > 1 - 1e-10  # 1 but for rounding
+    for i, j in np.argwhere(np.triu(same, 1)):
+        raise UserError(f"{names[i]} and {names[j]} are the same mask. Leave one of them out.")
     rows = accuracy_rows(names, counts, places)
     results = {"masks": names, "scenes": [*scenes], "accuracies": rows}
     results |= {"agreement": accuracy.tolist(), "balanced_agreement": balanced.tolist()}
@@ -243,7 +246,7 @@ def warnings_of(masks, n_scenes, counts):
             "each other and on their label."
         )
     if n_scenes < FEW_SCENES:
-        texts.append(f"The limits of 95 % are rough, as they come from {n_scenes} scenes.")
+        texts.append(f"The limits of 95 % are rough: they come from {counted(n_scenes, 'scene')}.")
     return texts
 
 

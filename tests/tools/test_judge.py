@@ -120,6 +120,14 @@ def test_dependent_errors_are_reported(what):
     assert any(text.startswith(sign) for text in texts) if sign else not texts
 
 
+def test_masks_without_solution_are_never_the_best():
+    truth = np.random.default_rng(7).random((50, 40)) < CLOUD
+    masks = [*independent_masks(np.random.default_rng(8), truth, 2), np.ones_like(truth)]
+    counts = collocation.count_patterns(masks, np.ones_like(truth))
+    values, best = collocation.estimate(np.array([counts, counts]))
+    assert np.isnan([*values.values()]).all() and not best.any()
+
+
 def test_equal_coverage_takes_the_clearest_match_ups():
     difference = np.array([0.0, 0.1, -0.1, -3.0, -5.0])
     scores = np.array([[0.1, 0.2, 0.3, 0.4, 0.9], [np.nan] * 5, [0.9, 0.8, 0.7, 0.1, 0.2]]).T
@@ -273,6 +281,7 @@ def test_sst_agrees_with_the_validation_of_one_run(world, tmp_path):
         (["bayes", "bayes"], "bayes is given twice"),
         (["bayes", "ssts"], "No masks in ssts: it should be the folder of a run"),
         (["bayes", "threshold"], "No mask is that of a run. Give the folder of the scenes"),
+        (["run", "run/masks"], "run and masks are the same mask. Leave one of them out"),
         (["run", "summary"], "it has no dataset 'summary'"),
         (["run", "bayes", "--scene", "x"], "Not all masks have the scene 'x'"),
         (["run", "bayes", "--consistency", "2"], "--consistency needs a run with its model file"),

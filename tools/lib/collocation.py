@@ -139,17 +139,17 @@ def estimate(counts):
         {suffix: float64 (K, RATES)}: the median over triplets, suffix "", and their extremes,
         "_min" and "_max", from all scenes together; the central 95 % of the median when scenes are
         drawn again, "_low" and "_high", NaN with one scene. And the share of those draws in which
-        each mask has the highest balanced accuracy, float64 (K,).
+        each mask has the highest balanced accuracy, float64 (K,); equal masks share the place.
     """
     median, low, high = combine(all_triplets(counts.sum(axis=0)))
     n = len(counts)
     drawn = np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), RESAMPLINGS)
     again, *_ = combine(all_triplets(drawn @ counts))
-    first = np.nan_to_num(again[..., -1], nan=-1).argmax(axis=-1)
-    best = np.bincount(first, minlength=again.shape[1]) / RESAMPLINGS
+    score = np.nan_to_num(again[..., -1], nan=-1)
+    is_best = (score == score.max(axis=-1, keepdims=True)) & (score > -1)
     limits = np.quantile(again, LIMITS, axis=0) if n > 1 else np.full((2, *median.shape), np.nan)
     names = "", "_min", "_max", "_low", "_high"
-    return dict(zip(names, (median, low, high, *limits), strict=True)), best
+    return dict(zip(names, (median, low, high, *limits), strict=True)), is_best.mean(axis=0)
 
 
 def true_rates(counts):
