@@ -150,6 +150,7 @@ def inference_line(config, devices, results):
         f"accuracy={results['accuracy']:.3f}, replicas={devices.n_replicas}, "
         f"all_cloud_accuracy={results['all_cloud_accuracy']:.3f}, "
         f"threshold_accuracy={results['threshold_accuracy']:.3f}, "
+        f"no_data_clear_accuracy={results['no_data_clear_accuracy']:.3f}, "
         f"valid_accuracy={results['valid_accuracy']:.3f}, "
         f"valid_all_cloud_accuracy={results['valid_all_cloud_accuracy']:.3f}, "
         f"valid_threshold_accuracy={results['valid_threshold_accuracy']:.3f}"
@@ -196,6 +197,8 @@ def plan(config, mode, scenes, devices):
         n = counted(len(scenes.inference), "scene")
         size = "" if mode == "inference" else f" of {shape}"  # which takes any size
         lines.append(f"inference   {n}{size}, {how[config.inference_mode]}")
+        if config.no_data == "clear":
+            lines.append("            clear where a brightness temperature is missing")
     if scenes.synthetic:
         lines.append(f"data        synthetic scenes in {' and '.join(sorted(scenes.synthetic))}")
     return lines
