@@ -21,7 +21,7 @@ BATCH = 4  # patches that pass through the network at once; as a run on a CPU
 log = logging.getLogger(__name__)
 
 
-def predict_scene(model, path, mode="patches", patch_size=256, crop_size=80):
+def predict_scene(model, path, mode="patches", patch_size=256, crop_size=80, no_data="network"):
     """Mask one scene of any size, as `--mode inference` does with the same settings.
 
     The model is read and traced anew in each call, which takes a few seconds.
@@ -34,10 +34,11 @@ def predict_scene(model, path, mode="patches", patch_size=256, crop_size=80):
             scene; see inference_mode in config.yaml.
         patch_size: Rows and columns of a patch; PATCH_SIZE in config.yaml.
         crop_size: Overlap of neighbouring patches, even; CROP_SIZE in config.yaml.
+        no_data: What the mask is where a brightness temperature is missing: 'network', what the
+            network says of 0 K, as in the benchmark; or 'clear'; no_data in config.yaml.
 
     Returns:
-        mask: uint8 (H, W), 1 is cloud. Where a brightness temperature is missing, it is what the
-            network says of 0 K, as in the benchmark.
+        mask: uint8 (H, W), 1 is cloud.
         probability: float32 (H, W), probability of cloud, NaN where one is missing.
 
     Raises:
@@ -46,6 +47,8 @@ def predict_scene(model, path, mode="patches", patch_size=256, crop_size=80):
     """
     if mode not in ("patches", "scene"):
         raise UserError(f"mode should be 'patches' or 'scene', found {mode!r}.")
+    if no_data not in ("network", "clear"):
+        raise UserError(f"no_data should be 'network' or 'clear', found {no_data!r}.")
     if not 0 <= crop_size < patch_size or crop_size % 2:
         raise UserError(
             f"crop_size should be even and smaller than patch_size, found {crop_size} and "
@@ -80,5 +83,7 @@ def predict_scene(model, path, mode="patches", patch_size=256, crop_size=80):
     probability, _ = predictor(scene.channels)
     if not np.isfinite(probability).all():
         raise UserError(f"The model gives probabilities that are not finite for {path}.")
-    mask = (probability > THRESHOLD).astype(np.uint8)
-    return mask, np.where(scene.valid, probability, np.float32(np.nan))
+    mask = probability > THRESHOLD
+    if no_data == "clear":
+        mask &= scene.valid
+    return mask.astype(np.uint8), np.where(scene.valid, probability, np.float32(np.nan))

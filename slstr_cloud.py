@@ -23,7 +23,6 @@ from harness.command_line import choose_task, parse_arguments
 from harness.console import log_to_screen, progress
 from harness.data.prefetch import ReaderPool, exit_process
 from harness.errors import is_user_error, one_line
-from harness.files import file_sha256
 from harness.inference import scores
 from harness.inference.masks import MaskFolder, compare_masks
 from harness.parallel.launchers import detect_launch
@@ -184,7 +183,7 @@ def infer(config, devices, run, paths):
             facts["differs"] = compare_masks(predictors[0], reference, paths[0], config.n_channels)
     if run.mode == "inference":
         run.start_inference(model, paths)
-    masks = MaskFolder(run.path("masks"), devices.check, file_sha256(run.model_file))
+    masks = MaskFolder(run.path("masks"), devices.check, run.model_file, config.no_data)
     if devices.is_chief:
         masks.remove_locks()
         run.bad_scenes.forget("inference")
@@ -252,7 +251,7 @@ def mask_scenes(config, devices, run, masks, on_bad_scene, paths, predictor):
                 "part": run.part,
             }
             kept = probability if config.keep_probability else None
-            masks.write(path, mask, kept, row, model=str(run.model_file))
+            masks.write(path, mask, scene.valid, kept, row)  # which applies no_data
             last = active_seconds()
 
 

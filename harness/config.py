@@ -185,6 +185,7 @@ class Config(BaseModel):
 
     # Inference
     inference_mode: Literal["patches", "scene"] = "patches"
+    no_data: Literal["network", "clear"] = "network"
     keep_probability: bool = False
 
     # Reports

@@ -33,12 +33,13 @@ def masked(finished, model, settings, tmp_path_factory):
 def test_scene_gets_the_mask_of_a_run(dataset, model, masked, mode):
     paths = sorted((dataset / "ssts").rglob("S3A*.hdf"))
     assert len(paths) == 2
-    for path in paths:
-        mask, probability = predict_scene(model, path, mode=mode, **AS_RUN)
+    for path, no_data in zip(paths, ("network", "clear"), strict=True):
+        mask, probability = predict_scene(model, path, mode=mode, no_data=no_data, **AS_RUN)
         assert (mask.dtype, probability.dtype) == (np.uint8, np.float32)
         with h5py.File(masked[mode] / f"{path.stem}.h5") as file, h5py.File(path) as scene:
-            np.testing.assert_array_equal(mask, file["mask"])
             valid = (np.nan_to_num(scene["bts"][:]) != 0).all(axis=-1)
+            ours = file["mask"] & valid if no_data == "clear" else file["mask"][:]
+            np.testing.assert_array_equal(mask, ours)
             expected = np.where(valid, file["probability"][:], np.nan)
         np.testing.assert_array_equal(probability, expected)
         assert 0 < np.isnan(probability).mean() < 0.5 and mask.shape == (HEIGHT, WIDTH)
@@ -68,6 +69,7 @@ def tiny(n_channels, bias=0.0, outputs=1):
     ("network", "options", "reason"),
     [
         (tiny(9), {"mode": "strips"}, "'patches' or 'scene', found 'strips'"),
+        (tiny(9), {"no_data": "cloud"}, "'network' or 'clear', found 'cloud'"),
         (tiny(9), {"patch_size": 64}, "smaller than patch_size, found 80 and 64"),
         (tiny(9), {"patch_size": 64, "crop_size": 7}, "even .* found 7 and 64"),
         (tiny(5), AS_RUN, r"takes \(rows, columns, 5\), expected \(rows, columns, 9\)\. Choose an"),

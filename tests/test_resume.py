@@ -452,9 +452,13 @@ def test_finished_run_is_not_changed(whole, capsys):
 
 def test_finished_run_can_be_given_more_epochs(tmp_path, quick, whole):
     run = start(tmp_path, {**quick, "epochs": EPOCHS - 1})
-    assert resume(run.folder, "--set", f"epochs={EPOCHS}") == 0
+    target = float(rows_of(whole / "history.csv")[-1]["val_accuracy"])
+    changes = f"epochs={EPOCHS}", f"target_accuracy={target}"
+    assert resume(run.folder, "--set", *changes) == 0
     ours, theirs = (rows_of(folder / "history.csv") for folder in (run.folder, whole))
     assert ours == theirs
+    seconds = [float(row["seconds"]) for row in rows(run.folder / "history.csv")]
+    assert results(run.folder)["training"]["seconds_to_target"] == sum(seconds)  # of both parts
     assert len(rows_of(run.folder / "scenes.csv")) == 2
 
 
@@ -505,6 +509,8 @@ def test_free_keys_may_change(copy_of_stopped):
     assert resume(copy_of_stopped, "--set", *changes) == 0
     found = results(copy_of_stopped)
     assert (found["status"], found["config"]["micro_batch"]) == ("success", 3)
+    assert found["training"]["target_accuracy"] == 0.999
+    assert found["training"]["seconds_to_target"] is None
 
 
 def test_other_scenes_are_rejected(copy_of_stopped, tmp_path, quick, capsys):

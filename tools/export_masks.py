@@ -16,8 +16,9 @@ png      <scene>.png, one pixel for each pixel: cloud white, clear dark blue, no
 Positions are the datasets `latitude` and `longitude`, (H, W), of the scene file, or with --geodetic
 those of the Sentinel-3 product. Pixels without data are those without one of the brightness
 temperatures. In NetCDF and GeoTIFF they are the fill value, 255 in masks and NaN in probabilities;
---keep-mask writes what the network says there. Scene files are optional: without them positions and
-pixels without data are unknown, and no pixel is the fill value. Existing files are replaced.
+--keep-mask writes what the mask file has there. Scene files are optional: without them positions
+are unknown, and so are pixels without data in the masks of an earlier version. Existing files are
+replaced.
 """
 
 import logging
@@ -36,7 +37,7 @@ import numpy as np
 from harness.config import load_config
 from harness.console import log_to_screen, printable, progress
 from harness.data.hdf5 import open_hdf5, open_numbers, read_all, read_attribute
-from harness.data.mask_files import find_masks, measured_pixels, read_mask
+from harness.data.mask_files import find_masks, measured_pixels, read_mask, read_valid
 from harness.data.positions import check_geodetic, read_positions
 from harness.data.scene_files import PRODUCT_NAME, find_scenes, product_times
 from harness.files import check_own, replacing
@@ -109,17 +110,18 @@ def read_masked_scene(path, scenes, geodetic, about_run):
     Raises:
         UserError: If a file is damaged or belongs to another scene.
     """
-    valid = None
     with open_hdf5(path) as file:
         mask = read_mask(file)
+        valid = read_valid(file, mask.shape)
         probability = open_numbers(file, "probability", mask.shape, optional=True)
         probability = None if probability is None else read_all(probability)
         keys = ("scene", "threshold", "model", "model_sha256")
         about = {key: read_attribute(file, key) for key in keys}
     if scene_file := scenes.get(about["scene"]):
         read_mask_and_label(path, scene_file)  # checks that this is the file that was masked
-        with open_hdf5(scene_file) as file:
-            valid = measured_pixels(file, mask.shape)
+        if valid is None:
+            with open_hdf5(scene_file) as file:
+                valid = measured_pixels(file, mask.shape)
     positions = read_positions(scene_file, geodetic, path.stem, mask.shape)
     if product := PRODUCT_NAME.match(path.stem):
         about |= {"platform": f"Sentinel-3{product[1][2]}", "instrument": "SLSTR"}
@@ -291,8 +293,9 @@ def export(arguments, command):
         if arguments.data:
             raise
         log.warning(
-            "No scene files in %s: pixels without data are unknown, and so are positions without "
-            "--geodetic. Give the folder of the scenes with --data.",
+            "No scene files in %s: positions without --geodetic are unknown, and so are pixels "
+            "without data in masks of an earlier version. Give the folder of the scenes with "
+            "--data.",
             config.inference_dir,
         )
         scenes = {}

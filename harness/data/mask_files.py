@@ -48,6 +48,20 @@ def read_mask(file):
     return read_all(mask)
 
 
+def read_valid(file, shape):
+    """Read where the scene of an open mask file has data: bool (H, W).
+
+    Args:
+        file: h5py.File.
+        shape: (H, W) of its mask.
+
+    Returns:
+        False where a brightness temperature is missing; None if an earlier version wrote the file.
+    """
+    valid = open_numbers(file, "valid", shape, optional=True)
+    return None if valid is None else read_all(valid) != 0
+
+
 def measured_pixels(file, shape):
     """Where an open scene file has all three brightness temperatures.
 

@@ -12,8 +12,8 @@ import numpy as np
 from data_loader import read_scene
 from harness.clock import active_seconds
 from harness.data.hdf5 import open_hdf5, read_attribute
-from harness.data.mask_files import read_mask
-from harness.files import replacing
+from harness.data.mask_files import read_mask, read_valid
+from harness.files import file_sha256, replacing
 from harness.inference.scores import SCENE_COLUMNS, SCORES, THRESHOLD
 
 TEXTS = ("scene", "day_night", "device")  # in a row; all else are numbers
@@ -32,13 +32,17 @@ class MaskFolder:
     Args:
         folder: Path; made if absent.
         check: Called before each scene is taken; raises if the run must stop.
-        model_sha256: Digest of the model file. Masks made by another model are made again.
+        model_file: Path of the model. Masks made by another model are made again.
+        no_data: What masks are where a brightness temperature is missing: what the `network` says,
+            or `clear`. Masks made by the other rule are made again.
     """
 
-    def __init__(self, folder, check, model_sha256):
+    def __init__(self, folder, check, model_file, no_data):
         self._folder, self._locks = folder, folder / ".locks"
-        self._made_by = {"threshold": THRESHOLD, "model_sha256": model_sha256}
+        self._model_file = str(model_file)
+        self._made_by = {"threshold": THRESHOLD, "model_sha256": file_sha256(model_file)}
         self._made_by["scores"] = " ".join(SCORES)  # of an earlier version, without new columns
+        self._made_by["no_data"] = no_data
         self._check, self._stopped = check, threading.Event()
         self._locks.mkdir(parents=True, exist_ok=True)
 
@@ -62,23 +66,26 @@ class MaskFolder:
         """Let the devices of this process take no more scenes."""
         self._stopped.set()
 
-    def write(self, path, mask, probability, row, **attributes):
-        """Write the mask of a scene, completely or not at all.
+    def write(self, path, mask, valid, probability, row):
+        """Write the mask of a scene, by the rule `no_data`, completely or not at all.
 
         Args:
             path: Scene file.
-            mask: uint8 (H, W), 1 is cloud.
-            probability: float32 (H, W), or None to omit it.
+            mask: uint8 (H, W), the network's in all pixels; 1 is cloud.
+            valid: bool (H, W), False where a brightness temperature is missing.
+            probability: float32 (H, W), the network's in all pixels; or None to omit it.
             row: Dictionary of scenes.csv; the seconds of writing, without fsync, are added.
-            attributes: More attributes of the file.
         """
+        if self._made_by["no_data"] == "clear":
+            mask = mask * valid
         with replacing(self._file(path)) as temporary:
             begin = active_seconds()
             with h5py.File(temporary, "w") as file:
-                file.create_dataset("mask", data=mask, compression="gzip", compression_opts=1)
+                for name, values in {"mask": mask, "valid": valid.astype(np.uint8)}.items():
+                    file.create_dataset(name, data=values, compression="gzip", compression_opts=1)
                 if probability is not None:
                     file.create_dataset("probability", data=probability)
-                file.attrs.update(scene=path.name, **self._made_from(path), **attributes)
+                file.attrs.update(scene=path.name, model=self._model_file, **self._made_from(path))
                 seconds = active_seconds() - begin
                 row = {**row, "write_seconds": seconds, "seconds": row["seconds"] + seconds}
                 file.attrs["row"] = json.dumps(row)
@@ -107,7 +114,8 @@ class MaskFolder:
                 made_from = self._made_from(path)
                 if any(read_attribute(file, key) != value for key, value in made_from.items()):
                     return None
-                read_mask(file)
+                if read_valid(file, read_mask(file).shape) is None:
+                    raise ValueError("it has no dataset 'valid'")
                 return _check_row(json.loads(read_attribute(file, "row")))
         except (OSError, KeyError, ValueError) as error:
             log.warning("The mask of %s is damaged and is made again: %s", path.stem, error)

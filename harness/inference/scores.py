@@ -22,7 +22,7 @@ class Pixels:
     """One scene as the scores see it.
 
     Attributes:
-        mask: bool (H, W), True is cloud.
+        mask: bool (H, W), the network's, also where there are no data; True is cloud.
         label: bool (H, W), the Bayesian mask; None if the scene has none.
         valid: bool (H, W), False where a brightness temperature is missing.
         bt_12um: float32 (H, W), brightness temperature of S9 [K]; 0 where missing.
@@ -60,6 +60,11 @@ class Pixels:
             label=self.label & self.valid,
             n_pixels=int(np.count_nonzero(self.valid)),
         )
+
+    @functools.cached_property
+    def cleared(self):
+        """The same Pixels with a mask that is clear where there are no data, `no_data: clear`."""
+        return replace(self, mask=self.mask & self.valid)
 
     @functools.cached_property
     def threshold(self):
@@ -132,6 +137,21 @@ def threshold_balanced_accuracy(p):
     return balanced_accuracy(p.threshold)
 
 
+def no_data_clear_accuracy(p):
+    """Accuracy of the mask made clear where there are no data, as by `no_data: clear`."""
+    return accuracy(p.cleared)
+
+
+def no_data_clear_all_cloud_accuracy(p):
+    """Accuracy of calling every pixel with data cloud and all others clear."""
+    return accuracy(replace(p, mask=p.valid))
+
+
+def no_data_clear_threshold_accuracy(p):
+    """Accuracy of the threshold made clear where there are no data."""
+    return accuracy(p.threshold.cleared)
+
+
 def valid_all_cloud_accuracy(p):
     """Accuracy of calling every pixel cloud, among pixels with data."""
     return all_cloud_accuracy(p.with_data)
@@ -183,6 +203,13 @@ SCORES = {  # by the key in scenes.csv and results.json, in the order of all tab
     "accuracy": Score("accuracy", accuracy),
     "all_cloud_accuracy": Score("all cloud", all_cloud_accuracy, "baseline"),
     "threshold_accuracy": Score("threshold", threshold_accuracy, "baseline"),
+    "no_data_clear_accuracy": Score("no-data-clear accuracy", no_data_clear_accuracy),
+    "no_data_clear_all_cloud_accuracy": Score(
+        "no-data-clear all cloud", no_data_clear_all_cloud_accuracy, "baseline"
+    ),
+    "no_data_clear_threshold_accuracy": Score(
+        "no-data-clear threshold", no_data_clear_threshold_accuracy, "baseline"
+    ),
     "valid_accuracy": Score("valid accuracy", valid_accuracy),
     "valid_all_cloud_accuracy": Score("valid all cloud", valid_all_cloud_accuracy, "baseline"),
     "valid_threshold_accuracy": Score("valid threshold", valid_threshold_accuracy, "baseline"),
@@ -204,6 +231,10 @@ SCORES = {  # by the key in scenes.csv and results.json, in the order of all tab
 # Scores and baselines of the same pixels: no others may be compared.
 COMPARED = {  # what: keys of mask, all cloud (with a balanced accuracy of 0.5) and threshold
     "accuracy, all pixels": ("accuracy", "all_cloud_accuracy", "threshold_accuracy"),
+    "accuracy, no data is clear": (
+        "no_data_clear_accuracy", "no_data_clear_all_cloud_accuracy",
+        "no_data_clear_threshold_accuracy",
+    ),
     "accuracy, pixels with data": (
         "valid_accuracy", "valid_all_cloud_accuracy", "valid_threshold_accuracy",
     ),
@@ -229,7 +260,7 @@ def score_scene(mask, label, valid, bt_12um, min_sst):
     """Score one mask, and the baselines that it has to beat.
 
     Args:
-        mask: uint8 or bool (H, W), non-zero is cloud.
+        mask: uint8 or bool (H, W), the network's in all pixels; non-zero is cloud.
         label: The Bayesian mask, likewise; None if there is none to compare with.
         valid: bool (H, W), False where a brightness temperature is missing.
         bt_12um: float32 (H, W), brightness temperature of S9 [K]; 0 where missing.

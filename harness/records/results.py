@@ -14,6 +14,7 @@ HISTORY_COLUMNS = (
     "epoch", "loss", "accuracy", "val_loss", "val_accuracy", "seconds", "patches_per_second",
     "labels_replaced",  # share of all; empty without label_correction
 )  # fmt: skip
+TRAINING_RESULT = ("val_loss", "val_accuracy", "target_accuracy", "seconds_to_target")
 EPOCH_FORMAT = "{:>9} {:>8} {:>9} {:>9} {:>13} {:>8} {:>10}  {}"
 
 
@@ -37,13 +38,15 @@ def epoch_row(state, trained, validated, evaluation_seconds):
     }
 
 
-def training_results(state, facts):
+def training_results(state, facts, target_accuracy=None):
     """The dictionary `training` of results.json.
 
     Args:
         state: TrainingState with at least one epoch.
         facts: Numbers of scenes and patches, name of the loss, seconds of the warm-up.
+        target_accuracy: The validation accuracy to reach; None for that of MLCommons Science.
     """
+    target = target_accuracy or scores.TARGET_ACCURACY
     history, best = state.history, state.best
     seconds = [row["train_seconds"] for row in history]
     later = seconds[1:] or seconds  # the first epoch reads files that are not cached yet
@@ -56,6 +59,8 @@ def training_results(state, facts):
         "train_seconds_per_epoch": seconds,
         "input_seconds_per_epoch": [row["input_seconds"] for row in history],  # part of these
         "patches_per_second": facts["patches_train"] * len(later) / sum(later),
+        "target_accuracy": target,
+        "seconds_to_target": state.seconds_to(target),
         **{name: best[name] for name in ("loss", "accuracy", "val_loss", "val_accuracy")},
         # Of the pixels of val_accuracy; None if an earlier version trained the epoch.
         "baselines": {"all_cloud_accuracy": best.get("val_cloud")},
@@ -151,6 +156,7 @@ def inference_line(config, devices, results):
         f"accuracy={results['accuracy']:.3f}, replicas={devices.n_replicas}, "
         f"all_cloud_accuracy={results['all_cloud_accuracy']:.3f}, "
         f"threshold_accuracy={results['threshold_accuracy']:.3f}, "
+        f"no_data_clear_accuracy={results['no_data_clear_accuracy']:.3f}, "
         f"valid_accuracy={results['valid_accuracy']:.3f}, "
         f"valid_all_cloud_accuracy={results['valid_all_cloud_accuracy']:.3f}, "
         f"valid_threshold_accuracy={results['valid_threshold_accuracy']:.3f}"
@@ -162,7 +168,7 @@ def result_event(results):
     training, inference = results["training"] or {}, results["inference"] or {}
     return jsonable(
         {
-            **{name: training[name] for name in ("val_loss", "val_accuracy") if training},
+            **{name: training[name] for name in TRAINING_RESULT if training},
             **{name: inference[name] for name in ("accuracy", "seconds_per_scene") if inference},
         }
     )
@@ -197,6 +203,8 @@ def plan(config, mode, scenes, devices):
         n = counted(len(scenes.inference), "scene")
         size = "" if mode == "inference" else f" of {shape}"  # which takes any size
         lines.append(f"inference   {n}{size}, {how[config.inference_mode]}")
+        if config.no_data == "clear":
+            lines.append("            clear where a brightness temperature is missing")
     if scenes.synthetic:
         lines.append(f"data        synthetic scenes in {' and '.join(sorted(scenes.synthetic))}")
     return lines
@@ -246,6 +254,7 @@ def summary(results):
         lines += [
             f"validation  accuracy {training['val_accuracy']:.3f}, loss {training['val_loss']:.4f} "
             f"in the best epoch, {training['best_epoch']} of {training['epochs_run']}",
+            f"target      {target_text(training)}",
             f"training    {training['seconds'] / training['epochs_run']:.1f} s per epoch, "
             f"{training['patches_per_second']:.1f} patches/s",
         ]
@@ -262,6 +271,14 @@ def summary(results):
     if (results["sampling"] or {}).get("energy_joules") is not None:
         total += f", {results['sampling']['energy_joules'] / 3.6e6:.3f} kWh"
     return [*lines, total, *_warnings(results["warnings"])]
+
+
+def target_text(training):
+    """When the validation accuracy reached its target, as text, from results.json's `training`."""
+    seconds, text = training.get("seconds_to_target"), f"accuracy {training['target_accuracy']:g}"
+    if seconds is None:
+        return f"{text} not reached in validation"
+    return f"{text} reached in validation after {format_duration(seconds)}"
 
 
 def _warnings(texts):

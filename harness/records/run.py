@@ -265,7 +265,9 @@ class Run:
 
     def _save_training(self, state, facts):
         facts = facts | {"synthetic": "training" in self._synthetic}
-        self.results["training"] = results.training_results(state, facts)
+        self.results["training"] = results.training_results(
+            state, facts, self._config.target_accuracy
+        )
         self.results["warnings"] = training_warnings(
             state.history, facts["patches_train"], self._config.batch_size
         )

@@ -41,6 +41,11 @@ MEASURES = {  # in the order of all tables
         "patches/s", "{:.1f}".format, "Training without the first epoch, all replicas.",
         ("training", "patches_per_second"),
     ),
+    "seconds_to_target": Measure(
+        "s to target", "{:.1f}".format,
+        "Training and validation until target_accuracy, 0.9 if it is not set, was reached [s].",
+        ("training", "seconds_to_target"),
+    ),
     "seconds_per_scene": Measure(
         "s/scene", "{:.3f}".format, "Inference, reading to writing [s].",
         ("inference", "seconds_per_scene"),
@@ -82,7 +87,7 @@ KINDS = {  # of the fields of results.json that are calculated with: numbers, li
     "devices": _numbers("replicas", "nodes", "ranks"),
     "training": {
         **_numbers("seconds", "epochs_run", "best_epoch", "patches_per_second", "warm_up_seconds"),
-        **_numbers("val_loss", "val_accuracy"),
+        **_numbers("val_loss", "val_accuracy", "target_accuracy", "seconds_to_target"),
         "baselines": _numbers("all_cloud_accuracy"),
         **{f"{part}seconds_per_epoch": [float] for part in ("", "train_", "input_")},
     },

@@ -36,6 +36,18 @@ class TrainingState:
         """Row of the epoch with the lowest validation loss, the first of equal ones; or None."""
         return min(self.history, key=lambda row: row["val_loss"], default=None)
 
+    def seconds_to(self, target_accuracy):
+        """Seconds of training and validation until the validation accuracy first reached a target.
+
+        That of the epoch is included; None if it has not been reached.
+        """
+        total = 0.0
+        for row in self.history:
+            total += row["seconds"]
+            if row["val_accuracy"] >= target_accuracy:
+                return total
+        return None
+
     def end_epoch(self, row):
         """Append the row of the current epoch, and start the next one."""
         self.history.append(row)

@@ -12,6 +12,7 @@ from harness.inference.scores import SCENE_COLUMNS
 from tools.make_scenes import make_scene, write_scene
 
 MASK = np.eye(4, dtype=np.uint8)
+VALID = np.arange(16).reshape(4, 4) % 5 > 0  # no data in half of the diagonal: 0, 5, 10, 15
 
 
 @pytest.fixture
@@ -24,8 +25,9 @@ def paths(tmp_path):
     return paths
 
 
-def open_masks(tmp_path, model="a"):
-    masks = MaskFolder(tmp_path / "masks", lambda: None, model)
+def open_masks(tmp_path, model="a", no_data="network"):
+    (tmp_path / "model.keras").write_text(model)
+    masks = MaskFolder(tmp_path / "masks", lambda: None, tmp_path / "model.keras", no_data)
     masks.remove_locks()
     return masks
 
@@ -37,7 +39,7 @@ def make_row(path, **changes):
 
 def write_all(masks, paths):
     for path in masks.take(paths):
-        masks.write(path, MASK, None, make_row(path, seconds=2.0))
+        masks.write(path, MASK, VALID, None, make_row(path, seconds=2.0))
 
 
 def test_rows_are_sorted_by_scene_and_contain_the_seconds_of_writing(tmp_path, paths):
@@ -51,15 +53,18 @@ def test_rows_are_sorted_by_scene_and_contain_the_seconds_of_writing(tmp_path, p
 
 
 def test_scene_is_taken_once(tmp_path, paths):
-    masks, other = open_masks(tmp_path), MaskFolder(tmp_path / "masks", lambda: None, "a")
+    masks, other = open_masks(tmp_path), open_masks(tmp_path)
     assert next(masks.take(paths)) == paths[0]
     assert list(other.take(paths)) == [paths[1]]
     masks.stop()
     assert list(masks.take([tmp_path / "S3A_c.hdf"])) == []
 
 
-@pytest.mark.parametrize("change", ["nothing", "size", "modification time", "model", "damage"])
-def test_mask_is_made_again_if_anything_has_changed(tmp_path, paths, change):
+@pytest.mark.parametrize(
+    "change",
+    ["nothing", "size", "modification time", "model", "no_data", "damage", "valid", "version"],
+)
+def test_mask_is_made_again_if_anything_has_changed(tmp_path, paths, caplog, change):
     write_all(open_masks(tmp_path), paths)
     stat, mask = paths[0].stat(), tmp_path / "masks/S3A_b.h5"
     if change == "size":
@@ -69,9 +74,20 @@ def test_mask_is_made_again_if_anything_has_changed(tmp_path, paths, change):
         os.utime(paths[0], ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     if change == "damage":
         os.truncate(mask, mask.stat().st_size - 1)
-    masks = open_masks(tmp_path, "b" if change == "model" else "a")
-    expected = {"nothing": [], "model": paths}.get(change, paths[:1])
+    if change in ("valid", "version"):
+        with h5py.File(mask, "a") as file:
+            del file["valid"]
+            if change == "version":  # as an earlier one wrote it
+                del file.attrs["no_data"]
+                file.attrs["scores"] = "accuracy f1"
+    masks = open_masks(
+        tmp_path,
+        "b" if change == "model" else "a",
+        "clear" if change == "no_data" else "network",
+    )
+    expected = {"nothing": [], "model": paths, "no_data": paths}.get(change, paths[:1])
     assert list(masks.take(paths)) == expected
+    assert len(caplog.messages) == (change in ("damage", "valid"))
     if expected:
         with pytest.raises(
             OSError, match=f"{len(expected)} of 2 scenes are missing .* that of S3A_b"
@@ -105,13 +121,18 @@ def test_mask_that_leads_to_another_file_is_made_again(tmp_path, paths):
     assert list(open_masks(tmp_path).take(paths)) == paths[:1]
 
 
-def test_probability_is_stored_if_it_is_given(tmp_path, paths):
-    masks, row = open_masks(tmp_path), make_row(paths[0])
-    masks.write(paths[0], MASK, MASK / np.float32(3), row, model="a.keras")
+@pytest.mark.parametrize("no_data", ["network", "clear"])
+def test_mask_follows_no_data_and_probability_is_that_of_the_network(tmp_path, paths, no_data):
+    masks, row = open_masks(tmp_path, no_data=no_data), make_row(paths[0])
+    masks.write(paths[0], MASK, VALID, MASK / np.float32(3), row)
     with h5py.File(tmp_path / "masks/S3A_b.h5") as file:
-        np.testing.assert_array_equal(file["mask"], MASK)
+        expected = MASK if no_data == "network" else np.where(VALID, MASK, 0)
+        np.testing.assert_array_equal(file["mask"], expected)
+        np.testing.assert_array_equal(file["valid"], VALID)
+        assert file["mask"].dtype == file["valid"].dtype == np.uint8
         np.testing.assert_array_equal(file["probability"], MASK / np.float32(3))
-        assert (file.attrs["scene"], file.attrs["model"]) == ("S3A_b.hdf", "a.keras")
+        assert (file.attrs["scene"], file.attrs["no_data"]) == ("S3A_b.hdf", no_data)
+        assert file.attrs["model"] == str(tmp_path / "model.keras")
 
 
 def test_masks_of_two_predictors_are_compared_without_labels(tmp_path):

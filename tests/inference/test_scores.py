@@ -25,6 +25,13 @@ EXPECTED = {
     "threshold_balanced_accuracy": lambda y, p, valid, bt: metrics.balanced_accuracy_score(
         y, bt < 273.15
     ),
+    "no_data_clear_accuracy": lambda y, p, valid, bt: metrics.accuracy_score(
+        y, np.where(valid, p, False)
+    ),
+    "no_data_clear_all_cloud_accuracy": lambda y, p, valid, bt: np.mean(y == valid),
+    "no_data_clear_threshold_accuracy": lambda y, p, valid, bt: np.mean(
+        np.where(valid, bt < 273.15, False) == y
+    ),
     "valid_all_cloud_accuracy": lambda y, p, valid, bt: np.mean(y[valid]),
     "valid_threshold_accuracy": lambda y, p, valid, bt: np.mean((bt < 273.15)[valid] == y[valid]),
     "valid_threshold_balanced_accuracy": lambda y, p, valid, bt: metrics.balanced_accuracy_score(
@@ -75,13 +82,15 @@ def test_network_that_calls_everything_cloud_equals_the_baseline_on_each_set_of_
     label = label & valid  # as in the files: clear where there are no data
     means = scores.mean_scores([scores.score_scene(label | True, label, valid, bt, 273.15)])
     compared = scores.compare_with_baselines(means)
-    assert len(compared) == 4
+    assert len(compared) == 5
     for mask, all_cloud, _ in compared.values():
         assert mask == all_cloud
-    all_pixels, with_data = (
-        compared[f"accuracy, {what}"][0] for what in ("all pixels", "pixels with data")
+    all_pixels, with_data, cleared = (
+        compared[f"accuracy, {what}"][0]
+        for what in ("all pixels", "pixels with data", "no data is clear")
     )
-    assert with_data > all_pixels  # the same mask: only one row's numbers may be compared
+    # The same mask: only one row's numbers may be compared.
+    assert all_pixels < with_data < cleared == pytest.approx(all_pixels + np.mean(~valid))
 
 
 def test_nothing_over_nothing_is_nan():

@@ -23,6 +23,7 @@ from harness.data.mask_files import mask_files
 from harness.inference.scores import SCORES, TARGET_ACCURACY
 from harness.records import run as run_module
 from harness.records.report import charts, one_run, pictures
+from harness.records.results import target_text
 from tools import report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -124,6 +125,12 @@ def test_report_shows_metrics_baselines_facts_and_charts(run):
         f"{inference['seconds_per_scene']:.3f}",
         f"{training['patches_per_second']:.1f}",
     ]
+    cleared = [
+        f"{inference[f'no_data_clear_{key}accuracy']:.4f}"
+        for key in ("", "all_cloud_", "threshold_")
+    ]
+    assert "No data is clear mask {} all cloud {} threshold {}".format(*cleared) in page.text
+    assert "accuracy, no data is clear {} {} {}".format(*cleared) in page.text
     for first, pixels in {"": "all pixels", "valid_": "pixels with data"}.items():
         mask, balanced, cloud, cold, cold_balanced = (
             f"{inference[first + key]:.4f}"
@@ -143,7 +150,8 @@ def test_report_shows_metrics_baselines_facts_and_charts(run):
         "What ran where", "Training", "Times", "Machine",
     ]  # fmt: skip
     for text in (found["devices"]["description"], f"tensorflow {found['versions']['tensorflow']}",
-                 found["git_commit"], "PATCH_SIZE 32 256", "batch_size 11 32"):  # fmt: skip
+                 found["git_commit"], "PATCH_SIZE 32 256", "batch_size 11 32",
+                 f"Target {target_text(training)}"):  # fmt: skip
         assert text in page.text
     assert "xla" not in page.text  # as in the reference workload
     assert page.charts == [
@@ -200,10 +208,13 @@ def test_more_scenes_are_drawn_on_request_and_get_files_of_their_own(run, monkey
     assert list(own.scenes) == [best["scene"]] and 'href="../report.html"' in own.html
 
 
-def test_scene_tables_show_every_score(run):
+def test_scene_tables_show_every_score_but_two_baselines(run):
     page, table = page_of(run), rows(run / "scenes.csv")
+    elsewhere = "no_data_clear_all_cloud_accuracy", "no_data_clear_threshold_accuracy"
     for row in table:
-        cells = " ".join(score.show(float(row[key])) for key, score in SCORES.items())
+        cells = " ".join(
+            score.show(float(row[key])) for key, score in SCORES.items() if key not in elsewhere
+        )
         assert f"{short(row['scene'])} {row['day_night']} {cells}" in page.text
         assert f'title="{row["scene"]}"' in page.html
     for kind in ("day", "night"):
@@ -593,7 +604,7 @@ def test_report_of_several_runs_shows_results_curves_and_differences(run, finish
     assert "config.learning_rate" in section and "git_commit 0123456789abcdef" in section
     assert "batch_size" not in section and "versions." not in section
     assert page.charts == [
-        "Accuracy, all pixels", "Accuracy, pixels with data",
+        "Accuracy, all pixels", "Accuracy, no data is clear", "Accuracy, pixels with data",
         "validation loss", "validation accuracy",
     ]  # fmt: skip
     assert (

@@ -65,7 +65,7 @@ def test_time_of_a_scene_is_split_into_its_parts(clock, settings):
         Config.model_validate({**settings, "IMAGE_H": HEIGHT, "IMAGE_W": WIDTH}),
         SimpleNamespace(rank=0),
         SimpleNamespace(mode="benchmark", part=0, model_file="model.keras"),
-        SimpleNamespace(take=iter, write=lambda path, mask, kept, row, model: rows.append(row)),
+        SimpleNamespace(take=iter, write=lambda path, mask, valid, kept, row: rows.append(row)),
         None,
         [path],
         Predictor(),

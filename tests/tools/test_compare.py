@@ -304,9 +304,9 @@ def test_baselines_follow_the_score_of_the_same_pixels(finished, capsys):
     assert compare.main([str(finished)]) == 0
     labels = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
     first = labels.index("accuracy")
-    assert labels[first : first + 6] == [
-        "accuracy", "all cloud", "threshold", "valid accuracy", "valid all cloud",
-        "valid threshold",
+    assert labels[first : first + 9] == [
+        "accuracy", "all cloud", "threshold", "no-data-clear accuracy", "no-data-clear all cloud",
+        "no-data-clear threshold", "valid accuracy", "valid all cloud", "valid threshold",
     ]  # fmt: skip
 
 

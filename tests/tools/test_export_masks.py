@@ -157,7 +157,7 @@ def test_netcdf_follows_the_cf_conventions(run, scenes, tmp_path):
     (run / "masks" / f"{name}.h5").rename(run / "masks/S3A_unnamed.h5")
     with h5py.File(run / "masks/S3A_unnamed.h5", "a") as file:
         file.attrs["scene"] = "S3A_unnamed.hdf"
-        del file["probability"]
+        del file["probability"], file["valid"]
     export(run, "netcdf", *data, "--scene", "S3A_unnamed")  # nothing is known about it
     paths = sorted((run / "export").iterdir())
     with h5netcdf.File(paths[2]) as file:
@@ -268,15 +268,22 @@ def test_scene_without_label_has_positions(run, scenes):
         assert {"latitude", "data_available"} < set(file.variables)
 
 
-def test_masks_are_exported_without_scene_files(run, scenes, capsys):
+@pytest.mark.parametrize("knows_valid", [True, False])
+def test_masks_are_exported_without_scene_files(run, scenes, capsys, knows_valid):
+    for path in () if knows_valid else (run / "masks").iterdir():
+        with h5py.File(path, "a") as file:
+            del file["valid"]  # which masks of an earlier version lack
     config = (run / "config.yaml").read_text().splitlines()
     config = [line for line in config if not line.startswith("inference_dir")]
     (run / "config.yaml").write_text("\n".join([*config, "inference_dir: /nowhere"]))
     folder = export(run, "netcdf")
     assert "No scene files in /nowhere" in capsys.readouterr().err
     with h5netcdf.File(folder / f"{scenes[0].stem}.nc") as file:
-        np.testing.assert_array_equal(file["cloud_mask"][:], stored(run, scenes[0].stem)[0])
-        assert "latitude" not in file.variables and "data_available" not in file.variables
+        mask = stored(run, scenes[0].stem)[0]
+        expected = np.where(measured(scenes[0]), mask, 255) if knows_valid else mask
+        np.testing.assert_array_equal(file["cloud_mask"][:], expected)
+        assert "latitude" not in file.variables
+        assert ("data_available" in file.variables) == knows_valid
 
 
 def test_failed_write_leaves_the_earlier_export(run, monkeypatch, capsys):

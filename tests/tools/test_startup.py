@@ -12,6 +12,7 @@ WRONG_PATHS = {
     "convert_sen3": ["nowhere.SEN3", "-o", "out"],
     "export_masks": ["nowhere", "--format", "geotiff"],
     "export_model": ["nowhere", "--format", "onnx", "-o", "out"],
+    "judge": ["nowhere", "bayes"],
     "mask_product": ["nowhere.SEN3", "--model", "nowhere.keras", "-o", "out"],
     "validate_sst": ["nowhere", "nowhere.csv"],
 }

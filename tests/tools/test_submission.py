@@ -514,6 +514,7 @@ def test_unsuitable_run_is_rejected(run, tmp_path, capsys, place, value, text):
         ("training.epochs_run", 3), ("training.val_loss", 0.1), ("training.accuracy", 0.1),
         ("training.seconds_per_epoch", [1.0, 2.0]), ("training.best_epoch", 9),
         ("training.seconds", 0.1), ("training.patches_per_second", 99999.0),
+        ("training.seconds_to_target", 0.1), ("inference.no_data_clear_accuracy", 0.99),
         ("inference.out_of_range", 7), ("inference.f1", 0.99),
         ("inference.accuracy", 0.99), ("inference.tp", 1), ("inference.scenes", 3),
         ("inference.seconds_per_scene", 0.001), ("inference.valid_accuracy", None),

@@ -10,6 +10,7 @@ from PIL import Image
 
 from harness.data.scene_files import product_times
 from tools import validate_sst
+from tools.lib.matchups import nearest_pixels
 from tools.make_scenes import product_name
 
 SHAPE = (8, 12)
@@ -340,7 +341,7 @@ def test_nearest_pixel_is_the_nearest_on_the_sphere(centre, monkeypatch):
     i, j = rng.integers(10, 30, (2, 200))
     at = latitude[i, j] + rng.normal(0, 1e-3, 200), longitude[i, j] + rng.normal(0, 1e-3, 200)
     at = np.clip(at[0], -90, 90), at[1]
-    found = validate_sst.nearest_pixels(*at, latitude, longitude)
+    found = nearest_pixels(*at, latitude, longitude)
     for a, b, pixel in zip(*at, found, strict=True):
         cosines = np.einsum(
             "i,ijk->jk", place_on_sphere(a, b), place_on_sphere(latitude, longitude)

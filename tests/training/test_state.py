@@ -30,6 +30,17 @@ def test_next_epoch_starts_at_its_first_step_without_any_time():
 
 
 @pytest.mark.parametrize(
+    ("target", "seconds"), [(0.4, 1.0), (0.5, 3.0), (0.8, 3.0), (0.81, 15.0), (0.95, None)]
+)
+def test_time_to_target_ends_with_the_first_epoch_that_reaches_it(target, seconds):
+    state = TrainingState()
+    for row in ((1.0, 0.4), (2.0, 0.8), (4.0, 0.7), (8.0, 0.9)):
+        state.end_epoch(dict(zip(("seconds", "val_accuracy"), row, strict=True)))
+    assert state.seconds_to(target) == seconds
+    assert TrainingState().seconds_to(target) is None
+
+
+@pytest.mark.parametrize(
     ("val_losses", "options", "reason"),
     [
         ((), {}, None),

@@ -14,6 +14,7 @@ from harness import REPOSITORY
 from harness.files import MAX_TEXT_BYTES, check_regular, file_sha256, jsonable
 from harness.records import mlperf_log
 from harness.records.results import result_event, scene_results
+from harness.training.state import TrainingState
 
 RULES = REPOSITORY / "harness/mlperf_rules.yaml"
 # How much an interval of the log may differ from the time that the run measured.
@@ -106,12 +107,14 @@ def time_faults(run):
 def table_faults(run):
     """Compare results.json with history.csv and scenes.csv."""
     best = min(run.history, key=lambda row: row["val_loss"])
+    target = run.results["training"]["target_accuracy"]
     training = {
         "epochs_run": len(run.history),
         "best_epoch": best["epoch"],
         **{name: best[name] for name in ("loss", "accuracy", "val_loss", "val_accuracy")},
         "seconds": sum(row["seconds"] for row in run.history),
         "seconds_per_epoch": [row["seconds"] for row in run.history],
+        "seconds_to_target": TrainingState(run.history).seconds_to(target),
     }
     if not run.results.get("bad_scenes"):  # all epochs have the same number of patches
         speeds = [row["patches_per_second"] for row in run.history]

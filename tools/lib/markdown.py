@@ -23,3 +23,10 @@ def markdown_table(heads, rows):
     """
     lines = [heads, ["---"] * len(heads), *([markdown(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def markdown_columns(columns):
+    """A Markdown table of what `harness.console.table` takes, {title: {line: text}}."""
+    lines = dict.fromkeys(line for column in columns.values() for line in column)
+    rows = [[line, *(column.get(line, "") for column in columns.values())] for line in lines]
+    return markdown_table(["", *map(markdown, columns)], rows)

@@ -27,7 +27,17 @@ def add_mask_arguments(add):
         add: The add_argument of the command's parser.
     """
     add("run", type=Path, metavar="RUN_DIR", help="folder of the run")
-    add("--data", type=Path, help="folder of the scene files (default: the run's inference_dir)")
+    add_scene_arguments(add, "the run")
+
+
+def add_scene_arguments(add, run):
+    """Add the options that choose scenes and the folder of their files, by default that of `run`.
+
+    Args:
+        add: The add_argument of the command's parser.
+        run: Name of the run in the help.
+    """
+    add("--data", type=Path, help=f"folder of the scene files (default: {run}'s inference_dir)")
     add(
         "--geodetic", metavar="PATH", type=Path,
         help="a Sentinel-3 geodetic_in.nc for one scene, or a folder of PRODUCT.SEN3 folders",

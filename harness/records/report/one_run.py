@@ -14,6 +14,7 @@ from harness.errors import UserError
 from harness.inference.scores import MEAN_SCORES, SCORES, compare_with_baselines
 from harness.records.report import pictures
 from harness.records.report.charts import chart
+from harness.records.results import target_text
 from harness.records.saved_runs import MEASURES, PLACES, measures
 
 BINS = 1000  # of probability
@@ -23,7 +24,12 @@ MAX_GAP = 30.0  # [s] between two samples in a chart; a resumed run may have wai
 PAGE_BYTES = 12_000_000  # of pictures in the page; more scenes get a page of their own
 MAX_SCENES = 21  # drawn unless all are asked for; one of 1200 x 1500 takes 0.5 to 1.1 s
 COMPARED_MASKS = ("mask", "all cloud", "threshold")  # in the order of COMPARED
-SCORE_COLUMNS = {score.label: score.meaning for score in SCORES.values()}
+# Of long tables, which are as wide as the page; "Mask and baselines" has the others.
+LONG_SCORES = {
+    key: score for key, score in SCORES.items()
+    if score.kind != "baseline" or not key.startswith("no_data_clear")
+}  # fmt: skip
+SCORE_COLUMNS = {score.label: score.meaning for score in LONG_SCORES.values()}
 SCENE_PARTS = {
     "read": "reading, in parallel with the network", "network": "network", "stitch": "stitching",
     "score": "scoring", "write": "writing",
@@ -252,6 +258,7 @@ def facts(run):
             training, scenes_train="scene", patches_train="patch", epochs_run="epoch"
         ),
         "Best epoch": training.get("best_epoch"),
+        "Target": training.get("target_accuracy") and target_text(training),
         "Validation": numbers(training, scenes_test="scene", patches_test="patch"),
         "Inference": numbers(results["inference"], scenes="scene"),
         "Precision": config.get("precision"),
@@ -352,8 +359,8 @@ def times_table(title, seconds):
 
 
 def score_cells(values):
-    """Cells of a table row with all scores."""
-    return [cell(values.get(key), score.show) for key, score in SCORES.items()]
+    """Cells of a table row with LONG_SCORES."""
+    return [cell(values.get(key), score.show) for key, score in LONG_SCORES.items()]
 
 
 def short_name(scene):
@@ -390,7 +397,7 @@ def means(rows):
     groups = by_kind(rows)
     return [
         [kind, (len(group), str(len(group)))]
-        + score_cells({key: mean([row.get(key) for row in group]) for key in SCORES})
+        + score_cells({key: mean([row.get(key) for row in group]) for key in LONG_SCORES})
         for kind, group in (groups | {"all": rows}).items()
         if len(groups) > 1
     ]

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.data.hdf5 import open_hdf5, open_numbers, read_all, read_attribute
-from harness.data.mask_files import measured_pixels, read_mask
+from harness.data.mask_files import measured_pixels, read_mask, read_valid
 from harness.data.positions import read_positions
 from harness.data.scene_files import walk_scenes
 from harness.errors import UserError
@@ -110,13 +110,15 @@ def read_mask_and_label(mask_path, scene_path):
     Raises:
         UserError: If it is another scene, or a file is damaged.
     """
-    accuracy = read_row(mask_path).get("accuracy", np.nan)
+    row = read_row(mask_path)
     with open_hdf5(mask_path) as file:
         mask = read_mask(file) != 0
+        is_cleared = read_attribute(file, "no_data", "network") == "clear"
         size = int(read_attribute(file, "scene_bytes", -1))
     with open_hdf5(scene_path) as file:
         label = open_numbers(file, "bayes", (*mask.shape, None), optional=True)
         label = None if label is None else np.nan_to_num(read_all(label)[..., 0]) != 0
+    accuracy = row.get("no_data_clear_accuracy" if is_cleared else "accuracy", np.nan)
     if label is not None and np.isfinite(accuracy):
         is_same = abs(np.mean(mask == label) - accuracy) < 1e-6
     else:
@@ -165,15 +167,17 @@ def read_label_and_probability(mask_path, scene_path):
     """
     with open_hdf5(mask_path) as file:
         probability = open_numbers(file, "probability", (None, None), optional=True)
-        probability = None if probability is None else read_all(probability)
-    if probability is None:
-        return None
+        if probability is None:
+            return None
+        probability = read_all(probability)
+        valid = read_valid(file, probability.shape)
     _, label = read_mask_and_label(mask_path, scene_path)
-    with open_hdf5(scene_path) as file:
-        measured = measured_pixels(file, probability.shape)
-    if label is None or measured is None:
+    if valid is None:
+        with open_hdf5(scene_path) as file:
+            valid = measured_pixels(file, probability.shape)
+    if label is None or valid is None:
         return None
-    known = measured & np.isfinite(probability)
+    known = valid & np.isfinite(probability)
     return label[known], probability[known]
 
 
