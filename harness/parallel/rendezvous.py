@@ -17,13 +17,14 @@ import secrets
 import shutil
 import socket
 import stat
+import subprocess
 import sys
 import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness.errors import UserError
+from harness.errors import Failure, UserError
 from harness.parallel.launchers import Launch
 
 WAIT_SECONDS = 300  # [s] a rank waits for the others at the start
@@ -31,15 +32,34 @@ REPORT_SECONDS = 10  # [s] after which it says for whom it waits
 FAILURE_SECONDS = 5  # [s] a failing rank has to announce its reason before others stop waiting
 HEARTBEAT_SECONDS = 5  # [s] between signs of life
 CONNECT_SECONDS = 10  # [s] to reach another rank
-LOST_HEARTBEATS = 12  # of our own without one of the other rank's; file systems can be late
+SILENT_HEARTBEATS = 3  # of our own without one of the other rank's, before we try to reach it
+# Of our own without one of the other rank's, 100 s: file systems can be late, and a node may be
+# suspended for a minute. All ranks end within two minutes.
+LOST_HEARTBEATS = 20
+# [s] from the last rank's start of TensorFlow's servers to the end of the first collective: two
+# seconds here, longer with many GPUs, whose kernels may have to be compiled for their kind.
+CONTACT_SECONDS = 300
 MAX_BYTES = 1 << 20  # of an announcement
 
-LOST = "Lost contact with rank {}: it exited without a message or its network failed"
+LOST = (
+    "Lost contact with rank {}: it exited without a message, was suspended, or its network failed. "
+    "Start all ranks again with --resume and the run's folder"
+)
+
+# A process of its own: TensorFlow holds Python's lock while it waits for the servers of others, so
+# that no thread and no handler of a signal runs.
+WATCHER = """
+import os, select, signal, sys
+pid, seconds, message = sys.argv[1:]
+if not select.select([0], [], [], float(seconds))[0]:
+    os.write(2, message.encode() + b"\\n")
+    os.kill(int(pid), signal.SIGKILL)
+"""
 
 log = logging.getLogger("cloudmask")
 
 
-class RankError(RuntimeError):
+class RankError(Failure):
     """Another rank failed or was lost; the message names it, and the reason if known."""
 
 
@@ -67,6 +87,8 @@ class Rendezvous:
         self._stopped = threading.Event()
         self._heartbeat = threading.Thread(target=self._beat, daemon=True)
         self._keys = None  # of all ranks, once they have met
+        self._on_failure, self._addresses = None, []
+        self._gone = set()  # ranks whose port is closed
 
     def announce(self, **facts):
         """Write this rank's announcement; it replaces that of an earlier start.
@@ -115,10 +137,23 @@ class Rendezvous:
 
     def _beat(self):
         while not self._stopped.wait(HEARTBEAT_SECONDS):
-            with self._lock, contextlib.suppress(OSError):
-                self._own["beat"] += 1
+            with contextlib.suppress(OSError, UserError):
+                self._write_beat()
+                if self._on_failure:
+                    self._find_gone()
+                    if failure := self.failure():
+                        self._on_failure(failure)
+                        self._on_failure = None
+
+    def _write_beat(self):
+        with self._lock:
+            self._own["beat"] += 1
+            try:
                 if self._own["facts"] is not None:
                     self._write()
+            except OSError:  # a full disk: the others cannot write their heartbeats either
+                self._own["beat"] -= 1
+                raise
 
     def _announcements(self):
         """All announcements, of earlier starts too: {rank: dictionary}."""
@@ -171,14 +206,40 @@ class Rendezvous:
             return announcement["age"] < LOST_HEARTBEATS * HEARTBEAT_SECONDS
         return self._own["key"] in (key, seen.get(str(self.launch.rank)))
 
-    def failure(self):
-        """What is known about another rank's failure, as text; None if all is well."""
-        if announced := announced_failure(self.read()):
+    def watch(self, on_failure):
+        """Call on_failure(text) once another rank fails; the thread of the heartbeats does.
+
+        The main thread may wait for that rank inside TensorFlow.
+        """
+        with self._lock:  # TensorFlow may have stopped the heartbeats of some ranks until now
+            self._heard = {r: (beat, self._own["beat"]) for r, (beat, _) in self._heard.items()}
+        self._on_failure = on_failure
+
+    def _find_gone(self):
+        """Find the silent ranks whose process has ended; that of a suspended one can be reached."""
+        for rank, address in enumerate(self._addresses):
+            if self._silence(rank) >= SILENT_HEARTBEATS:
+                with contextlib.suppress(OSError):
+                    try:
+                        connect(address)
+                    except ConnectionRefusedError:
+                        self._gone.add(rank)
+
+    def _silence(self, rank):
+        """Our own heartbeats since the last one of a rank."""
+        return 0 if rank == self.launch.rank else self._own["beat"] - self._heard[rank][1]
+
+    def failure(self, found=None):
+        """What is known about another rank's failure, as text; None if all is well.
+
+        Args:
+            found: What `read` returned just before; read now by default.
+        """
+        if announced := announced_failure(self.read() if found is None else found):
             return announced
         if self._keys is not None:
             for rank in range(self.launch.n_ranks):
-                _, heard = self._heard[rank]
-                if self._own["beat"] - heard >= LOST_HEARTBEATS and rank != self.launch.rank:
+                if rank in self._gone or self._silence(rank) >= LOST_HEARTBEATS:
                     return LOST.format(rank)
         return None
 
@@ -225,10 +286,10 @@ class Rendezvous:
         Raises:
             UserError: If a rank cannot be reached, or fails.
         """
+        self._addresses = addresses
         for rank, address in enumerate(addresses):
-            host, _, port = address.rpartition(":")
             try:
-                socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+                connect(address)
             except OSError as error:
                 raise UserError(
                     f"Rank {self.launch.rank} on {socket.gethostname()} cannot reach rank {rank} "
@@ -241,6 +302,37 @@ class Rendezvous:
                 return
         raise UserError(f"Not all ranks could connect within {WAIT_SECONDS} s.")
 
+    @contextlib.contextmanager
+    def first_contact(self, addresses):
+        """Limit the time in which TensorFlow connects the ranks to CONTACT_SECONDS.
+
+        Afterwards a message is printed and this process killed, as nothing else interrupts it.
+
+        Args:
+            addresses: 'host:port' of every rank, in order.
+        """
+        others = [
+            f"rank {rank} at {address}"
+            for rank, address in enumerate(addresses)
+            if rank != self.launch.rank
+        ]
+        message = (
+            f"Error: TensorFlow on {socket.gethostname()} could not exchange data with "
+            f"{', '.join(others)} within {CONTACT_SECONDS} s, though all of them accept "
+            "connections. Either a rank hangs, or a firewall, proxy or network interface (of GPUs: "
+            "NCCL_SOCKET_IFNAME) stops the data: check them, then start again, with --resume if "
+            "the run has a folder."
+        )
+        watcher = subprocess.Popen(
+            [sys.executable, "-ISc", WATCHER, str(os.getpid()), str(CONTACT_SECONDS), message],
+            stdin=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C must not end it first
+        )
+        try:
+            yield
+        finally:
+            watcher.communicate()  # closes the pipe, which ends it
+
     def _poll(self, seconds):
         """Yield what `read` returns, at least once, until this time is over.
 
@@ -250,7 +342,7 @@ class Rendezvous:
         deadline = time.monotonic() + seconds
         while True:
             found = self.read()
-            if failure := announced_failure(found):
+            if failure := self.failure(found):
                 raise StartError(failure)
             yield found
             if time.monotonic() > deadline:
@@ -287,10 +379,9 @@ class Rendezvous:
                 with contextlib.suppress(OSError):
                     self.announce(error=f"{type(error).__name__}: {error}")
                 raise
-            failure = self.wait_for_failure()
-            if failure is None:
-                # A broken connection, or a rank whose heartbeats TensorFlow misses.
-                lost = re.search(r"(?:remote target|heartbeats\):)\s*\S*task:(\d+)", str(error))
+            failure = self.wait_for_failure() or self.failure()
+            if failure is None:  # a broken connection
+                lost = re.search(r"remote target \S*task:(\d+)", str(error))
                 failure = LOST.format(lost[1] if lost else "(unknown)")
                 self.announce(error=failure)
             raise RankError(failure) from error
@@ -351,6 +442,12 @@ def announced_failure(announcements):
         if "error" in facts
     )
     return next(failures, None)
+
+
+def connect(address):
+    """Connect to 'host:port' once; an OSError if that fails."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
 
 
 def read_announcement(file):
