@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.errors import Failure, UserError
+from harness.files import owner_in
 from harness.parallel.launchers import Launch
 
 WAIT_SECONDS = 300  # [s] a rank waits for the others at the start
@@ -72,20 +73,21 @@ class Rendezvous:
 
     An announcement is a small JSON file in a folder below output_dir, which the chief removes at
     the end. It holds a random `key` of its process and the keys that this has seen of the others:
-    once all ranks have seen each other's keys, no file is of an earlier start. Afterwards a counter
-    in it, `beat`, shows that its rank is alive, and is compared with our own: clocks of nodes may
-    differ, and no rank is lost because the program was suspended.
+    once all ranks have seen each other's keys, no file is of an earlier start, and `met` says so.
+    Afterwards a counter in it, `beat`, shows that its rank is alive, and is compared with our own:
+    clocks of nodes may differ, and no rank is lost because the program was suspended.
     """
 
     def __init__(self, launch, output_dir):
         self.launch = launch
         self.folder = Path(output_dir) / f".ranks-{launch.job}"
         self._files = [self.folder / f"rank-{rank}.json" for rank in range(launch.n_ranks)]
-        self._own = {"key": secrets.token_hex(8), "seen": {}, "beat": 0, "facts": None}
+        self._own = {"key": secrets.token_hex(8), "seen": {}, "met": False, "beat": 0}
+        self._own["facts"] = None
         self._lock = threading.Lock()
         self._heard = {}  # by rank: its last beat, and ours when we saw it first
         self._stopped = threading.Event()
-        self._heartbeat = threading.Thread(target=self._beat, daemon=True)
+        self._heartbeat = threading.Thread(target=self._keep_beating, daemon=True)
         self._keys = None  # of all ranks, once they have met
         self._on_failure, self._addresses = None, []
         self._gone = set()  # ranks whose port is closed
@@ -97,8 +99,7 @@ class Rendezvous:
             UserError: If the folder is not ours, or another process has the number of this rank.
         """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = self.folder.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        if not self._is_own_folder():
             raise UserError(
                 f"{self.folder} belongs to another user, or is no folder. Remove it, or set an "
                 "output_dir of your own."
@@ -108,6 +109,13 @@ class Rendezvous:
         with self._lock:
             self._own["facts"] = facts
             self._write()
+
+    def _is_own_folder(self):
+        status = self.folder.lstat()
+        try:
+            return stat.S_ISDIR(status.st_mode) and status.st_uid == owner_in(self.folder)
+        except PermissionError:
+            return False
 
     def _check_unused(self):
         """Raise UserError if a living process announces itself as this rank."""
@@ -135,17 +143,18 @@ class Rendezvous:
         temporary.write_text(json.dumps(self._own), encoding="utf-8")
         temporary.replace(own)
 
-    def _beat(self):
+    def _keep_beating(self):
         while not self._stopped.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(OSError, UserError):
-                self._write_beat()
+                self.beat()
                 if self._on_failure:
                     self._find_gone()
                     if failure := self.failure():
                         self._on_failure(failure)
                         self._on_failure = None
 
-    def _write_beat(self):
+    def beat(self):
+        """Give a sign of life; an OSError if it cannot be written, and then it does not count."""
         with self._lock:
             self._own["beat"] += 1
             try:
@@ -202,7 +211,8 @@ class Rendezvous:
         key, seen = announcement["key"], announcement["seen"]
         if self._keys is not None:
             return key == self._keys[rank]
-        if "error" in announcement["facts"]:  # it may have failed before it saw this rank
+        if "error" in announcement["facts"] and not announcement["met"]:
+            # It may have failed before it saw this rank.
             return announcement["age"] < LOST_HEARTBEATS * HEARTBEAT_SECONDS
         return self._own["key"] in (key, seen.get(str(self.launch.rank)))
 
@@ -258,6 +268,7 @@ class Rendezvous:
         for found in self._poll(seconds):
             if len(found) == self.launch.n_ranks:
                 self._keys = [self._own["seen"][str(r)] for r in range(self.launch.n_ranks)]
+                self._own["met"] = True
                 return [found[rank] for rank in range(self.launch.n_ranks)]
             missing = [str(rank) for rank in range(self.launch.n_ranks) if rank not in found]
             awaited = ", ".join(missing)
@@ -451,7 +462,7 @@ def connect(address):
 
 
 def read_announcement(file):
-    """An announcement: `key`, `seen`, `beat`, `facts`, and `age` [s] of the file.
+    """An announcement: `key`, `seen`, `met`, `beat`, `facts`, and `age` [s] of the file.
 
     Raises:
         ValueError, KeyError, TypeError: If it is none.
@@ -467,6 +478,7 @@ def read_announcement(file):
     return {
         **{name: announcement[name] for name in ("seen", "facts")},
         "key": str(announcement["key"]),
+        "met": announcement.get("met") is True,
         "beat": int(announcement["beat"]),
         "age": time.time() - status.st_mtime,
     }
