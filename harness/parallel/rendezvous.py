@@ -147,10 +147,10 @@ class Rendezvous:
         while not self._stopped.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(OSError, UserError):
                 self.beat()
-                if self._on_failure:
+                if on_failure := self._on_failure:
                     self._find_gone()
                     if failure := self.failure():
-                        self._on_failure(failure)
+                        on_failure(failure)
                         self._on_failure = None
 
     def beat(self):
@@ -219,7 +219,7 @@ class Rendezvous:
     def watch(self, on_failure):
         """Call on_failure(text) once another rank fails; the thread of the heartbeats does.
 
-        The main thread may wait for that rank inside TensorFlow.
+        The main thread may wait for that rank inside TensorFlow. None ends the watching.
         """
         with self._lock:  # TensorFlow may have stopped the heartbeats of some ranks until now
             self._heard = {r: (beat, self._own["beat"]) for r, (beat, _) in self._heard.items()}
@@ -427,6 +427,9 @@ class SingleRank:
     launch: Launch = field(default_factory=Launch)
 
     def check(self):
+        """No other rank can fail."""
+
+    def watch(self, on_failure):
         """No other rank can fail."""
 
     def translated_errors(self):
