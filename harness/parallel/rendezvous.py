@@ -47,16 +47,6 @@ LOST = (
     "Start all ranks again with --resume and the run's folder"
 )
 
-# A process of its own: TensorFlow holds Python's lock while it waits for the servers of others, so
-# that no thread and no handler of a signal runs.
-WATCHER = """
-import os, select, signal, sys
-pid, seconds, message = sys.argv[1:]
-if not select.select([0], [], [], float(seconds))[0]:
-    os.write(2, message.encode() + b"\\n")
-    os.kill(int(pid), signal.SIGKILL)
-"""
-
 log = logging.getLogger("cloudmask")
 
 
@@ -317,28 +307,27 @@ class Rendezvous:
     def first_contact(self, addresses):
         """Limit the time in which TensorFlow connects the ranks to CONTACT_SECONDS.
 
-        Afterwards a message is printed and this process killed, as nothing else interrupts it.
+        Afterwards, or if the process of another rank has ended, a message is printed and this
+        process killed, as nothing else interrupts it.
 
         Args:
             addresses: 'host:port' of every rank, in order.
         """
-        others = [
-            f"rank {rank} at {address}"
-            for rank, address in enumerate(addresses)
-            if rank != self.launch.rank
-        ]
-        message = (
-            f"Error: TensorFlow on {socket.gethostname()} could not exchange data with "
-            f"{', '.join(others)} within {CONTACT_SECONDS} s, though all of them accept "
-            "connections. Either a rank hangs, or a firewall, proxy or network interface (of GPUs: "
+        own = self.launch.rank
+        others = [f"rank {rank} at {a}" for rank, a in enumerate(addresses) if rank != own]
+        late = (
+            f"TensorFlow on {socket.gethostname()} could not exchange data with "
+            f"{', '.join(others)} within {CONTACT_SECONDS} s, though they accept connections. "
+            "Either a rank hangs, or a firewall, proxy or network interface (of GPUs: "
             "NCCL_SOCKET_IFNAME) stops the data: check them, then start again, with --resume if "
             "the run has a folder."
         )
+        tried = ["" if rank == own else address for rank, address in enumerate(addresses)]
         watcher = subprocess.Popen(
-            [sys.executable, "-ISc", WATCHER, str(os.getpid()), str(CONTACT_SECONDS), message],
-            stdin=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C must not end it first
-        )
+            [sys.executable, "-IS", Path(__file__).with_name("watcher.py"), str(os.getpid()),
+             str(CONTACT_SECONDS), late, LOST, *tried],
+            stdin=subprocess.PIPE, start_new_session=True,  # Ctrl-C must not end it first
+        )  # fmt: skip
         try:
             yield
         finally:

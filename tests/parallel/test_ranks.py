@@ -124,15 +124,25 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_rank_that_hangs_while_tensorflow_connects_is_named(settings, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "seconds", "words"),
+    [
+        ("SIGSTOP", 5, r"could not exchange data with rank 1 at \S+:\d+ within 5 s"),
+        ("SIGKILL", 10 * LIMIT_SECONDS, "Lost contact with rank 1"),
+    ],
+)
+def test_rank_that_fails_while_tensorflow_connects_is_named(
+    settings, tmp_path, number, seconds, words
+):
+    fails = f"os.kill(os.getpid(), signal.{number})"
     changes = {
-        0: "rendezvous.CONTACT_SECONDS = 5",
-        1: "rendezvous.Rendezvous.first_contact = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)",
+        0: f"rendezvous.CONTACT_SECONDS = {seconds}",
+        1: f"rendezvous.Rendezvous.first_contact = lambda *_: {fails}",
     }
     prefix = {rank: [sys.executable, "-c", PROGRAM.format(s)] for rank, s in changes.items()}
     with Ranks(2, settings, tmp_path, prefix=prefix) as ranks:
         assert ranks.processes[0].wait(LIMIT_SECONDS) == -signal.SIGKILL
-    assert re.search(r"with rank 1 at \S+:\d+ within 5 s", ranks.error(0)), ranks.error(0)
+    assert re.search(words, ranks.error(0)), ranks.error(0)
 
 
 N_MANY = 400  # scenes: some seconds of inference
