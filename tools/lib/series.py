@@ -71,7 +71,10 @@ def add_run_arguments(add):
 
 def when_stopped(again, launch):
     """What to do after a signal; a launcher that is stopped leaves its job in the queue."""
-    cancel = " If --launch has submitted a job, first cancel it or wait for it."
+    cancel = (
+        " If --launch has submitted a job, first cancel it or wait for it: one that is queued has "
+        "no folder yet, and would be submitted again."
+    )
     return again + cancel if launch else again
 
 
