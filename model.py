@@ -181,7 +181,6 @@ def two_branches(input_shape, dtype, stem, filters, block, name, blocks=1, detai
     full = convolution(inputs, *detail, dtype)
     full = convolution(full, *detail, dtype, activation=None)
     x = layers.ReLU(dtype=dtype)(layers.Add(dtype=dtype)([context, full]))
-    x = convolution(x, *detail, dtype)
     outputs = layers.Conv2D(1, 1, activation="sigmoid", dtype="float32")(x)
     return keras.Model(inputs, outputs, name=f"cloudmask_{name}")
 

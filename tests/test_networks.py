@@ -1,0 +1,36 @@
+"""Every network of the table through every part of the benchmark."""
+
+import os
+import signal
+
+import pytest
+from conftest import at_file, epochs_in, results, start
+
+import slstr_cloud
+from model import NETWORKS
+from tools import export_model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "unet"])  # see all tests
+def test_network_is_trained_resumed_exported_and_masks_scenes(name, settings, tmp_path):
+    """On two replicas in bfloat16, stopped by a signal after an epoch; then scenes in one pass."""
+    changed = {
+        **settings, "network": name, "inference_mode": "scene", "precision": "bfloat16",
+        "cpu_devices": 2, "gpu": 0, "batch_size": 32,
+    }  # fmt: skip
+    with at_file(
+        "run/results.json",
+        lambda: os.kill(os.getpid(), signal.SIGTERM),
+        when=lambda path: epochs_in(path) == 1,
+    ):
+        run = start(tmp_path, changed)
+    assert run.status == 143 and results(run.folder)["training"]["epochs_run"] == 1
+    assert slstr_cloud.main(["--resume", str(run.folder)]) == 0
+    found = results(run.folder)
+    assert found["network"]["name"] == name and found["devices"]["replicas"] == 2
+    assert found["training"]["epochs_run"] == 2 and found["resumed"] == 1
+    assert found["inference"]["scenes"] == found["inference"]["windows"] + 1 == 2
+    exported = tmp_path / "model.onnx"
+    assert export_model.main([str(run.folder), "--format", "onnx", "-o", str(exported)]) == 0
+    assert exported.is_file()
