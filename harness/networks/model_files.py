@@ -205,14 +205,18 @@ def save_model(model, path):
 
 
 def describe(network, model):
-    """What results.json says of a network.
+    """What results.json says of a network; no multiplications if a layer's are unknown.
 
     Args:
         network: Name in NETWORKS, or the path of a model file.
         model: keras.Model.
     """
+    cost = None
+    with contextlib.suppress(UserError):
+        cost = geometry(model).multiplications_per_pixel
     return {
         "name": str(network) if network in NETWORKS else Path(network).stem,
         "layers": len(model.layers),
         "parameters": model.count_params(),
+        "multiplications_per_pixel": cost,
     }
