@@ -1,5 +1,5 @@
 # make demo: the whole benchmark on synthetic scenes. For developers: make test, make lint and
-# make torture (runs killed at 60 random moments, about 10 minutes).
+# make torture (runs killed at 60 random moments, and 36 faults of two ranks, @@).
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -35,6 +35,7 @@ test: $(VENV)/.dev
 
 torture: $(VENV)/.dev
 	$(BIN)/python -m pytest -s tests/test_kill.py --torture 7
+	$(BIN)/python -m pytest -s tests/parallel/test_faults.py --torture 3
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

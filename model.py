@@ -9,17 +9,22 @@ A network is a function of (input_shape, dtype) that returns a functional keras.
         0 or 1 and the loss stops falling.
     Returns: keras.Model from float32 (batch, rows, cols, channels), normalised, to the probability
         of cloud, float32 (batch, rows, cols, 1).
+
+The costs in the docstrings are for 9 channels; tests/test_model.py counts them from the layers. A
+receptive field of 103 pixels is a square of 103 x 103 with the pixel in its middle.
+docs/networks.md compares the networks.
 """
 
 import keras
 from keras import layers
 
 FILTERS = (32, 64, 128, 256)  # per stage going down; mlcommons/science v1.1
+FULL_RESOLUTION_FILTERS = 16  # of the 1x1 branch; twice as many train a quarter more slowly
 
 
-def conv_block(x, filters, dtype):
+def conv_block(x, filters, dtype, n_layers=2):
     """Two 3x3 same-padded convolutions, each followed by ReLU."""
-    for _ in range(2):
+    for _ in range(n_layers):
         x = layers.Conv2D(filters, 3, padding="same", kernel_initializer="he_normal", dtype=dtype)(
             x
         )
@@ -27,31 +32,209 @@ def conv_block(x, filters, dtype):
     return x
 
 
-def unet(input_shape, dtype="float32"):
-    """Build the U-Net of mlcommons/science v1.1: 39 layers, 1,948,609 trainable parameters.
+def unet(input_shape, dtype="float32", filters=FILTERS, block=conv_block, top=None, name="unet"):
+    """The U-Net of mlcommons/science v1.1, the reference: 39 layers.
+
+    Cost: 1,948,609 parameters, 163,904 multiplications per pixel, receptive field of 103 pixels.
+    Source: Ronneberger et al. 2015, arXiv:1505.04597.
 
     39 layers = Input + 14 x (Conv2D + ReLU) + 3 MaxPool + 3 UpSampling + 3 Concatenate + 1.
     Rows and columns must divide by 8, since they are halved three times.
     """
     inputs = x = keras.Input(input_shape, dtype="float32")
 
+    *stages, bottom = zip(filters, [top or block, *[block] * (len(filters) - 1)], strict=True)
     skips = []
-    for filters in FILTERS[:-1]:
-        x = conv_block(x, filters, dtype)  # 256 x 256 x 32, 128 x 128 x 64, 64 x 64 x 128
+    for n, convolve in stages:
+        x = convolve(x, n, dtype)  # 256 x 256 x 32, 128 x 128 x 64, 64 x 64 x 128
         skips.append(x)
         x = layers.MaxPool2D(2, dtype=dtype)(x)
 
-    x = conv_block(x, FILTERS[-1], dtype)  # 32 x 32 x 256
+    x = bottom[1](x, bottom[0], dtype)  # 32 x 32 x 256
 
-    for filters, skip in zip(reversed(FILTERS[:-1]), reversed(skips), strict=True):
+    for (n, convolve), skip in zip(reversed(stages), reversed(skips), strict=True):
         x = layers.UpSampling2D(2, dtype=dtype)(x)
         x = layers.Concatenate(dtype=dtype)([x, skip])
-        x = conv_block(x, filters, dtype)
+        x = convolve(x, n, dtype)
 
     outputs = layers.Conv2D(1, 1, activation="sigmoid", dtype="float32")(x)
-    return keras.Model(inputs, outputs, name="cloudmask_unet")
+    return keras.Model(inputs, outputs, name=f"cloudmask_{name}")
+
+
+def unet_half(input_shape, dtype="float32"):
+    """The U-Net with half of the filters: what width contributes, as opposed to design.
+
+    Cost: 488,161 parameters, 41,632 multiplications per pixel, receptive field of 103 pixels.
+    """
+    return unet(input_shape, dtype, tuple(n // 2 for n in FILTERS), name="unet_half")
+
+
+def separable_block(x, filters, dtype):
+    """Two separable 3x3 convolutions: of each channel by itself, then 1x1 across channels."""
+    for _ in range(2):
+        x = layers.SeparableConv2D(
+            filters, 3, padding="same", activation="relu", dtype=dtype,
+            # Each of the 9 weights of one channel has variance 1/9; he_normal divides by all
+            # channels, so that the signal would vanish after a few layers.
+            depthwise_initializer=keras.initializers.RandomNormal(stddev=1 / 3),
+            pointwise_initializer="he_normal",
+        )(x)  # fmt: skip
+    return x
+
+
+def unet_separable(input_shape, dtype="float32"):
+    """The U-Net with depthwise separable convolutions.
+
+    It has an eighth of the multiplications and is only twice as fast, because the depthwise half
+    waits for memory (tensorflow issues 12132, 42172, 46217).
+
+    Cost: 232,274 parameters, 21,003 multiplications per pixel, receptive field of 103 pixels.
+    Source: Howard et al. 2017 (MobileNets), arXiv:1704.04861.
+    """
+    return unet(input_shape, dtype, block=separable_block, name="unet_separable")
+
+
+def single_convolution(x, filters, dtype):
+    """One 3x3 same-padded convolution, followed by ReLU."""
+    return conv_block(x, filters, dtype, n_layers=1)
+
+
+def unet_deep(input_shape, dtype="float32"):
+    """A U-Net of five stages: meant to be more accurate than the reference at less than its cost.
+
+    The reference spends 60 % of its multiplications at full and half resolution. Here these stages
+    are thinner, and a fifth stage sees twice as far.
+
+    Cost: 4,416,961 parameters, 119,840 multiplications per pixel, receptive field of 211 pixels.
+    """
+    filters = 32, 48, 96, 192, 384
+    return unet(input_shape, dtype, filters, top=single_convolution, name="unet_deep")
+
+
+def pixel(input_shape, dtype="float32"):
+    """Two 1x1 convolutions: every pixel by itself, to see what its surroundings contribute.
+
+    Cost: 1,409 parameters, 1,344 multiplications per pixel, receptive field of 1 pixel.
+    """
+    inputs = x = keras.Input(input_shape, dtype="float32")
+    for _ in range(2):
+        x = convolution(x, 32, 1, dtype)
+    outputs = layers.Conv2D(1, 1, activation="sigmoid", dtype="float32")(x)
+    return keras.Model(inputs, outputs, name="cloudmask_pixel")
+
+
+def convolution(x, filters, size, dtype, activation="relu", strides=1, initializer="he_normal"):
+    """A same-padded convolution with ReLU or without activation."""
+    return layers.Conv2D(
+        filters, size, strides, "same", activation=activation, kernel_initializer=initializer,
+        dtype=dtype,
+    )(x)  # fmt: skip
+
+
+def enlarge(x, filters, factor, dtype):
+    """Every pixel becomes factor x factor pixels, each with weights of its own."""
+    return layers.Conv2DTranspose(
+        filters, factor, factor, kernel_initializer="he_normal", dtype=dtype
+    )(x)
+
+
+def residual_block(x, dtype):
+    """Two 3x3 convolutions whose result is added to their input.
+
+    The second starts at 0, so that deep networks learn without normalisation: every block is at
+    first the identity (Zhang et al. 2019, arXiv:1901.09321).
+    """
+    y = convolution(x, x.shape[-1], 3, dtype)
+    y = convolution(y, x.shape[-1], 3, dtype, activation=None, initializer="zeros")
+    return layers.ReLU(dtype=dtype)(layers.Add(dtype=dtype)([x, y]))
+
+
+def large_kernel_block(x, dtype):
+    """A depthwise 7x7 convolution and a 1x1 network of three times the width, added to the input.
+
+    Source: Liu et al. 2022 (ConvNeXt), arXiv:2201.03545.
+    """
+    y = layers.DepthwiseConv2D(
+        7, padding="same", dtype=dtype,
+        depthwise_initializer=keras.initializers.RandomNormal(stddev=1 / 7),  # of 49 weights
+    )(x)  # fmt: skip
+    y = layers.LayerNormalization(dtype=dtype)(y)
+    y = convolution(y, 3 * x.shape[-1], 1, dtype)
+    y = convolution(y, x.shape[-1], 1, dtype, activation=None, initializer="zeros")
+    return layers.Add(dtype=dtype)([x, y])
+
+
+def two_branches(input_shape, dtype, stem, filters, block, name, blocks=1):
+    """A U-shaped context branch at low resolution beside a 1x1 branch at full resolution.
+
+    A third of the U-Net's work is at full resolution, where convolutions have few channels and wait
+    for memory. Here only the 1x1 branch is there, which sees the spectrum of each pixel.
+    Source: Yu et al. 2018 (BiSeNet), arXiv:1808.00897.
+
+    Args:
+        input_shape: See above.
+        dtype: See above.
+        stem: The context branch starts with one pixel for each stem x stem pixels: a space-to-depth
+            and a matrix product, written as a convolution with stride.
+        filters: Of each stage of the context branch, which has half the resolution of the last.
+        block: Function of (x, dtype).
+        name: In NETWORKS.
+        blocks: In each stage going down; there is one in each going up.
+    """
+    inputs = keras.Input(input_shape, dtype="float32")
+
+    x, stages = inputs, []
+    for n in filters:
+        stride = 2 if stages else stem
+        x = convolution(x, n, stride, dtype, strides=stride)
+        for _ in range(blocks):
+            x = block(x, dtype)
+        stages.append(x)
+    for skip in reversed(stages[:-1]):
+        x = layers.Add(dtype=dtype)([enlarge(x, skip.shape[-1], 2, dtype), skip])
+        x = block(x, dtype)
+    context = enlarge(x, FULL_RESOLUTION_FILTERS, stem, dtype)
+
+    full = convolution(inputs, FULL_RESOLUTION_FILTERS, 1, dtype)
+    full = convolution(full, FULL_RESOLUTION_FILTERS, 1, dtype, activation=None)
+    x = layers.ReLU(dtype=dtype)(layers.Add(dtype=dtype)([context, full]))
+    outputs = layers.Conv2D(1, 1, activation="sigmoid", dtype="float32")(x)
+    return keras.Model(inputs, outputs, name=f"cloudmask_{name}")
+
+
+def stem_2x2(input_shape, dtype="float32"):
+    """Residual blocks behind a 2x2 stem: a fast network.
+
+    Cost: 234,737 parameters, 17,920 multiplications per pixel, receptive field of 95 pixels.
+    """
+    return two_branches(input_shape, dtype, 2, (32, 48, 64), residual_block, "stem_2x2")
+
+
+def stem_4x4(input_shape, dtype="float32"):
+    """Residual blocks behind a 4x4 stem: as fast, twice the surroundings, coarser shapes of clouds.
+
+    Cost: 949,009 parameters, 18,720 multiplications per pixel, receptive field of 191 pixels.
+    Source of the stem: Ridnik et al. 2020 (TResNet), arXiv:2003.13630.
+    """
+    return two_branches(input_shape, dtype, 4, (64, 96, 128), residual_block, "stem_4x4")
+
+
+def large_kernel(input_shape, dtype="float32"):
+    """Large depthwise kernels behind a 2x2 stem: wide surroundings at few multiplications.
+
+    Cost: 885,489 parameters, 36,812 multiplications per pixel, receptive field of 219 pixels.
+    """
+    filters = 48, 96, 192
+    return two_branches(input_shape, dtype, 2, filters, large_kernel_block, "large_kernel", 2)
 
 
 NETWORKS = {
     "unet": unet,
+    "unet_half": unet_half,
+    "unet_separable": unet_separable,
+    "unet_deep": unet_deep,
+    "pixel": pixel,
+    "stem_2x2": stem_2x2,
+    "stem_4x4": stem_4x4,
+    "large_kernel": large_kernel,
 }

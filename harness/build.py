@@ -77,6 +77,7 @@ def open_run(task, ranks, found, skipped):
             for path, reason in skipped.items():
                 run.bad_scenes.record(path, reason, START)
         yield run, devices, scenes
+    ranks.watch(None)  # the others leave while the chief makes the report
 
 
 def open_devices(config, ranks, **facts):

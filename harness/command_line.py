@@ -5,10 +5,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.config import MODEL_SUFFIXES, Config, load_config
+from harness.config import FILE_KEYS, MODEL_SUFFIXES, Config, load_config
 from harness.errors import UserError
 from harness.preflight import check_model
-from harness.records.resume import MODES, find_requeued, load_resumed
+from harness.records.resume import INPUT, MODES, find_requeued, load_resumed
 
 
 @dataclass(frozen=True)
@@ -94,4 +94,23 @@ def choose_task(arguments):
     task = Task(config, earlier["mode"], folder.resolve(), earlier)
     if not task.is_finished:
         check_model(config, task.mode)
+        if arguments.resume and not arguments.config:
+            _check_files(task, {text.partition("=")[0].strip() for text in arguments.set})
     return task
+
+
+def _check_files(task, named):
+    """Raise UserError if only a folder, perhaps of others, says that its run writes elsewhere.
+
+    Args:
+        task: Task.
+        named: Keys that the command line sets.
+    """
+    for key in FILE_KEYS:
+        path = task.folder / getattr(task.config, key)
+        is_known = (key, task.mode) == INPUT or key in named or path.is_relative_to(task.folder)
+        if not is_known:
+            raise UserError(
+                f"The run in {task.folder} writes to a file outside of it, {key}: {path}. If that "
+                f"is right, add --set {key}={path}"
+            )

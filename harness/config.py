@@ -179,6 +179,7 @@ class Config(BaseModel):
     cloud_weight: Annotated[float, Number, Field(gt=0)] = 1.0
     target_accuracy: Annotated[float, Number, Field(gt=0, le=1)] | None = None
     patience: Count | None = None
+    training_seconds: Annotated[float, Number, Field(gt=0)] | None = None
     shuffle_scenes: Count | Literal["auto"] = "auto"
     micro_batch: Count | Literal["auto"] = "auto"
     checkpoint_every: Count = 1
@@ -325,6 +326,16 @@ def load_config(path, overrides=()):
     Raises:
         UserError: With all errors of the file.
     """
+    values, overriding = read_yaml(path), dict(map(_override, overrides))
+    return check(without_blocks({**values, **overriding}, path), path, overriding)
+
+
+def read_yaml(path):
+    """Read a YAML file of 'key: value', in which all values are texts, lists, dictionaries or None.
+
+    Raises:
+        UserError: If there is no such file, or it contains something else.
+    """
     try:
         with open_regular(Path(path)) as file:
             content = file.read(MAX_BYTES + 1)
@@ -347,8 +358,7 @@ def load_config(path, overrides=()):
         raise UserError(
             f"{path} should contain lines of 'key: value', found a {type(values).__name__}."
         )
-    overriding = dict(map(_override, overrides))
-    return check(without_blocks({**values, **overriding}, path), path, overriding)
+    return values
 
 
 def _override(text):

@@ -183,15 +183,29 @@ def check_regular(path, max_bytes=None):
         raise OSError(f"{path} has {status.st_size} bytes, expected at most {max_bytes}")
 
 
-def open_own(path):
+def owner_in(folder):
+    """The number of this user in a folder: NFS and containers map users, geteuid may differ.
+
+    Raises:
+        OSError: If no file can be made there.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_uid
+
+
+def open_own(path, own):
     """Open a file of this user for reading, unbuffered, in a folder where others may write.
+
+    Args:
+        path: Path of the file.
+        own: The user's number, of `owner_in`.
 
     Raises:
         OSError: Unless it is a regular file of this user with one hard link, and not a link.
     """
     file = open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb", buffering=0)
     status = os.fstat(file.fileno())
-    if (status.st_uid, status.st_nlink) != (os.geteuid(), 1) or not stat.S_ISREG(status.st_mode):
+    if (status.st_uid, status.st_nlink) != (own, 1) or not stat.S_ISREG(status.st_mode):
         file.close()
         raise OSError(f"{path} is not a file of this user alone")
     return file
@@ -212,8 +226,7 @@ def check_own(path):
     if not os.path.lexists(path):
         return
     _check_entry(path, None)  # os.walk would follow it
-    with tempfile.TemporaryFile(dir=path if path.is_dir() else path.parent) as file:
-        own = os.fstat(file.fileno()).st_uid  # not geteuid: NFS and containers map users
+    own = owner_in(path if path.is_dir() else path.parent)
     _check_entry(path, own)
     for folder, folders, files in os.walk(path):
         for name in (*folders, *files):

@@ -1,6 +1,5 @@
 """Before a run: its model, which scenes it uses, and whether the disk has room for its results."""
 
-import ast
 import logging
 import shutil
 from collections import Counter
@@ -11,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from data_loader import SceneError, check_scene, find_scenes, split_scenes
-from harness import REPOSITORY
 from harness.config import LABELS
 from harness.console import counted, format_bytes, progress
 from harness.data.bad_scenes import START, BadScenes
@@ -20,6 +18,7 @@ from harness.data.scene_files import day_or_night
 from harness.data.scene_rows import is_synthetic
 from harness.errors import UserError
 from harness.labels.label_files import check_labels
+from harness.networks.names import network_file, network_names
 
 THREADS = 16
 HEADER_BYTES = 1 << 16  # of a file; contains most of its headers
@@ -147,28 +146,8 @@ def check_model(config, mode):
                 f"No model file {config.model_file}. Name a trained model, for example --model "
                 "outputs/RUN/model.keras."
             )
-    elif config.network.endswith(".keras"):
-        if not Path(config.network).is_file():
-            raise UserError(f"No file {config.network}. Set network to a .keras file or a name.")
-    elif (names := network_names()) and config.network not in names:
-        raise UserError(
-            f"Unknown network '{config.network}'. Set network to {' or '.join(names)}, or to the "
-            "path of a .keras file."
-        )
-
-
-def network_names():
-    """The names in NETWORKS of model.py, which imports TensorFlow and is therefore only read.
-
-    Returns:
-        List of the names; empty if the table is not written as a dictionary of texts.
-    """
-    tree = ast.parse((REPOSITORY / "model.py").read_text(encoding="utf-8"))
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "NETWORKS":
-            keys = getattr(node.value, "keys", [])
-            return [key.value for key in keys if isinstance(key, ast.Constant)]
-    return []
+    else:
+        network_file(config.network, network_names() or [config.network])
 
 
 def choose_skipped(config, mode, found, folder=None):

@@ -35,7 +35,8 @@ HEIGHT, WIDTH, PATCH = 100, 135, 32
 
 
 def pytest_addoption(parser):
-    parser.addoption("--torture", type=int, default=1, help="runs that test_kill.py kills")
+    parser.addoption("--torture", type=int, default=1, help="runs that are killed or disturbed")
+    parser.addoption("--torture-seed", type=int, help="in test_faults.py: only this run")
 
 
 @pytest.fixture(scope="session")

@@ -150,6 +150,17 @@ def test_numbers_of_the_science_page_are_those_of_the_code():
     assert f"({shape.radius} pixels for the U-Net)" in text(REPOSITORY / "docs/configuration.md")
 
 
+def test_costs_of_the_networks_page_are_those_of_the_layers():
+    rows = [
+        line for line in text(REPOSITORY / "docs/networks.md").splitlines() if line[:3] == "| `"
+    ]
+    for row, (name, build) in zip(rows[: len(NETWORKS)], NETWORKS.items(), strict=True):
+        size = geometry(build((None, None, 9)))
+        cost = size.n_parameters, round(size.multiplications_per_pixel), 2 * size.radius + 1
+        assert row.startswith(f"| `{name}` |")
+        assert row.endswith(" | ".join(f"{number:,}" for number in cost) + " |")
+
+
 @pytest.mark.slow
 def test_numbers_of_the_demo_are_those_of_the_readme(checkout):
     readme = text(REPOSITORY / "README.md")

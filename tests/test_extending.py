@@ -49,7 +49,7 @@ def test_all_kinds_of_extensions_are_shown():
 def test_benchmark_runs_with_all_changes(tmp_path, settings):
     code = changed_copy(tmp_path / "code", CHANGES)
     extended = {
-        **settings, "network": "pixel", "loss": "squared_error", "augment": "noise",
+        **settings, "network": "small", "loss": "squared_error", "augment": "noise",
         "warm_up_steps": False, "epochs": 1, "output_dir": str(tmp_path), "run_name": "run",
         "inference_mode": "scene", "report": True,
     }  # fmt: skip
@@ -58,8 +58,12 @@ def test_benchmark_runs_with_all_changes(tmp_path, settings):
     program = subprocess.run(command, cwd=code, capture_output=True, text=True, check=False)
     assert program.returncode == 0, program.stderr
     found = results(tmp_path / "run")
-    # Three 1x1 convolutions from 9 channels: 9 x 32 + 32, 32 x 32 + 32 and 32 + 1 parameters.
-    assert found["network"] == {"name": "pixel", "layers": 4, "parameters": 320 + 1056 + 33}
+    # Two 3x3 convolutions and one of 1x1, each with a weight per output besides.
+    kernels = 9 * 9 * 16 + 9 * 16 * 16 + 16
+    assert found["network"] == {
+        "name": "small", "layers": 4, "parameters": kernels + 16 + 16 + 1,
+        "multiplications_per_pixel": kernels,
+    }  # fmt: skip
     assert found["training"]["loss_function"] == "squared_error"
     assert found["training"]["loss"] < 1  # a squared difference of probabilities
     assert found["training"]["warm_up_seconds"] == 0

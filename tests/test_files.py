@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import slstr_cloud
+from harness.command_line import choose_task, parse_arguments
 from harness.config import Config
 from harness.console import table
 from harness.data.bad_scenes import BadScenes
@@ -102,6 +103,18 @@ def test_absolute_files_of_a_run_are_not_links(tmp_path, outside, key, link):
     assert slstr_cloud.main(["--resume", str(run)]) == 2
     with pytest.raises(UserError, match="x.keras exists: a run does not overwrite"):
         make_folder(config, "benchmark")
+
+
+@pytest.mark.parametrize("key", ["model_file", "log_file", "mlperf_logfile"])
+def test_only_the_command_line_lets_a_resumed_run_write_elsewhere(tmp_path, capsys, key):
+    path = tmp_path / "profile.keras"
+    run = make_folder(Config(output_dir=tmp_path / "outputs", **{key: path}), "benchmark")
+    path.write_text("precious")
+    assert slstr_cloud.main(["--resume", str(run)]) == 2
+    assert f"add --set {key}={path}" in capsys.readouterr().err
+    assert path.read_text() == "precious"
+    for named in (["--set", f"{key}={path}"], ["--config", str(run / "config.yaml")]):
+        assert choose_task(parse_arguments(["--resume", str(run), *named])).folder == run
 
 
 def test_own_files_pass(run, tmp_path):

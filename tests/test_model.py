@@ -43,6 +43,16 @@ def test_network_can_be_trained_and_applied_to_whole_scenes(name):
 
 
 @everything
+def test_costs_in_the_docstring_are_those_of_the_layers(name):
+    size = geometry(NETWORKS[name]((None, None, 9)))
+    text = " ".join(NETWORKS[name].__doc__.split())
+    assert (
+        f"Cost: {size.n_parameters:,} parameters, {size.multiplications_per_pixel:,.0f} "
+        f"multiplications per pixel, receptive field of {2 * size.radius + 1} pixel"
+    ) in text
+
+
+@everything
 def test_network_can_be_saved_without_its_code(name, tmp_path):
     model = NETWORKS[name]((P, P, 3))
     model.save(tmp_path / "model.keras")

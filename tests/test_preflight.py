@@ -17,7 +17,8 @@ from data_loader import SceneError
 from harness import REPOSITORY, check
 from harness.console import format_bytes, format_duration, table
 from harness.data.bad_scenes import BadScenes
-from harness.preflight import Scenes, check_free_space, check_scenes, network_names
+from harness.networks.names import network_names
+from harness.preflight import Scenes, check_free_space, check_scenes
 from model import NETWORKS
 
 SHAPE = (HEIGHT, WIDTH, 9)
@@ -401,6 +402,6 @@ def test_missing_models_are_reported_before_tensorflow_is_imported(tmp_path, arg
 
 def test_names_of_networks_are_those_of_the_table(tmp_path, monkeypatch):
     assert network_names() == list(NETWORKS)
-    monkeypatch.setattr("harness.preflight.REPOSITORY", tmp_path)
+    monkeypatch.setattr("harness.networks.names.REPOSITORY", tmp_path)
     (tmp_path / "model.py").write_text("NETWORKS = dict(mine=None)")
     assert network_names() == []  # then the table is asked once TensorFlow is imported

@@ -4,6 +4,7 @@ r"""Measure how fast the benchmark is on this machine, and how close to the mach
     python tools/bench.py --quick                  the main rows, within two minutes
     python tools/bench.py --only loader train_step/bfloat16
     python tools/bench.py --against torch          also compares with PyTorch on the same work
+    python tools/bench.py --network stem_2x2       another network than the U-Net
 
 Scenes of full size in the published dtypes are made in a temporary folder. What is compared is
 measured in turn (a, b, a, b, ...); a row gives the median and the range of the repeats.
@@ -12,7 +13,7 @@ ratio        How many times better than the baseline: value / baseline for rates
              for seconds and bytes.
 limit        Of the network: its rate of floating-point operations divided by that of a large matrix
              product (gemm) of the same precision, measured in the same minutes. The operations are
-             those of the network's convolutions, layer by layer. A program that computes the same
+             those of the network's layers, one by one. A program that computes the same
              with fewer, as harness/networks/fused_upsampling.py does, can exceed 100 %.
              Of the loader: its rate divided by that of h5py alone.
 
@@ -39,6 +40,7 @@ from harness.config import load_config
 from harness.console import format_duration, log_to_screen
 from harness.errors import Failure, UserError
 from harness.files import write_text
+from harness.preflight import check_model
 from tools.lib.bench.rows import is_wanted, text_table
 
 # Functions of tools/lib/bench/measurements.py or torch_unet.py, and the first words of the names of
@@ -105,8 +107,8 @@ def describe(bench, with_torch):
         f"{bench.devices.describe()}, {n_cores()} cores, Python {platform.python_version()}, "
         f"{versions}, commit {git_commit()}\n"
         f"Load of the machine (1, 5, 15 minutes): {load}\n"
-        f"Scenes of {config.image_h} x {config.image_w}, patches of {config.patch_size}; medians "
-        f"of up to {bench.repeats} repeats"
+        f"Network {config.network}, scenes of {config.image_h} x {config.image_w}, patches of "
+        f"{config.patch_size}; medians of up to {bench.repeats} repeats"
     )
 
 
@@ -120,6 +122,7 @@ def parse_arguments(argv):
     add("--against", choices=("torch",), help="compare with PyTorch, which must be installed")
     add("--only", nargs="+", metavar="NAME", default=[], help="rows whose names start with this")
     add("-o", "--output", type=Path, metavar="FILE", help="JSON file to write the rows to")
+    add("--network", default="unet", help="a name in model.py, or a .keras file (default unet)")
     add("--size", type=int, nargs=2, default=(1200, 1500), metavar=("H", "W"), help="of a scene")
     add("--patch", type=int, default=256, metavar="P", help="rows and columns of a patch")
     add("--verbose", action="store_true", help="show tracebacks and TensorFlow's messages")
@@ -133,11 +136,13 @@ def wanted_groups(arguments):
     """The groups that the command line asks for.
 
     Raises:
-        UserError: If no row starts with a name, or PyTorch is missing.
+        UserError: If no row starts with a name, or PyTorch is missing or has not the network.
     """
     for name in arguments.only:
         if not any(is_wanted(word, [name]) for word in WORDS):
             raise UserError(f"--only {name}: no such row. Rows start with {', '.join(WORDS)}.")
+    if arguments.against and arguments.network != "unet":
+        raise UserError("PyTorch's program is the U-Net. Omit --network or --against.")
     if arguments.against and importlib.util.find_spec("torch") is None:
         raise UserError(
             f"--against torch needs PyTorch. Type: {sys.executable} -m pip install torch"
@@ -150,7 +155,7 @@ def wanted_groups(arguments):
     }
 
 
-def write_config(folder, size, patch):
+def write_config(folder, size, patch, network):
     """Write the configuration of the runs, and return its path."""
     settings = {
         "IMAGE_H": size[0],
@@ -158,6 +163,7 @@ def write_config(folder, size, patch):
         "PATCH_SIZE": patch,
         "CROP_SIZE": 2 * round(patch * 80 / 256 / 2),  # as 80 of 256 pixels, and even
         "clip_offset": round(patch * 15 / 256),
+        "network": network,
         "train_dir": str(folder),
         "inference_dir": str(folder),
         "output_dir": str(folder / "runs"),
@@ -165,7 +171,7 @@ def write_config(folder, size, patch):
     }
     file = folder / "config.yaml"
     file.write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
-    load_config(file)  # raises before TensorFlow is imported
+    check_model(load_config(file), "benchmark")  # raises before TensorFlow is imported
     return file
 
 
@@ -174,7 +180,7 @@ def work(arguments):
     groups = wanted_groups(arguments)
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        file = write_config(Path(folder), arguments.size, arguments.patch)
+        file = write_config(Path(folder), arguments.size, arguments.patch, arguments.network)
         if arguments.against:  # PyTorch imports Triton, which crashes if TensorFlow came first
             with contextlib.suppress(ImportError):
                 importlib.import_module("triton")

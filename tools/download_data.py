@@ -38,6 +38,7 @@ from fnmatch import fnmatchcase
 from itertools import chain
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 
 from _command import exit_status
 from harness.console import counted, format_bytes, log_to_screen, progress, table
@@ -58,6 +59,7 @@ PARTIAL = ".{}.download"  # name of a file until it is complete; hidden: never r
 SCENE_NAME = "S3[A-D]*.hdf"  # as in harness.data.scene_files, which needs h5py
 
 MAX_PAGES = 1000  # of a listing; S3 sends 1000 keys in each, and a set has two
+MAX_PAGE_BYTES = 1 << 24  # a key has at most 1 kB
 PAUSES = (1, 4, 16, 60)  # [s] before a listing or file is tried again; boto3 retries requests too
 TIMEOUT = 30  # [s] without a byte
 MIB = 1 << 20
@@ -110,6 +112,7 @@ class Bucket:
             )
         except ValueError as error:
             raise UserError(f"--endpoint should be like {ENDPOINT}, found {endpoint!r}.") from error
+        self.client.meta.events.register("before-send.s3.ListObjectsV2", self._send_list_request)
         # Many files at once, each in one thread. Python waits for boto3's own threads before it
         # exits: a server that stopped answering would delay SIGTERM for minutes.
         self.transfer = TransferConfig(
@@ -160,7 +163,7 @@ class Bucket:
         listing = self.client.get_paginator("list_objects_v2")
         for number, page in enumerate(listing.paginate(Bucket=self.name, Prefix=prefix)):
             if number == MAX_PAGES:
-                raise Damaged(f"the listing of {prefix} has more than {MAX_PAGES} pages")
+                raise UserError(f"the listing of {prefix} has more than {MAX_PAGES} pages")
             if not page.keys() & {"Name", "IsTruncated"}:
                 raise Damaged("the server's answer is not a listing")
             if page.get("IsTruncated") and not page.get("NextContinuationToken"):
@@ -175,6 +178,17 @@ class Bucket:
                     etag = entry["ETag"].removeprefix("W/").strip('"')
                     files[key] = RemoteFile(key, source, entry["Size"], etag)
         return [files[key] for key in sorted(files)]
+
+    def _send_list_request(self, request, **_):
+        """Send a request for a page and read it: boto3 would read one without end."""
+        request.stream_output = True  # it is not read yet
+        answer = self.client._endpoint.http_session.send(request)
+        with contextlib.closing(answer.raw):
+            body = answer.raw.read(MAX_PAGE_BYTES + 1)
+        if len(body) > MAX_PAGE_BYTES:
+            raise UserError(f"a page of the listing has more than {format_bytes(MAX_PAGE_BYTES)}")
+        answer.raw = SimpleNamespace(stream=lambda: [body])
+        return answer
 
     def part_size(self, file):
         """Size of the first uploaded part of an object [bytes]; None if the store cannot tell."""
@@ -209,7 +223,7 @@ def is_permanent(error):
     if isinstance(error, ConnectionError | TimeoutError):
         return False
     is_local = isinstance(error, OSError) and error.errno is not None
-    return is_local or isinstance(error, ParamValidationError)
+    return is_local or isinstance(error, ParamValidationError | UserError)
 
 
 def reason(error):

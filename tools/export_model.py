@@ -6,7 +6,8 @@ r"""Export a trained model as ONNX or as a TensorFlow SavedModel, which run with
 The exported network computes in float32, whatever precision it was trained in. Its input `channels`
 is float32 (batch, rows, cols, 9), normalised: reflectance of S1 to S6 - 0.5, then (brightness
 temperature of S7 to S9 [K] - 270) / 22. Its output `probability`, (batch, rows, cols, 1), is that
-of cloud. Rows and columns may be any multiples of 8, unless the model has layers of a fixed size.
+of cloud. Rows and columns may be any multiples of what the network needs, 8 for the U-Net, unless
+the model has layers of a fixed size.
 The metadata of the ONNX file (opset 18), or cloudmask.json beside the SavedModel's signature
 `serving_default`, contain the normalisation.
 
@@ -33,7 +34,7 @@ from harness.files import file_sha256, write_json
 from tools.lib.options import command_parser
 
 OPSET = 18  # of ONNX: the newest that tf2onnx writes; onnxruntime reads it since 1.14
-SIZES = ((64, 64), (64, 192), (128, 64))  # of the images compared; any U-Net accepts them
+SIZES = ((64, 64), (64, 192), (128, 64))  # of the images compared; all our networks take them
 IMAGES = 4  # of each size
 
 log = logging.getLogger("export_model")

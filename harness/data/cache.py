@@ -2,10 +2,11 @@
 
 import hashlib
 import logging
+import os
 import secrets
 from pathlib import Path
 
-from harness.files import open_own
+from harness.files import open_own, owner_in
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,10 @@ def cached(read, cache_dir, key):
     """
     cache_dir = Path(cache_dir)
     cache_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        own = owner_in(cache_dir)
+    except OSError:  # a full or read-only disk, whose files may be good all the same
+        own = os.geteuid()
 
     def read_cached(path, patches):
         try:
@@ -36,7 +41,7 @@ def cached(read, cache_dir, key):
         identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {key}"
         name = f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
         files = {i: cache_dir / f"{name}-{i}.raw" for i in patches}
-        absent = {i: patch for i, patch in patches.items() if not _load(files[i], patch)}
+        absent = {i: patch for i, patch in patches.items() if not _load(files[i], patch, own)}
         out_of_range = read(path, absent) if absent else 0
         for i, patch in absent.items():
             _store(files[i], patch)
@@ -45,10 +50,10 @@ def cached(read, cache_dir, key):
     return read_cached
 
 
-def _load(path, patch):
+def _load(path, patch, own):
     """Fill the arrays of a patch from its cache file; return whether that worked."""
     try:
-        with open_own(path) as file:
+        with open_own(path, own) as file:
             if sum(file.readinto(part) for part in patch) != sum(part.nbytes for part in patch):
                 raise EOFError("it ends early")
         return True

@@ -9,6 +9,7 @@ import keras
 
 from harness.errors import UserError
 from harness.networks.geometry import geometry
+from harness.networks.names import network_file
 from model import NETWORKS
 
 MAX_REASON = 300  # characters of Keras' message in ours
@@ -29,7 +30,7 @@ def build_network(network, input_shape, policy="float32"):
     Raises:
         UserError: If there is no such network or file, or it does not take such patches.
     """
-    if path := network_file(network):
+    if path := network_file(network, NETWORKS):
         model = check_model(read_model(path), path, input_shape)
         return cast_model(model, policy, input_shape[:2])
     try:
@@ -60,25 +61,6 @@ def _check_size(source, build, size):
             f"The network {source} takes images whose rows and columns divide by {multiple}, "
             f"found {size[0]} x {size[1]}. Choose another PATCH_SIZE."
         ) from None
-
-
-def network_file(network):
-    """The path of the model file that the key `network` names; None for a name in NETWORKS.
-
-    Raises:
-        UserError: If it is neither.
-    """
-    if network in NETWORKS:
-        return None
-    path = Path(network)
-    if path.suffix != ".keras":
-        raise UserError(
-            f"Unknown network '{network}'. Set network to {' or '.join(NETWORKS)}, or to the path "
-            "of a model file, which must end in .keras."
-        )
-    if not path.is_file():
-        raise UserError(f"No model file {path}. Set network to the .keras file of a trained model.")
-    return path
 
 
 def read_model(path):
@@ -223,14 +205,18 @@ def save_model(model, path):
 
 
 def describe(network, model):
-    """What results.json says of a network.
+    """What results.json says of a network; no multiplications if a layer's are unknown.
 
     Args:
         network: Name in NETWORKS, or the path of a model file.
         model: keras.Model.
     """
+    cost = None
+    with contextlib.suppress(UserError):
+        cost = geometry(model).multiplications_per_pixel
     return {
         "name": str(network) if network in NETWORKS else Path(network).stem,
         "layers": len(model.layers),
         "parameters": model.count_params(),
+        "multiplications_per_pixel": cost,
     }

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import keras
 import tensorflow as tf
+from tensorflow.python.eager import context as eager  # see _many_workers
 
 from harness.console import counted
 from harness.errors import UserError
@@ -18,6 +19,7 @@ from harness.signals import check_signals
 
 log = logging.getLogger("cloudmask")
 
+SERVICE_SECONDS = 30 * 86400  # [s] suspended ranks may be silent for TensorFlow's service
 CPU_MICRO_BATCH = 4  # patches; at 256 x 256 more took 1 GB more and were no faster on two cores
 
 
@@ -241,14 +243,17 @@ def open_devices(
     if deterministic:
         _make_deterministic(kind)
 
-    if launch.n_ranks > 1:
-        strategy = _many_workers(launch, addresses, kind)
-    else:
-        # TensorFlow chooses NCCL between GPUs; virtual CPUs share one memory.
-        reduction = tf.distribute.ReductionToOneDevice() if kind == "CPU" else None
-        strategy = tf.distribute.MirroredStrategy(local, cross_device_ops=reduction)
     numbers = tuple(int(gpu.name.rsplit(":", 1)[1]) for gpu in used)
-    return Devices(strategy, local, kind, rendezvous, tuple(announcements), deterministic, numbers)
+    facts = (local, kind, rendezvous, tuple(announcements), deterministic, numbers)
+    if launch.n_ranks > 1:
+        with rendezvous.first_contact(addresses):
+            devices = Devices(_many_workers(launch, addresses, kind), *facts)
+            devices.gather(0)
+        rendezvous.watch(_end_collectives)
+        return devices
+    # TensorFlow chooses NCCL between GPUs; virtual CPUs share one memory.
+    reduction = tf.distribute.ReductionToOneDevice() if kind == "CPU" else None
+    return Devices(tf.distribute.MirroredStrategy(local, cross_device_ops=reduction), *facts)
 
 
 def visible_gpus():
@@ -347,11 +352,26 @@ def _many_workers(launch, addresses, kind):
     os.environ["TF_CONFIG"] = json.dumps(
         {"cluster": {"worker": list(addresses)}, "task": {"type": "worker", "index": launch.rank}}
     )
+    # No public function sets these times. After ten seconds without a heartbeat TensorFlow would
+    # end the run, also when all ranks were suspended; the rendezvous notices lost ranks.
+    eager.context().configure_coordination_service(
+        service_type="standalone",
+        service_leader="/job:worker/replica:0/task:0",
+        heartbeat_timeout_in_ms=1000 * SERVICE_SECONDS,
+        coordinated_jobs=[
+            eager.coordination_config_pb2.CoordinatedJob(name="worker", num_tasks=len(addresses))
+        ],
+    )
     communication = tf.distribute.experimental.CommunicationImplementation
     options = tf.distribute.experimental.CommunicationOptions(
         implementation=communication.NCCL if kind == "GPU" else communication.RING
     )
     return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+
+
+def _end_collectives(reason):
+    """Let the operations that wait for other ranks fail, now and from now on."""
+    eager.context().abort_collective_ops(tf.errors.UNAVAILABLE, reason)
 
 
 def _divide_cpu(n_parts):

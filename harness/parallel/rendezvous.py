@@ -17,13 +17,15 @@ import secrets
 import shutil
 import socket
 import stat
+import subprocess
 import sys
 import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness.errors import UserError
+from harness.errors import Failure, UserError
+from harness.files import owner_in
 from harness.parallel.launchers import Launch
 
 WAIT_SECONDS = 300  # [s] a rank waits for the others at the start
@@ -31,15 +33,24 @@ REPORT_SECONDS = 10  # [s] after which it says for whom it waits
 FAILURE_SECONDS = 5  # [s] a failing rank has to announce its reason before others stop waiting
 HEARTBEAT_SECONDS = 5  # [s] between signs of life
 CONNECT_SECONDS = 10  # [s] to reach another rank
-LOST_HEARTBEATS = 12  # of our own without one of the other rank's; file systems can be late
+SILENT_HEARTBEATS = 3  # of our own without one of the other rank's, before we try to reach it
+# Of our own without one of the other rank's, 100 s: file systems can be late, and a node may be
+# suspended for a minute. All ranks end within two minutes.
+LOST_HEARTBEATS = 20
+# [s] from the last rank's start of TensorFlow's servers to the end of the first collective: two
+# seconds here, longer with many GPUs, whose kernels may have to be compiled for their kind.
+CONTACT_SECONDS = 300
 MAX_BYTES = 1 << 20  # of an announcement
 
-LOST = "Lost contact with rank {}: it exited without a message or its network failed"
+LOST = (
+    "Lost contact with rank {}: it exited without a message, was suspended, or its network failed. "
+    "Start all ranks again with --resume and the run's folder"
+)
 
 log = logging.getLogger("cloudmask")
 
 
-class RankError(RuntimeError):
+class RankError(Failure):
     """Another rank failed or was lost; the message names it, and the reason if known."""
 
 
@@ -52,21 +63,24 @@ class Rendezvous:
 
     An announcement is a small JSON file in a folder below output_dir, which the chief removes at
     the end. It holds a random `key` of its process and the keys that this has seen of the others:
-    once all ranks have seen each other's keys, no file is of an earlier start. Afterwards a counter
-    in it, `beat`, shows that its rank is alive, and is compared with our own: clocks of nodes may
-    differ, and no rank is lost because the program was suspended.
+    once all ranks have seen each other's keys, no file is of an earlier start, and `met` says so.
+    Afterwards a counter in it, `beat`, shows that its rank is alive, and is compared with our own:
+    clocks of nodes may differ, and no rank is lost because the program was suspended.
     """
 
     def __init__(self, launch, output_dir):
         self.launch = launch
         self.folder = Path(output_dir) / f".ranks-{launch.job}"
         self._files = [self.folder / f"rank-{rank}.json" for rank in range(launch.n_ranks)]
-        self._own = {"key": secrets.token_hex(8), "seen": {}, "beat": 0, "facts": None}
+        self._own = {"key": secrets.token_hex(8), "seen": {}, "met": False, "beat": 0}
+        self._own["facts"] = None
         self._lock = threading.Lock()
         self._heard = {}  # by rank: its last beat, and ours when we saw it first
         self._stopped = threading.Event()
-        self._heartbeat = threading.Thread(target=self._beat, daemon=True)
+        self._heartbeat = threading.Thread(target=self._keep_beating, daemon=True)
         self._keys = None  # of all ranks, once they have met
+        self._on_failure, self._addresses = None, []
+        self._gone = set()  # ranks whose port is closed
 
     def announce(self, **facts):
         """Write this rank's announcement; it replaces that of an earlier start.
@@ -75,8 +89,7 @@ class Rendezvous:
             UserError: If the folder is not ours, or another process has the number of this rank.
         """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = self.folder.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        if not self._is_own_folder():
             raise UserError(
                 f"{self.folder} belongs to another user, or is no folder. Remove it, or set an "
                 "output_dir of your own."
@@ -86,6 +99,13 @@ class Rendezvous:
         with self._lock:
             self._own["facts"] = facts
             self._write()
+
+    def _is_own_folder(self):
+        status = self.folder.lstat()
+        try:
+            return stat.S_ISDIR(status.st_mode) and status.st_uid == owner_in(self.folder)
+        except PermissionError:
+            return False
 
     def _check_unused(self):
         """Raise UserError if a living process announces itself as this rank."""
@@ -113,12 +133,26 @@ class Rendezvous:
         temporary.write_text(json.dumps(self._own), encoding="utf-8")
         temporary.replace(own)
 
-    def _beat(self):
+    def _keep_beating(self):
         while not self._stopped.wait(HEARTBEAT_SECONDS):
-            with self._lock, contextlib.suppress(OSError):
-                self._own["beat"] += 1
+            with contextlib.suppress(OSError, UserError):
+                self.beat()
+                if on_failure := self._on_failure:
+                    self._find_gone()
+                    if failure := self.failure():
+                        on_failure(failure)
+                        self._on_failure = None
+
+    def beat(self):
+        """Give a sign of life; an OSError if it cannot be written, and then it does not count."""
+        with self._lock:
+            self._own["beat"] += 1
+            try:
                 if self._own["facts"] is not None:
                     self._write()
+            except OSError:  # a full disk: the others cannot write their heartbeats either
+                self._own["beat"] -= 1
+                raise
 
     def _announcements(self):
         """All announcements, of earlier starts too: {rank: dictionary}."""
@@ -167,18 +201,45 @@ class Rendezvous:
         key, seen = announcement["key"], announcement["seen"]
         if self._keys is not None:
             return key == self._keys[rank]
-        if "error" in announcement["facts"]:  # it may have failed before it saw this rank
+        if "error" in announcement["facts"] and not announcement["met"]:
+            # It may have failed before it saw this rank.
             return announcement["age"] < LOST_HEARTBEATS * HEARTBEAT_SECONDS
         return self._own["key"] in (key, seen.get(str(self.launch.rank)))
 
-    def failure(self):
-        """What is known about another rank's failure, as text; None if all is well."""
-        if announced := announced_failure(self.read()):
+    def watch(self, on_failure):
+        """Call on_failure(text) once another rank fails; the thread of the heartbeats does.
+
+        The main thread may wait for that rank inside TensorFlow. None ends the watching.
+        """
+        with self._lock:  # TensorFlow may have stopped the heartbeats of some ranks until now
+            self._heard = {r: (beat, self._own["beat"]) for r, (beat, _) in self._heard.items()}
+        self._on_failure = on_failure
+
+    def _find_gone(self):
+        """Find the silent ranks whose process has ended; that of a suspended one can be reached."""
+        for rank, address in enumerate(self._addresses):
+            if self._silence(rank) >= SILENT_HEARTBEATS:
+                with contextlib.suppress(OSError):
+                    try:
+                        connect(address)
+                    except ConnectionRefusedError:
+                        self._gone.add(rank)
+
+    def _silence(self, rank):
+        """Our own heartbeats since the last one of a rank."""
+        return 0 if rank == self.launch.rank else self._own["beat"] - self._heard[rank][1]
+
+    def failure(self, found=None):
+        """What is known about another rank's failure, as text; None if all is well.
+
+        Args:
+            found: What `read` returned just before; read now by default.
+        """
+        if announced := announced_failure(self.read() if found is None else found):
             return announced
         if self._keys is not None:
             for rank in range(self.launch.n_ranks):
-                _, heard = self._heard[rank]
-                if self._own["beat"] - heard >= LOST_HEARTBEATS and rank != self.launch.rank:
+                if rank in self._gone or self._silence(rank) >= LOST_HEARTBEATS:
                     return LOST.format(rank)
         return None
 
@@ -197,6 +258,7 @@ class Rendezvous:
         for found in self._poll(seconds):
             if len(found) == self.launch.n_ranks:
                 self._keys = [self._own["seen"][str(r)] for r in range(self.launch.n_ranks)]
+                self._own["met"] = True
                 return [found[rank] for rank in range(self.launch.n_ranks)]
             missing = [str(rank) for rank in range(self.launch.n_ranks) if rank not in found]
             awaited = ", ".join(missing)
@@ -225,10 +287,10 @@ class Rendezvous:
         Raises:
             UserError: If a rank cannot be reached, or fails.
         """
+        self._addresses = addresses
         for rank, address in enumerate(addresses):
-            host, _, port = address.rpartition(":")
             try:
-                socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+                connect(address)
             except OSError as error:
                 raise UserError(
                     f"Rank {self.launch.rank} on {socket.gethostname()} cannot reach rank {rank} "
@@ -241,6 +303,36 @@ class Rendezvous:
                 return
         raise UserError(f"Not all ranks could connect within {WAIT_SECONDS} s.")
 
+    @contextlib.contextmanager
+    def first_contact(self, addresses):
+        """Limit the time in which TensorFlow connects the ranks to CONTACT_SECONDS.
+
+        Afterwards, or if the process of another rank has ended, a message is printed and this
+        process killed, as nothing else interrupts it.
+
+        Args:
+            addresses: 'host:port' of every rank, in order.
+        """
+        own = self.launch.rank
+        others = [f"rank {rank} at {a}" for rank, a in enumerate(addresses) if rank != own]
+        late = (
+            f"TensorFlow on {socket.gethostname()} could not exchange data with "
+            f"{', '.join(others)} within {CONTACT_SECONDS} s, though they accept connections. "
+            "Either a rank hangs, or a firewall, proxy or network interface (of GPUs: "
+            "NCCL_SOCKET_IFNAME) stops the data: check them, then start again, with --resume if "
+            "the run has a folder."
+        )
+        tried = ["" if rank == own else address for rank, address in enumerate(addresses)]
+        watcher = subprocess.Popen(
+            [sys.executable, "-IS", Path(__file__).with_name("watcher.py"), str(os.getpid()),
+             str(CONTACT_SECONDS), late, LOST, *tried],
+            stdin=subprocess.PIPE, start_new_session=True,  # Ctrl-C must not end it first
+        )  # fmt: skip
+        try:
+            yield
+        finally:
+            watcher.communicate()  # closes the pipe, which ends it
+
     def _poll(self, seconds):
         """Yield what `read` returns, at least once, until this time is over.
 
@@ -250,7 +342,7 @@ class Rendezvous:
         deadline = time.monotonic() + seconds
         while True:
             found = self.read()
-            if failure := announced_failure(found):
+            if failure := self.failure(found):
                 raise StartError(failure)
             yield found
             if time.monotonic() > deadline:
@@ -287,10 +379,9 @@ class Rendezvous:
                 with contextlib.suppress(OSError):
                     self.announce(error=f"{type(error).__name__}: {error}")
                 raise
-            failure = self.wait_for_failure()
-            if failure is None:
-                # A broken connection, or a rank whose heartbeats TensorFlow misses.
-                lost = re.search(r"(?:remote target|heartbeats\):)\s*\S*task:(\d+)", str(error))
+            failure = self.wait_for_failure() or self.failure()
+            if failure is None:  # a broken connection
+                lost = re.search(r"remote target \S*task:(\d+)", str(error))
                 failure = LOST.format(lost[1] if lost else "(unknown)")
                 self.announce(error=failure)
             raise RankError(failure) from error
@@ -327,6 +418,9 @@ class SingleRank:
     def check(self):
         """No other rank can fail."""
 
+    def watch(self, on_failure):
+        """No other rank can fail."""
+
     def translated_errors(self):
         """Errors stay as they are."""
         return contextlib.nullcontext()
@@ -353,8 +447,14 @@ def announced_failure(announcements):
     return next(failures, None)
 
 
+def connect(address):
+    """Connect to 'host:port' once; an OSError if that fails."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+
+
 def read_announcement(file):
-    """An announcement: `key`, `seen`, `beat`, `facts`, and `age` [s] of the file.
+    """An announcement: `key`, `seen`, `met`, `beat`, `facts`, and `age` [s] of the file.
 
     Raises:
         ValueError, KeyError, TypeError: If it is none.
@@ -370,6 +470,7 @@ def read_announcement(file):
     return {
         **{name: announcement[name] for name in ("seen", "facts")},
         "key": str(announcement["key"]),
+        "met": announcement.get("met") is True,
         "beat": int(announcement["beat"]),
         "age": time.time() - status.st_mtime,
     }

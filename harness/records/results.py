@@ -224,10 +224,12 @@ def epoch_header():
     ).rstrip()
 
 
-def epoch_line(history, n_epochs):
-    """The line of a completed epoch, with the time that the remaining ones will take."""
+def epoch_line(history, n_epochs, training_seconds=None):
+    """The line of a completed epoch, with the time that the remaining ones will take at most."""
     row = history[-1]
     left = (n_epochs - row["epoch"]) * float(np.median([row["seconds"] for row in history[-5:]]))
+    if training_seconds:
+        left = min(left, max(training_seconds - sum(row["seconds"] for row in history), 0))
     scores_of_epoch = (
         f"{row[key]:.4f}" for key in ("loss", "accuracy", "val_loss", "val_accuracy")
     )

@@ -19,9 +19,10 @@ MODES = ("benchmark", "train", "inference")
 INPUT = ("model_file", "inference")  # a key of FILE_KEYS, and the mode that only reads it
 # Keys that change neither the weights nor the masks of a run, or only when it stops.
 FREE_KEYS = {
-    "epochs", "target_accuracy", "patience", "checkpoint_every", "on_bad_scene", "read_timeout",
-    "name", "email", "cache_dir", "no_cache", "gpu", "nodes", "cpu_devices", "micro_batch",
-    "output_dir", "report", "sampling", "tensorboard", "profile_steps",
+    "epochs", "target_accuracy", "patience", "training_seconds", "checkpoint_every",
+    "on_bad_scene", "read_timeout", "name", "email", "cache_dir", "no_cache", "gpu", "nodes",
+    "cpu_devices", "micro_batch", "output_dir", "report", "sampling", "tensorboard",
+    "profile_steps",
 }  # fmt: skip
 
 

@@ -241,9 +241,12 @@ class Run:
         numbered = {"epoch_num": row["epoch"]}
         self.mllog.event(keys.EVAL_ACCURACY, row["val_accuracy"], metadata=numbered)
         self.mllog.end(keys.EVAL_STOP, metadata=numbered)
+        if self._config.training_seconds:  # all ranks stop after the same epoch
+            row["seconds"] = max(self._devices.gather(row["seconds"]))
         state.end_epoch(row)
         state.mlperf_bytes = self._mlperf_bytes()
-        log.info("%s", results.epoch_line(state.history, self._config.epochs))
+        config = self._config
+        log.info("%s", results.epoch_line(state.history, config.epochs, config.training_seconds))
         if share := row.get("labels_replaced"):
             log.info("  %.1f %% of the labels were replaced", 100 * share)
         if self.is_chief:
@@ -276,7 +279,9 @@ class Run:
     def stop_reason(self, state):
         """Why training stops now, as text; None if it continues."""
         config = self._config
-        return state.stop_reason(config.epochs, config.target_accuracy, config.patience)
+        return state.stop_reason(
+            config.epochs, config.target_accuracy, config.patience, config.training_seconds
+        )
 
     def _save_checkpoint(self, trainer, state):
         totals = trainer.train_totals  # added up over all ranks, so all of them have to ask

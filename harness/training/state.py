@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from harness.console import counted
+from harness.console import counted, format_duration
 
 
 @dataclass
@@ -53,13 +53,14 @@ class TrainingState:
         self.history.append(row)
         self.step, self.seconds, self.input_seconds = 0, 0.0, 0.0
 
-    def stop_reason(self, epochs, target_accuracy=None, patience=None):
+    def stop_reason(self, epochs, target_accuracy=None, patience=None, training_seconds=None):
         """Why training stops now, as text; None if it continues.
 
         Args:
             epochs: Number of epochs to train.
             target_accuracy: Validation accuracy to reach, or None.
             patience: Epochs without a lower validation loss after which to stop, or None.
+            training_seconds: Seconds of training and validation after which to stop, or None.
         """
         if not self.history:
             return None
@@ -68,6 +69,8 @@ class TrainingState:
             return f"Reached target_accuracy {target_accuracy}."
         if patience and last["epoch"] - self.best["epoch"] >= patience:
             return f"No lower validation loss for {counted(patience, 'epoch')}."
+        if training_seconds and sum(row["seconds"] for row in self.history) >= training_seconds:
+            return f"Trained for training_seconds, {format_duration(training_seconds)}."
         if last["epoch"] >= epochs:
             return f"Trained {counted(last['epoch'], 'epoch')}."
         return None

@@ -77,6 +77,14 @@ def test_damaged_cache_file_is_replaced(scene, tmp_path):
     assert source.calls == [[0, 1, 2], [1]]
 
 
+def test_user_may_have_another_number_on_the_file_system(scene, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    read = cached(source := Reader(), tmp_path / "cache", "a")
+    fill(read, scene)
+    fill(read, scene)
+    assert source.calls == [[0, 1, 2]]
+
+
 def foreign(copy, other):
     if os.geteuid() != 0:
         pytest.skip("only root can give a file to another user")

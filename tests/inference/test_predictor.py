@@ -89,7 +89,7 @@ def strided(shape):
 def test_strips_agree_with_the_whole_scene(build, monkeypatch):
     model = with_strong_weights(build((None, None, 9)))
     size = geometry(model)
-    height, width = 8 * size.margin, 30
+    height, width = 8 * size.margin or 40, 30
     monkeypatch.setattr(prediction, "free_memory", lambda: 1e9)
     whole = predictor_that_fits(model, "/CPU:0", height, width, EVEN)
     padded = padded_scene(whole.grid, height, width)

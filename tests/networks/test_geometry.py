@@ -108,21 +108,20 @@ def reach(build, size):
         kind = layers.AveragePooling2D if type(layer) is layers.MaxPooling2D else type(layer)
         return kind.from_config(layer.get_config())
 
-    n = -(-4 * size.margin // size.multiple) * size.multiple + 8 * size.multiple
-    model = keras.models.clone_model(build((n, n, 2)), clone_function=average)
-    model.set_weights([np.abs(w) + 1e-2 for w in model.get_weights()])
-    final = model.layers[-1]
-    if isinstance(final, layers.Conv2D):
-        final.activation = keras.activations.linear  # a sigmoid of large values has no gradient
-    x = tf.Variable(np.random.default_rng(0).random((1, n, n, 2), np.float32) + 1)
-    distances = [0]
+    n, short = 4 * size.margin + 8 * size.multiple, 8 * size.multiple
     first = n // 2 // size.multiple * size.multiple
-    for pixel in range(first, first + size.multiple):
-        with tf.GradientTape() as tape:
-            value = tf.reduce_sum(model(x)[0, pixel, pixel])
-        gradient = np.abs(tape.gradient(value, x)[0]).sum(-1)
-        for axis in (0, 1):
-            seen = np.nonzero(gradient.sum(1 - axis))[0]
+    distances = [0]
+    for axis, shape in enumerate(((n, short), (short, n))):
+        model = keras.models.clone_model(build((*shape, 2)), clone_function=average)
+        model.set_weights([np.abs(w) + 1e-2 for w in model.get_weights()])
+        final = model.layers[-1]
+        if isinstance(final, layers.Conv2D):
+            final.activation = keras.activations.linear  # a sigmoid of large values has no gradient
+        x = tf.Variable(np.random.default_rng(0).random((1, *shape, 2), np.float32) + 1)
+        for pixel in range(first, first + size.multiple):
+            with tf.GradientTape() as tape:
+                value = tf.reduce_sum(tf.gather(model(x)[0], pixel, axis=axis))
+            seen = np.nonzero(np.abs(tape.gradient(value, x)[0]).sum((1 - axis, 2)))[0]
             distances += [pixel - seen.min(), seen.max() - pixel]
     return max(distances)
 

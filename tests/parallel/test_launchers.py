@@ -2,7 +2,9 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import stat
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -11,7 +13,7 @@ from lsf_standin import parse_arguments, rank_environments
 
 from harness.errors import UserError
 from harness.parallel.launchers import Launch, detect_launch, is_requeued, job_id
-from harness.parallel.rendezvous import RankError, Rendezvous, reserve_port
+from harness.parallel.rendezvous import LOST_HEARTBEATS, RankError, Rendezvous, reserve_port
 
 # As seen by rank 3 of `srun --nodes=3 --ntasks=5` under Slurm 22.05
 SLURM = {
@@ -292,6 +294,18 @@ def test_old_failures_are_ignored(tmp_path):
     assert first.read() == {}
 
 
+def test_failures_of_an_earlier_start_are_ignored(tmp_path):
+    """Its chief was killed, and the ranks start again before they can be told apart by age."""
+    together(everyone := ranks(2, tmp_path), meet)
+    everyone[1].announce(error="Lost contact with rank 0")
+    assert together(ranks(2, tmp_path)[:1], announce_and_read) == [{0: {}}]
+
+
+def announce_and_read(rendezvous):
+    rendezvous.announce()
+    return rendezvous.read()
+
+
 def test_rank_without_a_sign_of_life_is_lost(tmp_path, monkeypatch):
     monkeypatch.setattr("harness.parallel.rendezvous.HEARTBEAT_SECONDS", 0.01)
     everyone = ranks(3, tmp_path)
@@ -302,6 +316,37 @@ def test_rank_without_a_sign_of_life_is_lost(tmp_path, monkeypatch):
         while not (failure := everyone[1].failure()):
             everyone[0].read()
     assert failure.startswith("Lost contact with rank 2")
+
+
+@pytest.mark.parametrize("is_closed", [True, False])
+def test_silent_rank_is_lost_at_once_if_its_port_is_closed(tmp_path, monkeypatch, is_closed):
+    monkeypatch.setattr("harness.parallel.rendezvous.HEARTBEAT_SECONDS", 0.01)
+    everyone, failures, sockets = ranks(2, tmp_path), [], [reserve_port() for _ in range(2)]
+    addresses = [f"localhost:{s.getsockname()[1]}" for s in sockets]
+    together(everyone, partial(connect, addresses=addresses))
+    if is_closed:
+        sockets[1].close()
+        monkeypatch.setattr("harness.parallel.rendezvous.LOST_HEARTBEATS", 10**9)
+    first, ended = everyone[0], threading.Event()
+    with first:
+        first.watch(lambda failure: failures.append(failure) or ended.set())
+        ended.wait()
+        n_beats = json.loads((first.folder / "rank-0.json").read_text())["beat"]
+    (failure,) = failures
+    assert failure.startswith("Lost contact with rank 1") and "--resume" in failure
+    assert is_closed or n_beats >= LOST_HEARTBEATS
+    for s in sockets:
+        s.close()
+
+
+def test_nobody_is_lost_because_the_disk_is_full(tmp_path):
+    first = ranks(2, tmp_path)[0]
+    together([first, ranks(2, tmp_path)[1]], meet)
+    shutil.rmtree(first.folder)  # as a full disk: nothing can be written there
+    for _ in range(2 * LOST_HEARTBEATS):
+        with pytest.raises(OSError):
+            first.beat()
+    first.check()
 
 
 def test_clocks_of_nodes_may_differ(tmp_path):
@@ -334,9 +379,22 @@ def test_announcement_that_is_no_file_is_rejected(tmp_path, trap):
         first.read()
 
 
-def test_folder_of_another_kind_is_rejected(tmp_path):
+def test_user_may_have_another_number_on_the_file_system(tmp_path, monkeypatch):
+    for name in ("getuid", "geteuid"):
+        monkeypatch.setattr(os, name, lambda: 12345)
+    ranks(2, tmp_path)[0].announce()
+
+
+@pytest.mark.parametrize("kind", ["link", "of another user"])
+def test_folder_of_another_kind_is_rejected(tmp_path, kind):
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / ".ranks-x").symlink_to(tmp_path / "elsewhere")
+    if kind == "link":
+        (tmp_path / ".ranks-x").symlink_to(tmp_path / "elsewhere")
+    elif os.geteuid() == 0:
+        (tmp_path / ".ranks-x").mkdir()
+        os.chown(tmp_path / ".ranks-x", 12345, -1)
+    else:
+        pytest.skip("only root can give a folder to another user")
     with pytest.raises(UserError, match="belongs to another user, or is no folder"):
         ranks(2, tmp_path)[0].announce()
 

@@ -26,9 +26,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * LIMIT_SECONDS)]
 
 
 class Ranks:
-    """The processes of one run, and what they printed."""
+    """The processes of one run, and what they printed.
 
-    def __init__(self, n, settings, folder, *arguments, **changes):
+    `prefix` has words before the command of a rank, by rank.
+    """
+
+    def __init__(self, n, settings, folder, *arguments, prefix=None, **changes):
         settings = {**settings, "output_dir": folder, "run_name": "run", **changes}
         arguments = [*arguments, "--set", *(f"{key}={value}" for key, value in settings.items())]
         options = parse_arguments(["-n", str(n), "--", "true"])
@@ -37,10 +40,10 @@ class Ranks:
         self.files = [(folder / f"stderr-{rank}").open("w+") for rank in range(n)]
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "slstr_cloud.py", *arguments],
+                [*(prefix or {}).get(rank, []), sys.executable, "slstr_cloud.py", *arguments],
                 cwd=REPOSITORY, env=environment, stderr=file,
             )
-            for environment, file in zip(environments, self.files, strict=True)
+            for rank, (environment, file) in enumerate(zip(environments, self.files, strict=True))
         ]  # fmt: skip
 
     def __enter__(self):
@@ -109,6 +112,37 @@ def test_killed_rank_ends_all_and_is_named(settings, tmp_path):
         statuses = ranks.wait()
     assert 0 not in statuses and statuses[2] == -signal.SIGKILL
     ranks.assert_aborted(LOST)
+
+
+# Starts the program, after statements in the place of {}.
+PROGRAM = """
+import os, runpy, signal, sys
+from harness.parallel import rendezvous
+{}
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "seconds", "words"),
+    [
+        ("SIGSTOP", 5, r"could not exchange data with rank 1 at \S+:\d+ within 5 s"),
+        ("SIGKILL", 10 * LIMIT_SECONDS, "Lost contact with rank 1"),
+    ],
+)
+def test_rank_that_fails_while_tensorflow_connects_is_named(
+    settings, tmp_path, number, seconds, words
+):
+    fails = f"os.kill(os.getpid(), signal.{number})"
+    changes = {
+        0: f"rendezvous.CONTACT_SECONDS = {seconds}",
+        1: f"rendezvous.Rendezvous.first_contact = lambda *_: {fails}",
+    }
+    prefix = {rank: [sys.executable, "-c", PROGRAM.format(s)] for rank, s in changes.items()}
+    with Ranks(2, settings, tmp_path, prefix=prefix) as ranks:
+        assert ranks.processes[0].wait(LIMIT_SECONDS) == -signal.SIGKILL
+    assert re.search(words, ranks.error(0)), ranks.error(0)
 
 
 N_MANY = 400  # scenes: some seconds of inference

@@ -88,6 +88,10 @@ def test_line_of_an_epoch_ends_with_the_time_of_the_remaining_ones():
     history = [row_of_epoch(1), row_of_epoch(2), row_of_epoch(3)]  # 12 s each
     assert results.epoch_line(history, 5).endswith("  24.0 s")
     assert results.epoch_line(history, 3).split()[-1] == "6.0"  # patches/s
+    spent = sum(row["seconds"] for row in history)
+    assert results.epoch_line(history, 5, spent + 7).endswith("  7.0 s")
+    assert results.epoch_line(history, 5, spent + 700).endswith("  24.0 s")
+    assert results.epoch_line(history, 5, spent - 1).split()[-1] == "6.0"
 
 
 def test_summary_has_lines_of_80_columns_and_plurals_that_agree():

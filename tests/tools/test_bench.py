@@ -270,6 +270,8 @@ def test_peak_memory_of_few_and_many_scenes(tmp_path):
         (["--only", "trainstep"], ["trainstep", "train_step"]),
         (["--only", "gemm/float99"], ["gemm/float99"]),
         (["--patch", "4"], ["PATCH_SIZE", "4"]),
+        (["--network", "nonet"], ["Unknown network 'nonet'", "unet or"]),
+        (["--against", "torch", "--network", "pixel"], ["PyTorch's program is the U-Net"]),
     ],
 )
 def test_mistake_of_the_user_is_one_clear_error(tmp_path, capsys, arguments, words):
@@ -300,6 +302,18 @@ def test_rows_measured_before_an_error_are_kept(tmp_path, monkeypatch, capsys, e
     assert "raw_read" in found and "raw_read" in printed.out
     assert ("gemm/float32" in found) == (status == 1)  # measured after the error
     assert "no luck" in printed.err or status == 130
+
+
+def test_another_network_is_measured_against_its_own_operations(tmp_path, capsys, monkeypatch):
+    gflop, limit_share = [], measurements.limit_share
+    monkeypatch.setattr(
+        measurements, "limit_share", lambda *a: (gflop.append(a[2]), limit_share(*a))[1]
+    )
+    status, found = run(tmp_path, "--network", "pixel", "--only", "train_step/float32")
+    assert status == 0 and "Network pixel, scenes of 96 x 96" in capsys.readouterr().out
+    assert found["train_step/float32"]["limit_share"] > 0
+    # Three passes of two operations: 1x1 kernels from 9 to 32, 32 and 1, on 32 x 32 pixels.
+    assert gflop == [pytest.approx(3 * 2e-9 * (9 * 32 + 32 * 32 + 32) * 32**2)]
 
 
 @pytest.mark.parametrize("option", ["--help", "--only=trainstep"])

@@ -510,8 +510,21 @@ def test_listing_without_end_is_an_error(scenes, download, monkeypatch, capsys):
 
     monkeypatch.setattr(download_data, "MAX_PAGES", 20)
     download.proxy.faults[""] += [endless] * 200
-    assert download() == 1
+    assert download() == 2
     assert "the listing of es/clouds/one-day/ has more than 20 pages" in error_line(capsys)
+    assert len(pages) < 30  # it is not requested again
+
+
+def test_page_without_end_is_an_error(scenes, download, monkeypatch, capsys):
+    def endless(headers, forward):
+        page = forward(headers)
+        body = page.body + b" " * 200_000
+        return replace(page, body=body, headers={"Content-Length": 10**12}, sent=None, stalls=True)
+
+    monkeypatch.setattr(download_data, "MAX_PAGE_BYTES", 100_000)
+    download.proxy.faults[""].append(endless)
+    assert download() == 2
+    assert "a page of the listing has more than 100.0 kB" in error_line(capsys)
 
 
 @pytest.mark.parametrize(

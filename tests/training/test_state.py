@@ -9,7 +9,7 @@ def state_after(val_losses, accuracy=0.5):
     for epoch, val_loss in enumerate(val_losses, 1):
         last = epoch == len(val_losses)
         # The accuracy of training is higher, and stops nothing.
-        row = {"epoch": epoch, "val_loss": val_loss, "accuracy": 1.0}
+        row = {"epoch": epoch, "val_loss": val_loss, "accuracy": 1.0, "seconds": 10.0}
         state.end_epoch(row | {"val_accuracy": accuracy if last else 0.0})
     return state
 
@@ -54,6 +54,8 @@ def test_time_to_target_ends_with_the_first_epoch_that_reaches_it(target, second
         ((1, 2), {"patience": 2}, None),
         ((1, 2, 2), {"patience": 2}, "No lower validation loss for 2 epochs."),
         ((2, 1), {"patience": 1}, None),
+        ((2, 1), {"training_seconds": 20}, "Trained for training_seconds, 20.0 s."),
+        ((2, 1), {"training_seconds": 20.5}, None),
     ],
 )
 def test_training_stops_for_a_reason(val_losses, options, reason):

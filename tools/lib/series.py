@@ -71,11 +71,14 @@ def add_run_arguments(add):
 
 def when_stopped(again, launch):
     """What to do after a signal; a launcher that is stopped leaves its job in the queue."""
-    cancel = " If --launch has submitted a job, first cancel it or wait for it."
+    cancel = (
+        " If --launch has submitted a job, first cancel it or wait for it: one that is queued has "
+        "no folder yet, and would be submitted again."
+    )
     return again + cancel if launch else again
 
 
-def make_runs(runs, resume, summarise):
+def make_runs(runs, resume, summarise, keep_going=False):
     """Make all runs of a series that have not finished; messages say which, and the time left.
 
     Args:
@@ -83,14 +86,15 @@ def make_runs(runs, resume, summarise):
         resume: Whether an aborted run is continued if possible; otherwise it is repeated.
         summarise: Function of the folders of the finished runs, called at the end, also after a
             failure, which is then reported last.
+        keep_going: Whether later runs are made although one failed.
 
     Raises:
         UserError: If a run fails, or has other settings than planned, or its job may still be
-            running; later runs are not made.
+            running; later runs are not made, unless keep_going.
         Interrupted: After a signal, once the run has saved its checkpoint and ended.
     """
     try:
-        _make_all(runs, resume)
+        _make_all(runs, resume, keep_going)
     except (UserError, Interrupted):
         try:
             summarise(_finished(runs))
@@ -104,10 +108,10 @@ def _finished(runs):
     return [run.folder for run in runs if run.has_finished]
 
 
-def _make_all(runs, resume):
+def _make_all(runs, resume, keep_going):
     parent = runs[0].folder.parent
     parent.mkdir(parents=True, exist_ok=True)
-    seconds = []  # of the runs so far
+    seconds, failed = [], []  # of the runs so far
     with lock(parent, f"Another command makes runs in {parent}. Wait for it to finish."):
         for number, run in enumerate(runs, 1):
             title = f"Run {number} of {len(runs)}, {run.folder}"
@@ -124,8 +128,18 @@ def _make_all(runs, resume):
             if run.launch:
                 log.info("  by %s; its progress is in %s", run.launch, run.folder / "rank-0.log")
             begin = time.monotonic()
-            _start(run, options)
+            try:
+                _start(run, options)
+            except UserError as error:
+                if not keep_going:
+                    raise
+                log.error("Failed: %s", error)
+                failed.append(run.folder.name)
             seconds.append(time.monotonic() - begin)
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(runs)} runs failed, see above: {', '.join(failed)}."
+        )
 
 
 def _prepare(run, resume):

@@ -34,7 +34,7 @@ STYLE = {
 
 def chart(
     title, x_label, y_label, lines, *, points=False, best=None, diagonal=None,
-    height=2.5, note="", **settings,
+    height=2.5, note="", joined=(), **settings,
 ):  # fmt: skip
     """Draw lines, or points.
 
@@ -48,6 +48,7 @@ def chart(
         diagonal: Name of the line from (0, 0) to (1, 1), or None for no such line.
         height: [inches] without legend.
         note: A caption.
+        joined: (x, y) pairs that a thin line joins.
         settings: More for `Axes.set`.
 
     Returns:
@@ -56,6 +57,7 @@ def chart(
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # not that it builds a font cache
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     with matplotlib.rc_context(STYLE):
         figure = Figure((WIDTH, height), layout="constrained")
@@ -67,6 +69,8 @@ def chart(
                 continue
             style |= {"linestyle": DASHES[i % len(DASHES)], "markersize": 3.5}
             axes.plot(thin(x), thin(y), marker="o" if len(x) <= 30 else "", **style)
+        if joined:
+            axes.plot(*zip(*joined, strict=True), color=GREY, linewidth=1, zorder=1)
         if best is not None:
             axes.axvline(best, color=GREY, linestyle=":", label=f"best: {best}")
         if diagonal:
@@ -74,6 +78,10 @@ def chart(
         if x_label == "epoch":
             axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel=x_label, ylabel=y_label, **settings)
+        if axes.get_xscale() == "log":  # 0.2, 0.5, 1 instead of powers of ten, also within one
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         if len(entries) > 1:
             figure.set_figheight(height + 0.22 * -(-len(entries) // 3))

@@ -23,6 +23,7 @@ import data_loader
 from harness import REPOSITORY
 from harness.config import load_config
 from harness.networks.fused_upsampling import fuse_upsampling
+from harness.networks.geometry import geometry
 from tools.lib.bench.rows import Plan, Row, alternate, is_wanted, make_row, rate
 from tools.make_scenes import make_scene, product_name, write_scene
 
@@ -162,21 +163,17 @@ def limit_share(measured, precision, gflop, values, unit):
 
 
 def network_gflop(network):
-    """Operations of one pass of one window, 10^9: two for each multiply-add of the convolutions.
+    """Operations of one pass of one window, 10^9: two for each multiply-add of the layers.
 
     The U-Net has 163,904 multiply-adds per pixel, so that 1200 x 1504 pixels take 592 GFLOP and 63
     patches of 256 x 256 take 1353 GFLOP.
     """
-    return sum(
-        2e-9 * math.prod(layer.output.shape[1:3]) * math.prod(layer.kernel.shape)
-        for layer in network.layers
-        if isinstance(layer, keras.layers.Conv2D)
-    )
+    return 2e-9 * geometry(network).multiplications_per_pixel * math.prod(network.input_shape[1:3])
 
 
 def training_gflop(config):
     """Operations of training a patch, 10^9: gradients of weights and inputs cost a pass each."""
-    return 3 * network_gflop(program.build_network(config))  # 64.4
+    return 3 * network_gflop(program.build_network(config))  # 64.4 for the U-Net
 
 
 def inference_gflop(config):

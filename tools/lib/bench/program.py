@@ -15,9 +15,9 @@ import data_loader
 import slstr_cloud
 from harness import build
 from harness.inference.windows import StripGrid
+from harness.networks import model_files
 from harness.networks.geometry import geometry
 from harness.parallel.rendezvous import SingleRank
-from model import unet
 
 
 def open_devices(config):
@@ -27,7 +27,8 @@ def open_devices(config):
 
 def build_network(config, window=None):
     """Build the network for windows of (rows, cols), by default for patches."""
-    return unet((*(window or (config.patch_size,) * 2), config.n_channels))
+    shape = (*(window or (config.patch_size,) * 2), config.n_channels)
+    return model_files.build_network(config.network, shape)
 
 
 def build_trainer(config, devices):

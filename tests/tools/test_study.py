@@ -1,0 +1,184 @@
+import csv
+import re
+import shutil
+
+import h5py
+import numpy as np
+import pytest
+import yaml
+from conftest import results
+
+import slstr_cloud
+from harness import REPOSITORY
+from harness.errors import UserError
+from tools import study
+from tools.lib import series
+from tools.lib.study import frontier, spread
+
+REGIMES = ("clear", "warm_cloud", "cold_cloud")
+
+
+def add_regimes(path):
+    """Divide a scene into regimes, by its truth and by columns, as new synthetic scenes are."""
+    with h5py.File(path, "a") as file:
+        codes = file["truth"][:] * np.where(np.arange(file["truth"].shape[1]) < 50, 1, 2)[:, None]
+        regimes = file.create_dataset("cloud_regime", data=codes.astype(np.uint8))
+        regimes.attrs["flag_meanings"] = " ".join(REGIMES)
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Runs are made in this process; returns the names of those that were started."""
+    started = []
+
+    def start(run, options):
+        started.append(run.folder.name)
+        if slstr_cloud.main(options):
+            raise UserError(f"{run.folder.name} failed.")
+
+    monkeypatch.setattr(series, "_start", start)
+    return started
+
+
+@pytest.fixture
+def write(tmp_path, settings):
+    """Write a study, with changed values; returns its path."""
+    config = {**settings, "epochs": 9, "sampling": False}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+
+    def write_study(**changed):
+        values = {
+            "output": str(tmp_path / "study"), "config": str(tmp_path / "config.yaml"),
+            "budget": {"epochs": 1}, "seeds": [1, 2], "vary": {"network": ["pixel", "stem_2x2"]},
+        } | changed  # fmt: skip
+        path = tmp_path / "tiny.yaml"
+        values = {key: value for key, value in values.items() if value is not None}
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        return str(path)
+
+    return write_study
+
+
+def rows(folder):
+    with (folder / "study/runs.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+def test_study_of_two_networks_and_seeds(write, in_process, dataset, tmp_path, capsys):
+    scenes = tmp_path / "ssts"
+    shutil.copytree(dataset / "ssts", scenes)
+    paths = sorted(scenes.rglob("*.hdf"))
+    for path in paths:
+        add_regimes(path)
+    change = {"inference_dir": str(scenes)}
+    path = write(set=change)
+    # The first seed of all networks, then the second: a slow hour affects all networks.
+    names = [f"{network}-seed-{seed}" for seed in (1, 2) for network in ("pixel", "stem_2x2")]
+    assert study.main([path]) == 0
+    assert in_process == names
+    assert "Run 4 of 4" in (screen := capsys.readouterr()).err
+    found = {row["run"]: row for row in rows(tmp_path)}
+    truths = []
+    for name in names:
+        folder = tmp_path / "study/runs" / name
+        run, row = results(folder), found[name]
+        assert run["training"]["epochs_run"] == 1 and run["config"]["seed"] == int(name[-1])
+        assert row["case"] == run["network"]["name"] == name.partition("-seed")[0]
+        assert float(row["accuracy"]) == run["inference"]["accuracy"]
+        assert float(row["training_seconds"]) == run["training"]["seconds"]
+        right = []
+        for scene in paths:
+            with h5py.File(scene) as file, h5py.File(folder / f"masks/{scene.stem}.h5") as masks:
+                valid = (file["bts"][:] > 0).all(axis=-1)
+                right.append((masks["mask"][:] == file["truth"][..., 0])[valid].mean())
+        truths.append(np.mean(right))
+        assert float(row["truth_accuracy"]) == pytest.approx(truths[-1])
+    page = (tmp_path / "study/study.html").read_text()
+    for shown in (f"{np.mean(truths[::2]):.4f} ± {np.std(truths[::2], ddof=1):.4f}", "1,409"):
+        assert shown in page and shown in screen.out
+    assert page.count("<svg") == 4 and "cold cloud" in page  # label and truth over two times
+
+    assert study.main([write(set=change, seeds=[1, 2, 3])]) == 0
+    assert in_process[4:] == ["pixel-seed-3", "stem_2x2-seed-3"]  # the others are kept
+    text = (tmp_path / "study/study.html").read_text()
+    assert study.main([write(set=change, seeds=[1, 2, 3]), "--page-only"]) == 0
+    assert len(in_process) == 6 and (tmp_path / "study/study.html").read_text() == text
+
+
+def test_run_that_fails_is_reported_and_the_others_are_made(write, in_process, tmp_path, capsys):
+    path = write(seeds=[1], vary={"network": ["pixel"], "loss": ["squared", "cross_entropy"]})
+    assert study.main([path]) == 2
+    error = capsys.readouterr().err
+    assert "Unknown loss 'squared'" in error
+    last = error.splitlines()[-1]
+    assert last == "Error: 1 of 2 runs failed, see above: pixel-squared-seed-1."
+    assert [row["run"] for row in rows(tmp_path)] == ["pixel-cross_entropy-seed-1"]
+    page = (tmp_path / "study/study.html").read_text()
+    assert "1 run missing: pixel-squared-seed-1" in page
+    assert "agreement with the truth" in page
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"budget": {}}, "budget: should be either epochs or seconds"),
+        ({"budget": {"epochs": 1, "seconds": 1}}, "budget: should be either"),
+        ({"budget": {"epochs": "many"}}, "budget: epochs: should be a number"),
+        ({"budget": None}, "budget: Field required"),
+        ({"seeds": []}, "seeds: .*at least 1 item"),
+        ({"network": "unet"}, "network: Extra inputs"),
+        ({"vary": {"network": []}}, "vary has a key without values"),
+        ({"vary": {"seed": [1]}}, "seed cannot be set or varied"),
+        ({"set": {"epochs": 3}}, "epochs cannot be set or varied"),
+        ({"vary": {"network": ["pixel", "pixel"]}}, "same combination twice: pixel"),
+        ({"vary": {"network": ["pixle"]}}, "Unknown network 'pixle'"),
+        ({"vary": {"loos": ["a"]}}, r"unknown key 'loos' \(similar: 'loss'\)"),
+    ],
+)
+def test_mistakes_are_reported_before_a_run(write, tmp_path, capsys, changed, words):
+    assert study.main([write(**changed)]) == 2
+    assert re.search(words, capsys.readouterr().err)
+    assert not (tmp_path / "study").exists()
+
+
+def test_groups_of_combinations_follow_one_another(write):
+    found = study.read_study(write(vary=[
+        {"network": ["unet"], "inference_mode": ["patches"]},
+        {"network": ["pixel", "/a/mine.keras"], "precision": ["float32", "bfloat16"]},
+    ]))  # fmt: skip
+    assert [study.case_name(case) for case in found.cases] == [
+        "unet-patches", "pixel-float32", "pixel-bfloat16", "mine-float32", "mine-bfloat16",
+    ]  # fmt: skip
+
+
+def test_budget_of_seconds_becomes_keys(write):
+    found = study.read_study(write(budget={"seconds": "2.5"}))
+    for _, run in study.plan(found, None).values():
+        assert {"epochs=100000", "training_seconds=2.5"} < set(run.changes)
+
+
+@pytest.mark.parametrize("name", ["study-demo.yaml", "study-real.yaml"])
+def test_studies_of_the_project_can_be_run(name, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    found = study.read_study(f"target/{name}")
+    assert len(found.seeds) >= 3
+    assert len(study.plan(found, None)) == len(found.seeds) * len(found.cases)
+    assert found.cases[0] == {"network": "unet", "inference_mode": "patches"}
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ([(1, 0.5), (2, 0.6), (3, 0.4)], [(1, 0.5), (2, 0.6)]),
+        ([(2, 0.6), (1, 0.6)], [(1, 0.6)]),
+        ([(1, 0.5), (1, 0.7)], [(1, 0.7)]),
+    ],
+)
+def test_frontier_has_no_point_that_another_dominates(points, expected):
+    assert frontier(points) == expected
+
+
+def test_spread_of_one_value_has_no_deviation():
+    assert spread([3.0]) == (3.0, None)
+    assert spread([1.0, 3.0]) == (2.0, np.sqrt(2))

@@ -1,0 +1,278 @@
+"""The table, the charts and the page of a study, from the folders of its runs."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.console import counted, table
+from harness.files import write_csv
+from harness.records import report
+from harness.records.report import one_run
+from harness.records.report.charts import chart
+from harness.records.saved_runs import Run, read_run
+from tools.lib.truth import score_truth
+
+PAGE, RUNS = "study.html", "runs.csv"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column of the table of a study."""
+
+    label: str
+    show: Callable[[float], str]
+    meaning: str
+
+
+def _accuracy(label, meaning):
+    return Measure(label, "{:.4f}".format, meaning)
+
+
+LABEL, TRUTH = "accuracy", "truth_accuracy"
+MEASURES = {
+    "parameters": Measure("parameters", "{:,.0f}".format, "Weights of the network."),
+    "multiplications_per_pixel": Measure(
+        "multiplications", "{:,.0f}".format, "Of one pass, per pixel of the scene."
+    ),
+    "seconds_per_scene": Measure(
+        "s/scene", "{:.3f}".format, "Masking a scene, from its file to its mask [s]."
+    ),
+    "masking_speed": Measure("masking", "{:.2f} x".format, "Scenes per second over the first row."),
+    "patches_per_second": Measure(
+        "patches/s", "{:.1f}".format, "Training without the first epoch, all replicas."
+    ),
+    "training_speed": Measure("training", "{:.2f} x".format, "Patches/s over the first row."),
+    "training_seconds": Measure(
+        "training [s]", "{:.0f}".format, "Training and validation of all epochs."
+    ),
+    "epochs": Measure("epochs", "{:.0f}".format, "Epochs trained."),
+    LABEL: _accuracy("accuracy", "Agreement with the label, all pixels: the science metric."),
+    "accuracy_day": _accuracy("day", "The same, scenes by day."),
+    "accuracy_night": _accuracy("night", "The same, scenes at night."),
+    "valid_balanced_accuracy": _accuracy(
+        "balanced", "Balanced accuracy against the label, pixels with data."
+    ),
+    TRUTH: _accuracy("truth", "Agreement with the truth, pixels with data."),
+    "truth_day": _accuracy("truth, day", "The same, scenes by day."),
+    "truth_night": _accuracy("truth, night", "The same, scenes at night."),
+    "truth_balanced_accuracy": _accuracy(
+        "truth, balanced", "Balanced accuracy against the truth, pixels with data."
+    ),
+}
+SPEEDS = (  # over the first case: key, what it is calculated from, and 1 if more of that is better
+    ("masking_speed", "seconds_per_scene", -1), ("training_speed", "patches_per_second", 1),
+)  # fmt: skip
+AXES = {"seconds_per_scene": "seconds per scene", "training_seconds": "training seconds"}
+
+
+@dataclass(frozen=True)
+class MeasuredRun:
+    """A finished run of a study.
+
+    Attributes:
+        case: Name of what was run, without the seed.
+        run: Run.
+        values: {key of MEASURES: number}, without those that the run does not have.
+        groups: {title: {name: accuracy against the truth among these pixels}}, see `score_truth`.
+    """
+
+    case: str
+    run: Run
+    values: dict
+    groups: dict
+
+
+def measure(case, folder):
+    """Read a finished run and score it; UserError if a file of it is damaged."""
+    run = read_run(folder)
+    results = run.clean_results
+    network, training, inference = (results[k] for k in ("network", "training", "inference"))
+    scenes = Path(str(results["config"].get("inference_dir")))
+    truth, groups = score_truth(run.folder, scenes)
+    values = {
+        **{key: network.get(key) for key in ("parameters", "multiplications_per_pixel")},
+        "seconds_per_scene": inference.get("seconds_per_scene"),
+        "patches_per_second": training.get("patches_per_second"),
+        "training_seconds": training.get("seconds"),
+        "epochs": training.get("epochs_run"),
+        LABEL: inference.get("accuracy"),
+        **{
+            f"accuracy_{part}": inference.get(part, {}).get("accuracy") for part in ("day", "night")
+        },
+        "valid_balanced_accuracy": inference.get("valid_balanced_accuracy"),
+        TRUTH: truth.get("accuracy"),
+        "truth_balanced_accuracy": truth.get("balanced_accuracy"),
+        **{f"truth_{part}": truth.get(part) for part in ("day", "night")},
+    }
+    known = {key: value for key, value in values.items() if value is not None}
+    return MeasuredRun(case, run, known, groups)
+
+
+def by_case(runs):
+    """The runs of each case, in the order of the first of each."""
+    cases = {}
+    for run in runs:
+        cases.setdefault(run.case, []).append(run)
+    return cases
+
+
+def spread(values):
+    """Mean and standard deviation (n - 1) of numbers; the latter is None for one."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def spreads(runs):
+    """`spread` of all measures of each case that all its runs have: {case: {key: spread}}."""
+    found = {}
+    for case, members in by_case(runs).items():
+        columns = {key: [run.values.get(key) for run in members] for key in MEASURES}
+        found[case] = {k: spread(column) for k, column in columns.items() if None not in column}
+    first = next(iter(found.values()))
+    for row in found.values():
+        for key, source, power in SPEEDS:
+            if source in row and source in first:
+                row[key] = (row[source][0] / first[source][0]) ** power, None
+    return found
+
+
+def show(pair, text):
+    """Mean and standard deviation for people; a dash if there are none."""
+    if pair is None:
+        return "–"
+    mean, sd = pair
+    return text(mean) if not sd else f"{text(mean)} ± {text(sd)}"
+
+
+def columns(found):
+    """The table of a study by column: {label: {case: text}}, without empty columns."""
+    return {
+        measure.label: {case: show(row.get(key), measure.show) for case, row in found.items()}
+        for key, measure in MEASURES.items()
+        if any(key in row for row in found.values())
+    }
+
+
+def frontier(points):
+    """The points that no other one dominates: none is both faster and at least as accurate.
+
+    Args:
+        points: (seconds, accuracy) pairs.
+
+    Returns:
+        Those on the frontier, by seconds.
+    """
+    best, found = -1.0, []
+    for seconds, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
+        if accuracy > best:
+            best = accuracy
+            found.append((seconds, accuracy))
+    return found
+
+
+def charts(runs):
+    """Accuracy over seconds, a mark per run; for the label, and for the truth if there is one."""
+    for x, x_label in AXES.items():
+        for y, of in ((LABEL, "label"), (TRUTH, "truth")):
+            with_both = [run for run in runs if {x, y} <= run.values.keys()]
+            if not with_both:
+                continue
+            cases = by_case(with_both)
+            marks = {
+                case: ([run.values[x] for run in members], [run.values[y] for run in members])
+                for case, members in cases.items()
+            }
+            means = [(statistics.fmean(a), statistics.fmean(b)) for a, b in marks.values()]
+            yield chart(
+                f"Agreement with the {of} over {x_label}", x_label, f"agreement with the {of}",
+                marks, points=True, height=3.6, xscale="log", joined=frontier(means),
+                note="A mark per run. The line joins the cases of which no other one is better in "
+                "both, by their means.",
+            )  # fmt: skip
+
+
+def group_tables(runs):
+    """A table of accuracies against the truth for each group, such as the regimes of clouds."""
+    cases = by_case(runs)
+    for title in dict.fromkeys(title for run in runs for title in run.groups):
+        groups = [run.groups.get(title, {}) for run in runs]
+        names = dict.fromkeys(name for group in groups for name in group)
+        rows = []
+        for case, members in cases.items():
+            values = {n: [r.groups[title][n] for r in members if n in r.groups.get(title, {})]
+                      for n in names}  # fmt: skip
+            text = "{:.3f}".format
+            rows.append([case, *(show(spread(v) if v else None, text) for v in values.values())])
+        yield from one_run.table(f"Agreement with the truth by {title}", (title, *names), rows)
+
+
+def write_study(name, runs, budget, output, missing=()):
+    """Write the page and the table of the runs of a study, and return the table as text.
+
+    Args:
+        name: Of the study.
+        runs: MeasuredRuns, of the first case first.
+        budget: One line on what each run was given.
+        output: Folder.
+        missing: Names of planned runs that have not finished.
+    """
+    found = spreads(runs)
+    shown = columns(found)
+    notes = [f"{counted(len(missing), 'run')} missing: {', '.join(missing)}."] * bool(missing)
+    if any(run.run.is_synthetic for run in runs):
+        notes.append("The scenes are synthetic: accuracies say nothing about real ones.")
+    warnings = [[run.run.name, text] for run in runs for text in run.run.warnings]
+    if warnings:
+        notes.append(f"{counted(len(warnings), 'warning')} of the runs are at the end.")
+    first = runs[0].run.results
+    facts = {
+        "budget of a run": budget,
+        "seeds": ", ".join(sorted({str(_seed(run)) for run in runs})),
+        "devices": first["devices"].get("description"),
+        "commits": ", ".join(sorted({str(run.run.results.get("git_commit")) for run in runs})),
+        "versions": ", ".join(f"{k} {v}" for k, v in first["versions"].items()),
+    }
+    counts = {case: str(len(members)) for case, members in by_case(runs).items()}
+    costs = list(MEASURES)[: list(MEASURES).index(LABEL)]
+    content = {
+        "name": name,
+        "notes": notes,
+        "sections": {
+            "Results": {
+                "text": "Mean ± standard deviation over the seeds.",
+                "tables": [
+                    *_measure_table("Cost", found, costs, counts),
+                    *_measure_table("Agreement", found, MEASURES.keys() - set(costs), counts),
+                ],
+            },
+            "Frontier": {"charts": list(charts(runs))},
+            "Where masks are right": {"tables": list(group_tables(runs))},
+            "Circumstances": {
+                "facts": facts,
+                "tables": one_run.table("Warnings", ("run", "warning"), warnings),
+            },
+        },
+    }
+    report.write_page(output / PAGE, content)
+    names = ("case", "run", "seed", *(key for key in MEASURES if not key.endswith("_speed")))
+    write_csv(
+        output / RUNS, names,
+        ({"case": r.case, "run": r.run.name, "seed": _seed(r), **r.values} for r in runs),
+    )  # fmt: skip
+    return table({"runs": counts, **shown})
+
+
+def _measure_table(title, found, keys, counts):
+    """A table of the page with some of MEASURES, those that any case has."""
+    keys = [key for key in MEASURES if key in keys and any(key in row for row in found.values())]
+    headings = {"": "", "runs": "Finished runs."}
+    headings |= {MEASURES[key].label: MEASURES[key].meaning for key in keys}
+    rows = [
+        [case, counts[case], *(show(row.get(key), MEASURES[key].show) for key in keys)]
+        for case, row in found.items()
+    ]
+    return one_run.table(title, headings, rows)
+
+
+def _seed(run):
+    return run.run.results["config"].get("seed")
