@@ -1,0 +1,1 @@
+"""Labels of training other than the Bayesian mask."""
