@@ -15,25 +15,17 @@ ENVELOPE_KM = 120.0  # side of the square whose warmest pixel is the first guess
 # Blurs of clear pixels [km] and their weights: a wide one counts where narrow ones find no pixel.
 BACKGROUND_KM = ((20.0, 1.0), (60.0, 1e-2), (200.0, 1e-4))
 GUESS_WEIGHT = 1e-7  # of the first guess, for scenes without clear pixels
-# Water vapour cools S9 more than S8 and S7. It grows by a factor e in 15 K (Clausius-Clapeyron);
-# these are the differences over a tropical sea of 300 K [K].
-VAPOUR_S8_S9, VAPOUR_S7_S9 = 1.2, 2.8
+# Water vapour cools S9 more than S8 and S7, and grows by a factor e in 15 K (Clausius-Clapeyron).
+VAPOUR_S8_S9, VAPOUR_S7_S9 = 1.2, 2.8  # [K], these differences over a tropical sea of 300 K
 
-THERMAL = ("departure", "s8_s9", "s7_s9", "texture", "texture_s7")
-FEATURES = {  # by "day" and "night"
-    "day": (*THERMAL[:4], "s1", "s4", "s5", "s3_s1", "s3_s2", "texture_s1"),
-    "night": THERMAL,
+THERMAL = ("departure", "s8_s9", "s7_s9", "texture")
+FEATURES = {
+    "day": (*THERMAL, "s1", "s4", "s5", "s3_s1", "s3_s2", "texture_s1"),
+    "night": (*THERMAL, "texture_s7"),
 }
-LOGARITHMIC = {"texture": 0.05, "texture_s7": 0.1, "texture_s1": 0.003}  # and an offset: noise
-LOGARITHMIC |= {"s1": 0.01, "s4": 0.003, "s5": 0.01, "s3_s1": 0.01}
+LOG_OFFSETS = {"texture": 0.05, "texture_s7": 0.1, "texture_s1": 0.003}  # of logarithms: noise
+LOG_OFFSETS |= {"s1": 0.01, "s4": 0.003, "s5": 0.01, "s3_s1": 0.01}
 COMPRESSED = {"departure": 3.0, "s8_s9": 0.5, "s7_s9": 1.5}  # linear below, logarithmic above [K]
-
-
-def local_deviation(field):
-    """Standard deviation in squares of 3 x 3 pixels, (H, W)."""
-    field = field - field.mean()  # float32 keeps few digits of a square
-    mean = uniform_filter(field, 3)
-    return np.sqrt(np.maximum(uniform_filter(field * field, 3) - mean * mean, 0))
 
 
 def measure(channels, valid):
@@ -41,7 +33,7 @@ def measure(channels, valid):
 
     Args:
         channels: float32 (H, W, 9), normalised.
-        valid: bool (H, W), False where a brightness temperature is missing.
+        valid: bool (H, W), False where a brightness temperature is missing; not all False.
 
     Returns:
         Fields by name, (H, W): `s9` and differences [K], reflectances, their ratios, standard
@@ -49,24 +41,17 @@ def measure(channels, valid):
     """
     refs = np.maximum(channels[..., :6] + np.float32(REFLECTANCE_OFFSET), 0)
     bts = channels[..., 6:] * np.float32(BT_SCALE) + np.float32(BT_OFFSET)
-    typical = bts[valid].mean(axis=0) if valid.any() else np.float32([BT_OFFSET] * 3)
-    s7, s8, s9 = np.moveaxis(np.where(valid[..., None], bts, typical), -1, 0)
+    bts = np.where(valid[..., None], bts, bts[valid].mean(axis=0))
+    s7, s8, s9 = np.moveaxis(bts, -1, 0)
     s1, s2, s3, s4, s5 = np.moveaxis(np.maximum(refs[..., :5], np.float32(1e-3)), -1, 0)
-    return {
-        "valid": valid,
-        "is_day": (refs > 0).any(axis=-1),  # at night all are 0
-        "s9": s9,
-        "s8_s9": s8 - s9,
-        "s7_s9": s7 - s9,
-        "texture": local_deviation(s9),
-        "texture_s7": local_deviation(s7 - s9),
-        "texture_s1": local_deviation(s1),
-        "s1": s1,
-        "s4": s4,
-        "s5": s5,
-        "s3_s1": s3 / s1,
-        "s3_s2": (s3 - s2) / (s3 + s2),
-    }
+    fields = {"valid": valid, "is_day": (refs > 0).any(axis=-1)}  # at night all are 0
+    fields |= {"s9": s9, "s8_s9": s8 - s9, "s7_s9": s7 - s9, "s1": s1, "s4": s4, "s5": s5}
+    fields |= {"s3_s1": s3 / s1, "s3_s2": (s3 - s2) / (s3 + s2)}
+    for name, field in {"texture": s9, "texture_s7": s7 - s9, "texture_s1": s1}.items():
+        field = field - field.mean()  # float32 keeps few digits of a square
+        mean = uniform_filter(field, 3)
+        fields[name] = np.sqrt(np.maximum(uniform_filter(field * field, 3) - mean * mean, 0))
+    return fields
 
 
 def coarsen(fields):
@@ -75,24 +60,27 @@ def coarsen(fields):
     return {name: field[::step, ::step].copy() for name, field in fields.items()}
 
 
+def refine(field, shape):
+    """Interpolate a coarse field linearly to `shape`."""
+    steps = [fine / coarse for fine, coarse in zip(shape, field.shape, strict=True)]
+    return zoom(field, steps, order=1, mode="nearest", grid_mode=True)
+
+
 def envelope(fields):
     """First guess of the background [K]: the warmest S9 around, (H, W)."""
     pixels = ENVELOPE_KM * len(fields["s9"]) / SCENE_KM
-    coldest = fields["s9"].min()
-    warmest = np.where(fields["valid"], uniform_filter(fields["s9"], 3), coldest)
+    smoothed = uniform_filter(fields["s9"], 3)
+    warmest = np.where(fields["valid"], smoothed, smoothed.min())
     return gaussian_filter(maximum_filter(warmest, max(3, round(pixels))), pixels / 2)
 
 
-def background(fields, probability, guess):
-    """Background [K]: S9 of the pixels that are probably clear, continued below cloud.
+def background(fields, probability):
+    """Background [K], float32 (H, W): S9 of pixels that are probably clear, continued below cloud.
 
-    Args:
-        fields: From `measure`.
-        probability: (H, W), of cloud.
-        guess: (H, W) [K], where no pixel is clear.
+    `probability` is that of cloud, (H, W).
     """
     clear = np.where(fields["valid"], np.maximum(1 - 2 * probability, 0) ** 2, 0)
-    total, weighted = GUESS_WEIGHT, GUESS_WEIGHT * guess
+    total, weighted = GUESS_WEIGHT, GUESS_WEIGHT * envelope(fields)
     for km, weight in BACKGROUND_KM:
         pixels = km * len(clear) / SCENE_KM
         total = total + weight * gaussian_filter(clear, pixels)
@@ -100,14 +88,8 @@ def background(fields, probability, guess):
     return (weighted / total).astype(np.float32)
 
 
-def refine(field, shape):
-    """Interpolate a coarse field (h, w) linearly to `shape`."""
-    steps = [fine / coarse for fine, coarse in zip(shape, field.shape, strict=True)]
-    return zoom(field, steps, order=1, mode="nearest", grid_mode=True)
-
-
 def pick(fields, background, where):
-    """Values by name, (n,), of the pixels `where`, with those that depend on the background."""
+    """Values by name, (n,), of the pixels `where`, as departures from a clear sky."""
     values = {name: field[where] for name, field in fields.items()}
     expected = background[where]
     values["vapour"] = np.exp((expected - 300) / np.float32(15))
@@ -118,17 +100,12 @@ def pick(fields, background, where):
 
 
 def feature_matrix(values, kind):
-    """Features of pixels, float32 (n, len(FEATURES[kind])), scaled so that they are about normal.
-
-    Args:
-        values: From `pick`.
-        kind: "day" or "night".
-    """
+    """FEATURES of a kind, from the result of `pick`: float32 (n, n_features), about normal."""
     columns = []
     for name in FEATURES[kind]:
         column = values[name]
-        if name in LOGARITHMIC:
-            column = np.log(column + np.float32(LOGARITHMIC[name]))
+        if name in LOG_OFFSETS:
+            column = np.log(column + np.float32(LOG_OFFSETS[name]))
         elif name in COMPRESSED:
             column = np.arcsinh(column / np.float32(COMPRESSED[name]))
         columns.append(column)
@@ -141,21 +118,17 @@ def ramp(values, low, high):
 
 
 def physical_probability(values, kind):
-    """Probability of cloud by tests with fixed limits: float32 (n,).
+    """Probability of cloud by tests with fixed limits, from the result of `pick`: float32 (n,).
 
     A test gives 0 where it finds nothing and 1 where it is sure of cloud; a pixel is clear if no
     test finds cloud. Tests of this kind are those of operational masks (Saunders and Kriebel 1988).
-
-    Args:
-        values: From `pick`.
-        kind: "day" or "night".
     """
     s7_s9, texture, vapour = values["s7_s9"], values["texture"], values["vapour"]
     cold = ramp(-values["departure"], 2, 6)
     rough = 0.5 * ramp(texture, 0.5, 2.5)  # clear pixels beside cloud are rough too
-    thin = ramp(values["s8_s9"], 0.4, 1.5)  # ice absorbs more in S9
+    thin = ramp(values["s8_s9"], 0.4, 1.5)  # thin cloud absorbs more in S9
     if kind == "night":
-        # Droplets emit less in S7 than a surface; below thin cloud S7 sees more of the warm ground.
+        # Droplets emit less in S7 than a surface; through thin cloud S7 sees more of warm ground.
         droplets = ramp(-s7_s9, 0.25 + 0.2 * vapour, 0.8 + 0.2 * vapour)
         semitransparent = ramp(s7_s9, 0.7, 2)
         # Cold land and ice: smooth, and black in all channels. S7 has too much noise below 240 K.
@@ -163,20 +136,17 @@ def physical_probability(values, kind):
         surface = black * (1 - ramp(texture, 0.3, 1)) * ramp(values["s9"], 240, 250)
         tests = cold * (1 - 0.8 * surface), rough, thin, droplets, semitransparent
     else:
-        s1, s5, s3_s1 = values["s1"], values["s5"], values["s3_s1"]
+        s1, s5 = values["s1"], values["s5"]
         sea = (1 - ramp(s5, 0.02, 0.04)) * (s1 < 0.15)  # black in S5
         land = ramp(s5 / s1, 1.1, 1.5)  # soil and plants are brighter in S5 than in S1
         # Snow and ice are dark in S5 and in S7, where all cloud reflects sunlight.
         snow = (1 - ramp(s5 / s1, 0.15, 0.3)) * ramp(s1, 0.12, 0.25) * (1 - ramp(s7_s9, 9, 18))
-        warm = 1 - ramp(-values["departure"], 1.5, 3)
         # Glint is as bright in S7, which may be saturated, as in S1; droplets absorb in S7.
+        warm = 1 - ramp(-values["departure"], 1.5, 3)
         glint = ramp(s7_s9 / np.minimum(s1, 0.3), 40, 80) * warm
-        bright = ramp(s3_s1, 0.35, 0.7) * ramp(s1, 0.07, 0.13) * (1 - glint)  # white, unlike sea
+        white = ramp(values["s3_s1"], 0.35, 0.7) * ramp(s1, 0.07, 0.13)  # the sea is bluish
+        bright = white * (1 - glint) * (1 - np.maximum(land, snow))
         high = ramp(values["s4"], 0.008, 0.02) * (1 - snow)  # above the vapour that darkens S4
         known = 1 - 0.8 * np.maximum(np.maximum(sea, land), snow)
-        bright = bright * (1 - np.maximum(land, snow))
         tests = cold * known, rough * known, thin, bright, high
-    clear = 1.0
-    for test in tests:
-        clear = clear * (1 - test)
-    return (1 - clear).astype(np.float32)
+    return (1 - np.prod([1 - test for test in tests], axis=0)).astype(np.float32)
