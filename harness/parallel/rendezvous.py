@@ -406,10 +406,8 @@ class Rendezvous:
 
     def _wait_for_late_ranks(self):
         """Wait for ranks that still import TensorFlow, which can take longer than to fail here."""
-        if (
-            self._own["facts"] is None or self._keys is not None
-        ):  # nothing was announced, or all met
-            return
+        if self._own["facts"] is None or self._keys is not None:
+            return  # nothing was announced, or nobody is late
         with contextlib.suppress(OSError, UserError):
             while len(self.read()) < self.launch.n_ranks:
                 if time.monotonic() > self._begin + LATE_SECONDS:

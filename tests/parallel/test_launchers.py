@@ -254,7 +254,7 @@ def test_reason_of_a_failing_rank_reaches_the_others(tmp_path):
 
 @pytest.mark.parametrize("lives", [True, False])
 def test_second_start_does_not_disturb_a_living_one(tmp_path, monkeypatch, lives):
-    monkeypatch.setattr("harness.parallel.rendezvous.HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr("harness.parallel.rendezvous.HEARTBEAT_SECONDS", 0.5)
     first, second = ranks(2, tmp_path)
     together([first, second], meet)
     other = ranks(2, tmp_path)[0]
