@@ -1,0 +1,243 @@
+"""The cloud field of a scene: one weather, several regimes of cloud, each with its own geometry.
+
+Every scene has an air-mass coordinate: the distance from a front, positive in the warm air, which
+lows wind up. Regimes have a profile along it. Their textures are drawn in coordinates that the same
+lows wind up, so that streaks follow the flow. The strongest regime makes the cloud of a pixel.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from tools.lib.scenes.fields import (
+    axes_km,
+    cell_field,
+    coarse_shape,
+    fractal_field,
+    refine,
+    sample,
+)
+from tools.lib.scenes.surface import LAPSE_RATE
+
+TROPOPAUSE = 208.0  # [K], coldest cloud top
+THINNEST_CLOUD = 0.1  # optical depth from which a pixel is cloud in `truth`
+
+
+class Regime(NamedTuple):
+    """A kind of cloud; `depth` and `rise` are gained per unit of excess, see `make_clouds`."""
+
+    stretch: float  # length over width of its structures along the flow
+    edge_depth: float  # optical depth at the edge
+    depth: float
+    tops: tuple[float, float]  # range of a scene's lowest tops [km]
+    rise: float  # [km]
+    detail: float  # standard deviations of small-scale noise
+
+
+REGIMES = {
+    "fog": Regime(1.5, 1.5, 7, (0.15, 0.5), 0.15, 0.10),
+    "closed cells": Regime(1.5, 0.8, 7, (0.8, 1.6), 0.5, 0.30),
+    "open cells": Regime(1.2, 0.5, 9, (1.2, 2.0), 1.3, 0.45),
+    "cumulus": Regime(1.6, 0.3, 7, (0.8, 1.6), 1.0, 0.60),
+    "front": Regime(2.5, 0.5, 9, (2.0, 4.0), 2.2, 0.30),
+    "convection": Regime(1.0, 0.5, 14, (2.0, 3.5), 3.5, 0.45),
+    "cirrus": Regime(5.0, 0.04, 0.9, (7.5, 10.0), 0.6, 0.25),
+}
+REGIME_CODES = {name: code for code, name in enumerate(("clear", *REGIMES))}
+
+# Weather by name: how strong lows wind up the air [rad], and for each regime its bias, in standard
+# deviations of its texture, at distances from the front [100 km]; warm air is positive.
+WEATHER = {
+    "cyclone": ((3.0, 6.5), {
+        "open cells": ((-9, 0.6), (-2, 0.9), (-0.7, -0.6), (0, -2.5)),
+        "front": ((-0.6, -3.0), (0, 1.6), (2.0, 1.6), (4.5, -0.8)),
+        "closed cells": ((1, -2.5), (3, 0.4), (8, 0.8)),
+        "cumulus": ((-4, 0.0), (-1.5, -0.5), (5, -0.2)),
+        "cirrus": ((-1.0, -2.5), (0.5, 0.6), (3.0, 0.9), (7.0, -1.0)),
+    }),
+    "front": ((0.3, 1.5), {
+        "open cells": ((-9, 0.4), (-2, 0.5), (-0.8, -0.8), (0, -2.5)),
+        "front": ((-0.5, -3.0), (0, 1.4), (2.5, 1.5), (5, -1.0)),
+        "cumulus": ((-6, 0.2), (-1, -0.8), (3, -0.8), (6, 0.2)),
+        "closed cells": ((2, -2.5), (4, 0.2), (8, 0.4)),
+        "cirrus": ((-1.0, -2.5), (0.5, 0.5), (4.0, 1.0), (8.0, -1.0)),
+    }),
+    "outbreak": ((0.5, 2.5), {
+        "open cells": ((-8, 0.2), (0, 0.6), (6, 0.6)),
+        "closed cells": ((2, -2.0), (5, 0.8)),
+        "front": ((-5, 0.3), (-3, -1.5), (7, -1.5), (9, 1.0)),
+        "cirrus": ((-6, 0.5), (-3, -1.8), (6, -1.5)),
+    }),
+    "stratus": ((0.3, 2.0), {
+        "fog": ((-6, 0.8), (0, 0.6), (4, -0.8)),
+        "closed cells": ((-4, -1.0), (1, 0.5), (8, 0.8)),
+        "front": ((-8, 0.8), (-6, -1.2), (6, -1.2), (8, 0.4)),
+        "cirrus": ((-8, 0.0), (0, -1.5), (8, 0.0)),
+    }),
+    "mixed": ((1.0, 4.0), {
+        "closed cells": ((-8, 0.3), (0, 0.3), (8, 0.0)),
+        "front": ((-7, -1.0), (-2, 0.6), (0, -0.5), (5, 0.7), (8, -0.5)),
+        "cumulus": ((-8, 0.0), (8, 0.2)),
+        "cirrus": ((-8, -1.0), (-3, 0.6), (3, -0.6), (7, 0.6)),
+    }),
+    "trades": ((0.2, 1.0), {
+        "closed cells": ((-8, 1.0), (-3, 0.4), (0, -1.5)),
+        "open cells": ((-5, -1.5), (-2, 0.3), (2, 0.0), (4, -2.0)),
+        "cumulus": ((-3, -0.5), (3, 0.4), (8, 0.3)),
+        "convection": ((4, -2.5), (8, 0.2)),
+        "cirrus": ((-8, -1.5), (8, -0.1)),
+    }),
+    "tropics": ((0.2, 1.2), {
+        "cumulus": ((-8, 0.3), (8, 0.3)),
+        "convection": ((-8, -1.5), (-2, -0.3), (3, 1.0), (8, -0.3)),
+        "cirrus": ((-8, -1.0), (0, 0.3), (8, 0.3)),
+    }),
+}  # fmt: skip
+EXTRATROPICAL = {"cyclone": 0.33, "front": 0.24, "outbreak": 0.13, "stratus": 0.14, "mixed": 0.16}
+TROPICAL = {"trades": 0.5, "tropics": 0.3, "stratus": 0.1, "front": 0.1}
+
+
+class CloudLayer(NamedTuple):
+    """A layer of cloud; fields (H, W), float32."""
+
+    optical_depth: np.ndarray  # 0 where there is no cloud
+    height: np.ndarray  # of the tops [km]
+    temperature: np.ndarray  # of the tops [K]
+    ice: np.ndarray  # share of ice
+
+
+class Clouds(NamedTuple):
+    """The clouds of a scene."""
+
+    layers: list  # two CloudLayers: the main one, and cirrus above it
+    regime: np.ndarray  # uint8 (H, W), REGIME_CODES of the uppermost cloud
+
+    @property
+    def optical_depth(self):
+        """Optical depth of both layers, float32 (H, W)."""
+        return self.layers[0].optical_depth + self.layers[1].optical_depth
+
+
+def flow_coordinates(rng, shape, winding, sense):
+    """Draw the flow: coordinates that lows have wound up and eddies have bent.
+
+    Args:
+        rng: NumPy Generator.
+        shape: (H, W).
+        winding: Range of the angle by which the middle of a low has turned [rad].
+        sense: 1 or -1, the direction in which lows turn.
+
+    Returns:
+        Two float32 (H, W) [km]: across the flow, 0 at the front, and along it.
+    """
+    y, x = (axis + np.zeros(shape, np.float32) for axis in axes_km(shape))
+    direction = rng.uniform(0, 2 * math.pi)
+    low_y, low_x = rng.uniform(-500, 500), rng.uniform(-650, 650)
+    lows = [(low_y, low_x, rng.uniform(*winding))]
+    if rng.random() < 0.3:
+        lows.append((rng.uniform(-900, 900), rng.uniform(-900, 900), rng.uniform(*winding) * 0.6))
+    for centre_y, centre_x, angle in lows:
+        dy, dx = y - centre_y, x - centre_x
+        radius = np.hypot(dy, dx)
+        turn = sense * angle * np.exp(-radius / rng.uniform(250, 450))
+        cos, sin = np.cos(turn), np.sin(turn)
+        y, x = centre_y + cos * dy - sin * dx, centre_x + sin * dy + cos * dx
+    y = y + 45 * fractal_field(rng, shape, 700, 2.3) + 9 * fractal_field(rng, shape, 100, 2)
+    x = x + 45 * fractal_field(rng, shape, 700, 2.3) + 9 * fractal_field(rng, shape, 100, 2)
+    y, x = y - low_y, x - low_x
+    cos, sin = math.cos(direction), math.sin(direction)
+    return cos * y - sin * x, sin * y + cos * x
+
+
+def regime_textures(rng, shape, across, along):
+    """Draw the texture of each regime, stretched along the flow.
+
+    Returns:
+        {name of a regime: float32 (H, W), about standard normal}.
+    """
+    def fractal(scale, slope):
+        return fractal_field(rng, shape, scale, slope)
+
+    cells = cell_field(rng, shape, rng.uniform(22, 50))
+    tiles = {
+        "fog": 0.9 * fractal(500, 2.3) + 0.3 * fractal(60, 1.8),
+        "closed cells": 0.6 * fractal(500, 2.0) - 0.6 * cells + 0.3 * fractal(60, 1.5),
+        "open cells": 0.5 * fractal(400, 1.8) + 0.75 * cells + 0.3 * fractal(40, 1.5),
+        "cumulus": 0.6 * fractal(400, 2.0) + 0.8 * fractal(45, 1.4),
+        "front": fractal(500, 1.75),
+        "convection": 0.6 * fractal(500, 2.0) + 0.8 * fractal(150, 2.0),
+        "cirrus": fractal(500, 1.6),
+    }
+    return {
+        name: sample(tile, across, along / np.float32(REGIMES[name].stretch))
+        for name, tile in tiles.items()
+    }
+
+
+def make_clouds(rng, shape, surface, latitude, cloud_cover):
+    """Draw the clouds of a scene.
+
+    Args:
+        rng: NumPy Generator.
+        shape: (H, W).
+        surface: A Surface.
+        latitude: Of the scene [deg].
+        cloud_cover: Share of this scene that is cloud.
+    """
+    coarse = coarse_shape(shape)
+    table = TROPICAL if abs(latitude) < 30 else EXTRATROPICAL
+    weather = rng.choice(list(table), p=list(table.values()))
+    winding, profiles = WEATHER[weather]
+    across, along = flow_coordinates(rng, coarse, winding, sense=1 if latitude >= 0 else -1)
+    textures = regime_textures(rng, coarse, across, along)
+    distance = (across + 60 * sample(fractal_field(rng, coarse, 400, 2), across, along)) / 100
+    humidity = 0.6 * fractal_field(rng, coarse, 1000, 2.0)
+    if surface.land.any():  # dry air above land and ice sheets, or convection
+        step = shape[0] // coarse[0]
+        humidity -= rng.uniform(-0.3, 1.5) * surface.land[::step, ::step]
+
+    excesses = {}
+    for name, profile in profiles.items():
+        at, bias = np.array(profile, dtype=np.float32).T
+        bias = np.interp(distance, at, bias).astype(np.float32)
+        excesses[name] = textures[name] + humidity + bias
+    detail = fractal_field(rng, shape, 30, 1.2)
+    cirrus = refine(excesses.pop("cirrus"), shape) + REGIMES["cirrus"].detail * detail
+    names = list(excesses)
+    stack = np.stack(list(excesses.values()))
+    strongest = stack.argmax(axis=0)
+    roughness = np.take([REGIMES[name].detail for name in names], strongest).astype(np.float32)
+    main = refine(stack.max(axis=0), shape) + refine(roughness, shape) * detail
+    step = -(-shape[0] // 300)  # a sample of the pixels is enough
+    edge = np.quantile(np.maximum(main, cirrus)[::step, ::step], 1 - cloud_cover)
+    main, cirrus = np.maximum(main - edge, 0), np.maximum(cirrus - edge, 0)
+
+    codes = np.array([REGIME_CODES[name] for name in names], dtype=np.uint8)[strongest]
+    codes = codes.repeat(shape[0] // coarse[0], axis=0).repeat(shape[0] // coarse[0], axis=1)
+    codes = codes[: shape[0], : shape[1]]
+    layers = [
+        make_layer(rng, main, codes, names, surface.air),
+        make_layer(rng, cirrus, np.full_like(codes, REGIME_CODES["cirrus"]), ["cirrus"], surface.air),
+    ]
+    regime = np.where(layers[0].optical_depth > 0, codes, 0)
+    regime[cirrus > 0] = REGIME_CODES["cirrus"]
+    return Clouds(layers, regime)
+
+
+def make_layer(rng, excess, codes, names, air):
+    """Make a CloudLayer from the excess of cloudiness over the threshold of cloud, (H, W)."""
+    def by_code(values):
+        table = np.zeros(len(REGIME_CODES), dtype=np.float32)
+        for name in names:
+            table[REGIME_CODES[name]] = values[name]
+        return table[codes]
+
+    tops = by_code({name: rng.uniform(*REGIMES[name].tops) for name in names})
+    height = tops + by_code({name: REGIMES[name].rise for name in names}) * excess
+    depth = by_code({name: REGIMES[name].depth for name in names}) * excess
+    depth += by_code({name: REGIMES[name].edge_depth for name in names})
+    depth[excess <= 0] = 0
+    temperature = np.maximum(air - LAPSE_RATE * height, TROPOPAUSE)
+    ice = np.clip((265 - temperature) / 30, 0, 1)
+    return CloudLayer(depth, height, temperature, ice)
