@@ -32,7 +32,9 @@ SUN_S1_TO_S6 = (1837.0, 1526.0, 956.0, 366.0, 248.0, 78.0)  # [mW m-2 nm-1], ESA
 GROSS_CLOUD = 273.15  # [K], `summary` is set where S9 is colder
 OVERSAMPLING = {"1km": 1, "500m": 2}  # pixels of refs per pixel of bts, along rows and columns
 LABELS = ("bayes", "random", "none")
-COVER_SPREAD = 8.0  # a scene's cover has a beta distribution; 8: standard deviation 0.12
+COVER_SPREAD = 7.0  # a scene's cover has a beta distribution; 7: standard deviation 0.12
+COVER_ODDS = 1.4  # odds of cloud by night over the mean, and of the mean over those by day
+GOLDEN_RATIO = 0.6180339887  # its multiples, modulo 1, are evenly spread
 
 ONE_DAY = datetime(2019, 10, 1)
 ONE_DAY_STEP = timedelta(seconds=89)  # 970 scenes, as published, fill the day
@@ -141,6 +143,15 @@ def label_scene(rng, label, label_noise, truth, refs, bts, surface, sun):
     return bayes_label(refs, bts, ancillary_data(rng, surface, sun))
 
 
+def flag_meanings():
+    """What the codes of a dataset mean, by its name: a word for each code from 0, as in CF."""
+    from tools.lib.scenes.clouds import REGIME_CODES
+    from tools.lib.scenes.surface import SURFACES
+
+    words = {"surface": SURFACES, "cloud_regime": REGIME_CODES}
+    return {name: " ".join(w.replace(" ", "_") for w in codes) for name, codes in words.items()}
+
+
 def write_scene(path, arrays, chunks=None, compression=None, shuffle=False):
     """Write a scene file, whose attribute `synthetic` says what it is.
 
@@ -156,13 +167,16 @@ def write_scene(path, arrays, chunks=None, compression=None, shuffle=False):
     """
     if chunks is None and (compression or shuffle):
         chunks = "auto"
+    meanings = flag_meanings() if {"surface", "cloud_regime"} & set(arrays) else {}
     with replacing(path) as temporary, h5py.File(temporary, "w") as file:
         file.attrs["synthetic"] = True
         for name, array in arrays.items():
             fitted = chunks and (chunks == "auto" or tuple(map(min, chunks, array.shape)))
             options = {"chunks": fitted, "compression": compression, "shuffle": shuffle}
             # Without timestamps, the same scene gives the same bytes.
-            file.create_dataset(name, data=array, track_times=False, **options)
+            dataset = file.create_dataset(name, data=array, track_times=False, **options)
+            if name in meanings:
+                dataset.attrs["flag_meanings"] = meanings[name]
 
 
 def product_name(set_name, index):
@@ -180,6 +194,23 @@ def is_day(index, day_share):
     return math.floor((index + 1) * day_share + 0.5) > math.floor(index * day_share + 0.5)
 
 
+def draw_cover(seed, set_index, index, day, cloud_cover, day_share):
+    """Draw the share of cloud in a scene, more by night than by day.
+
+    Any few scenes of a set are spread evenly over the distribution, so that their mean is right.
+    """
+    from scipy.special import betaincinv
+
+    days = math.floor(index * day_share + 0.5)
+    n_before = days if day else index - days  # scenes of its kind
+    start = np.random.default_rng([seed, set_index, day]).random()
+    odds = cloud_cover / (1 - cloud_cover) * (1 / COVER_ODDS if day else COVER_ODDS)
+    mean = odds / (1 + odds)
+    quantile = (start + n_before * GOLDEN_RATIO) % 1
+    cover = betaincinv(COVER_SPREAD * mean, COVER_SPREAD * (1 - mean), quantile)
+    return float(np.clip(cover, 0.01, 0.995))
+
+
 def check_limits(**options):
     """Raise UserError if an option is outside its LIMITS."""
     for name, value in options.items():
@@ -188,24 +219,23 @@ def check_limits(**options):
             raise UserError(f"{name} must be from {low} to {high}, found {value}")
 
 
-def write_one(plan, output, height, width, cloud_cover, kind, dtype, byteorder, storage):
+def write_one(plan, output, seed, height, width, kind, dtype, byteorder, storage):
     """Make and write one scene of a set; return its path and cover.
 
     Args:
-        plan: Number of the set, name of the set, number of the scene in it, whether it is by day,
-            and the seed of the set.
+        plan: Number of the set, its name, number of the scene in it, whether it is by day, and the
+            share of cloud.
         output: Folder for `one-day` and `ssts`.
+        seed: Of all scenes.
         height: Rows of the 1 km grid [pixels].
         width: Columns of the 1 km grid [pixels].
-        cloud_cover: Mean share of cloud; it varies between scenes.
         kind: `label`, `label_noise` and `refs_grid` of `make_scene`.
         dtype: Of `refs` and `bts`: "published", "float32" or "float64".
         byteorder: "little" or "big".
         storage: Options of `write_scene`.
     """
-    set_index, set_name, index, day, seed = plan
+    set_index, set_name, index, day, cover = plan
     rng = np.random.default_rng([seed, set_index, index])
-    cover = rng.beta(COVER_SPREAD * cloud_cover, COVER_SPREAD * (1 - cloud_cover))
     arrays = make_scene(rng, height, width, day, cover, **kind)
     for name, array in arrays.items():
         kept = dtype == "published" or name not in ("refs", "bts")
@@ -260,17 +290,18 @@ def make_dataset(
     """
     check_limits(train=train, inference=inference, height=height, width=width, seed=seed)
     check_limits(day_share=day_share, cloud_cover=cloud_cover, label_noise=label_noise, jobs=jobs)
-    plans = [
-        (set_index, set_name, index, is_day(index, day_share), seed)
-        for set_index, (set_name, n_scenes) in enumerate([("one-day", train), ("ssts", inference)])
-        for index in range(n_scenes)
-    ]
+    plans = []
+    for set_index, (set_name, n_scenes) in enumerate([("one-day", train), ("ssts", inference)]):
+        for index in range(n_scenes):
+            day = is_day(index, day_share)
+            cover = draw_cover(seed, set_index, index, day, cloud_cover, day_share)
+            plans.append((set_index, set_name, index, day, cover))
     write = functools.partial(
         write_one,
         output=output,
+        seed=seed,
         height=height,
         width=width,
-        cloud_cover=cloud_cover,
         kind={"label": label, "label_noise": label_noise, "refs_grid": refs_grid},
         dtype=dtype,
         byteorder=byteorder,

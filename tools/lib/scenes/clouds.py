@@ -27,23 +27,28 @@ THINNEST_CLOUD = 0.1  # optical depth from which a pixel is cloud in `truth`
 class Regime(NamedTuple):
     """A kind of cloud; `depth` and `rise` are gained per unit of excess, see `make_clouds`."""
 
+    layer: int  # 0 low, 1 deep, 2 cirrus
     stretch: float  # length over width of its structures along the flow
     edge_depth: float  # optical depth at the edge
     depth: float
     tops: tuple[float, float]  # range of a scene's lowest tops [km]
     rise: float  # [km]
-    detail: float  # standard deviations of small-scale noise
+    patchiness: float  # standard deviations of the middle scales, of cells and rolls
+    detail: float  # of the small scales
+    contrast: float  # of the logarithm of optical depth, by middle and small scales
 
 
 REGIMES = {
-    "fog": Regime(1.5, 1.5, 7, (0.15, 0.5), 0.15, 0.10),
-    "closed cells": Regime(1.5, 0.8, 7, (0.8, 1.6), 0.5, 0.30),
-    "open cells": Regime(1.2, 0.5, 9, (1.2, 2.0), 1.3, 0.45),
-    "cumulus": Regime(1.6, 0.3, 7, (0.8, 1.6), 1.0, 0.60),
-    "front": Regime(2.5, 0.5, 9, (2.0, 4.0), 2.2, 0.30),
-    "convection": Regime(1.0, 0.5, 14, (2.0, 3.5), 3.5, 0.45),
-    "cirrus": Regime(5.0, 0.04, 0.9, (7.5, 10.0), 0.6, 0.25),
+    "fog": Regime(0, 1.6, 0.8, 3.5, (0.15, 0.5), 0.15, 0.25, 0.06, 0.3),
+    "closed cells": Regime(0, 1.5, 0.5, 2.2, (0.8, 1.6), 0.7, 0.5, 0.15, 0.7),
+    "open cells": Regime(0, 1.6, 0.3, 2.5, (1.2, 2.0), 1.4, 0.75, 0.25, 0.8),
+    "cumulus": Regime(0, 2.2, 0.2, 2.5, (0.8, 1.6), 1.2, 0.75, 0.3, 0.8),
+    "front": Regime(1, 3.5, 0.3, 6.5, (3.0, 5.0), 2.2, 0.3, 0.1, 0.5),
+    "convection": Regime(1, 1.3, 0.5, 10.0, (3.0, 5.0), 3.5, 0.6, 0.2, 0.5),
+    "cirrus": Regime(2, 5.0, 0.04, 0.8, (7.5, 10.0), 0.6, 0.4, 0.1, 0.4),
 }
+# How much of a change of cloud cover falls to each layer: low cloud fills the gaps of the others.
+LAYER_SHARES = (1.0, 0.4, 0.4)
 REGIME_CODES = {name: code for code, name in enumerate(("clear", *REGIMES))}
 
 # Weather by name: how strong lows wind up the air [rad], and for each regime its bias, in standard
@@ -110,13 +115,13 @@ class CloudLayer(NamedTuple):
 class Clouds(NamedTuple):
     """The clouds of a scene."""
 
-    layers: list  # two CloudLayers: the main one, and cirrus above it
+    layers: list  # CloudLayers from low to high
     regime: np.ndarray  # uint8 (H, W), REGIME_CODES of the uppermost cloud
 
     @property
     def optical_depth(self):
-        """Optical depth of both layers, float32 (H, W)."""
-        return self.layers[0].optical_depth + self.layers[1].optical_depth
+        """Optical depth of all layers, float32 (H, W)."""
+        return sum(layer.optical_depth for layer in self.layers)
 
 
 def flow_coordinates(rng, shape, winding, sense):
@@ -151,27 +156,28 @@ def flow_coordinates(rng, shape, winding, sense):
 
 
 def regime_textures(rng, shape, across, along):
-    """Draw the texture of each regime, stretched along the flow.
+    """Draw the textures of each regime, stretched along the flow.
 
     Returns:
-        {name of a regime: float32 (H, W), about standard normal}.
+        {name of a regime: (large scales, middle scales)}, float32 (H, W), about standard normal.
     """
+
     def fractal(scale, slope):
         return fractal_field(rng, shape, scale, slope)
 
-    cells = cell_field(rng, shape, rng.uniform(22, 50))
+    cells = cell_field(rng, shape, rng.uniform(25, 55))
     tiles = {
-        "fog": 0.9 * fractal(500, 2.3) + 0.3 * fractal(60, 1.8),
-        "closed cells": 0.6 * fractal(500, 2.0) - 0.6 * cells + 0.3 * fractal(60, 1.5),
-        "open cells": 0.5 * fractal(400, 1.8) + 0.75 * cells + 0.3 * fractal(40, 1.5),
-        "cumulus": 0.6 * fractal(400, 2.0) + 0.8 * fractal(45, 1.4),
-        "front": fractal(500, 1.75),
-        "convection": 0.6 * fractal(500, 2.0) + 0.8 * fractal(150, 2.0),
-        "cirrus": fractal(500, 1.6),
+        "fog": (fractal(500, 2.3), fractal(60, 1.8)),
+        "closed cells": (fractal(500, 2.0), 0.4 * fractal(50, 1.6) - 0.9 * cells),
+        "open cells": (fractal(400, 1.9), 0.4 * fractal(40, 1.6) + 0.9 * cells),
+        "cumulus": (fractal(400, 2.0), fractal(50, 1.6)),
+        "front": (fractal(600, 1.9), fractal(120, 1.6)),
+        "convection": (fractal(500, 2.0), fractal(150, 2.0)),
+        "cirrus": (fractal(500, 1.75), fractal(100, 1.5)),
     }
     return {
-        name: sample(tile, across, along / np.float32(REGIMES[name].stretch))
-        for name, tile in tiles.items()
+        name: tuple(sample(tile, across, along / np.float32(REGIMES[name].stretch)) for tile in pair)
+        for name, pair in tiles.items()
     }
 
 
@@ -192,52 +198,76 @@ def make_clouds(rng, shape, surface, latitude, cloud_cover):
     across, along = flow_coordinates(rng, coarse, winding, sense=1 if latitude >= 0 else -1)
     textures = regime_textures(rng, coarse, across, along)
     distance = (across + 60 * sample(fractal_field(rng, coarse, 400, 2), across, along)) / 100
-    humidity = 0.6 * fractal_field(rng, coarse, 1000, 2.0)
+    humidity = sample(fractal_field(rng, coarse, 900, 2.0), across, along / 2)
+    humidity = 0.7 * humidity - 0.35 * np.minimum(humidity, 0) ** 2  # dry areas are large
     if surface.land.any():  # dry air above land and ice sheets, or convection
         step = shape[0] // coarse[0]
         humidity -= rng.uniform(-0.3, 1.5) * surface.land[::step, ::step]
 
-    excesses = {}
-    for name, profile in profiles.items():
-        at, bias = np.array(profile, dtype=np.float32).T
-        bias = np.interp(distance, at, bias).astype(np.float32)
-        excesses[name] = textures[name] + humidity + bias
     detail = fractal_field(rng, shape, 30, 1.2)
-    cirrus = refine(excesses.pop("cirrus"), shape) + REGIMES["cirrus"].detail * detail
-    names = list(excesses)
-    stack = np.stack(list(excesses.values()))
-    strongest = stack.argmax(axis=0)
-    roughness = np.take([REGIMES[name].detail for name in names], strongest).astype(np.float32)
-    main = refine(stack.max(axis=0), shape) + refine(roughness, shape) * detail
-    step = -(-shape[0] // 300)  # a sample of the pixels is enough
-    edge = np.quantile(np.maximum(main, cirrus)[::step, ::step], 1 - cloud_cover)
-    main, cirrus = np.maximum(main - edge, 0), np.maximum(cirrus - edge, 0)
+    fields = []
+    for layer, share in enumerate(LAYER_SHARES):
+        names = [name for name in profiles if REGIMES[name].layer == layer]
+        cloudiness, patches = [], []
+        for name in names:
+            at, bias = np.array(profiles[name], dtype=np.float32).T
+            large, middle = textures[name]
+            patches.append(middle)
+            cloudiness.append(
+                0.8 * large
+                + REGIMES[name].patchiness * middle
+                + humidity
+                + np.interp(distance, at, bias).astype(np.float32)
+            )
+        strongest = np.argmax(cloudiness, axis=0)
+        codes = np.array([REGIME_CODES[name] for name in names], dtype=np.uint8)[strongest]
+        middle = np.take_along_axis(np.stack(patches), strongest[None], 0)[0]
+        codes = repeat_pixels(codes, shape)
+        field = refine(np.max(cloudiness, axis=0), shape) + by_regime("detail", codes) * detail
+        fields.append((field, codes, refine(middle, shape) + 0.5 * detail))
 
-    codes = np.array([REGIME_CODES[name] for name in names], dtype=np.uint8)[strongest]
-    codes = codes.repeat(shape[0] // coarse[0], axis=0).repeat(shape[0] // coarse[0], axis=1)
-    codes = codes[: shape[0], : shape[1]]
+    step = -(-shape[0] // 300)  # a sample of the pixels is enough
+    scaled = [field[::step, ::step] / share for (field, *_), share in zip(fields, LAYER_SHARES)]
+    edge = np.quantile(np.max(scaled, axis=0), 1 - cloud_cover)
     layers = [
-        make_layer(rng, main, codes, names, surface.air),
-        make_layer(rng, cirrus, np.full_like(codes, REGIME_CODES["cirrus"]), ["cirrus"], surface.air),
+        make_layer(rng, field - share * edge, codes, patches, surface.air)
+        for (field, codes, patches), share in zip(fields, LAYER_SHARES, strict=True)
     ]
-    regime = np.where(layers[0].optical_depth > 0, codes, 0)
-    regime[cirrus > 0] = REGIME_CODES["cirrus"]
+    regime = np.zeros(shape, dtype=np.uint8)
+    for layer, (_, codes, _) in zip(layers, fields, strict=True):
+        regime = np.where(layer.optical_depth > 0, codes, regime)
     return Clouds(layers, regime)
 
 
-def make_layer(rng, excess, codes, names, air):
-    """Make a CloudLayer from the excess of cloudiness over the threshold of cloud, (H, W)."""
-    def by_code(values):
-        table = np.zeros(len(REGIME_CODES), dtype=np.float32)
-        for name in names:
-            table[REGIME_CODES[name]] = values[name]
-        return table[codes]
+def repeat_pixels(codes, shape):
+    """Repeat the pixels of a coarse field to the grid of a scene."""
+    step = shape[0] // codes.shape[0]
+    return codes.repeat(step, axis=0).repeat(step, axis=1)[: shape[0], : shape[1]]
 
-    tops = by_code({name: rng.uniform(*REGIMES[name].tops) for name in names})
-    height = tops + by_code({name: REGIMES[name].rise for name in names}) * excess
-    depth = by_code({name: REGIMES[name].depth for name in names}) * excess
-    depth += by_code({name: REGIMES[name].edge_depth for name in names})
+
+def by_regime(attribute, codes):
+    """A number of each pixel's regime, float32; codes (H, W) of REGIME_CODES."""
+    numbers = [0.0] + [getattr(regime, attribute) for regime in REGIMES.values()]
+    return np.array(numbers, dtype=np.float32)[codes]
+
+
+def make_layer(rng, excess, codes, patches, air):
+    """Make a CloudLayer.
+
+    Args:
+        rng: NumPy Generator.
+        excess: (H, W), cloudiness above the threshold of cloud, positive in cloud.
+        codes: (H, W), REGIME_CODES.
+        patches: (H, W), middle and small scales of the texture.
+        air: (H, W), temperature at sea level [K].
+    """
+    lowest = np.array([0.0] + [rng.uniform(*regime.tops) for regime in REGIMES.values()])
+    excess = np.maximum(excess, 0)
+    rise = by_regime("rise", codes) * (excess + 0.5 * patches)
+    height = np.maximum(lowest.astype(np.float32)[codes] + rise, 0.1)
+    depth = by_regime("edge_depth", codes) + by_regime("depth", codes) * excess
+    depth *= np.exp(by_regime("contrast", codes) * patches)
     depth[excess <= 0] = 0
     temperature = np.maximum(air - LAPSE_RATE * height, TROPOPAUSE)
-    ice = np.clip((265 - temperature) / 30, 0, 1)
+    ice = np.clip((258 - temperature) / 25, 0, 1)
     return CloudLayer(depth, height, temperature, ice)

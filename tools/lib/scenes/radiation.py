@@ -15,7 +15,7 @@ PLANCK_C1 = 1.191043e8  # 2 h c^2 [W m-2 sr-1 um4]
 PLANCK_C2 = 14387.77  # h c / k [um K]
 VAPOUR_DEPRESSION = (1.0, 2.6, 3.8)  # [K], tropical sea minus S7, S8, S9
 VAPOUR_HEIGHT = 2.0  # [km], in which water vapour falls by a factor e
-VAPOUR_ABSORPTION = 12.0  # optical depth in S4 of the vapour above a tropical sea, down and up
+VAPOUR_ABSORPTION = 30.0  # optical depth in S4 of the vapour above a tropical sea, down and up
 
 
 class Phase(NamedTuple):
@@ -25,8 +25,8 @@ class Phase(NamedTuple):
     absorption: tuple  # S7 to S9, per optical depth
 
 
-WATER = Phase((1.00, 1.04, 1.06, 0.97, 0.82, 0.66, 0.20), (0.35, 0.45, 0.58))
-ICE = Phase((1.00, 1.04, 1.06, 0.80, 0.42, 0.46, 0.08), (0.40, 0.42, 0.55))
+WATER = Phase((1.00, 1.04, 1.06, 0.97, 0.82, 0.66, 0.24), (0.35, 0.45, 0.58))
+ICE = Phase((1.00, 1.04, 1.06, 0.80, 0.42, 0.46, 0.13), (0.40, 0.42, 0.55))
 DUST = (0.10, 0.22, 0.30, 0.00, 0.34, 0.28, 0.10)  # reflectance in S1 to S7 per optical depth
 HAZE = (0.12, 0.08, 0.05, 0.00, 0.02, 0.01, 0.00)
 DUST_COOLS = (0.3, 2.0, 1.2)  # [K], S7 to S9, per optical depth: S8 is colder than S9
