@@ -32,6 +32,7 @@ SUN_S1_TO_S6 = (1837.0, 1526.0, 956.0, 366.0, 248.0, 78.0)  # [mW m-2 nm-1], ESA
 GROSS_CLOUD = 273.15  # [K], `summary` is set where S9 is colder
 OVERSAMPLING = {"1km": 1, "500m": 2}  # pixels of refs per pixel of bts, along rows and columns
 LABELS = ("bayes", "random", "none")
+LABEL_NOISE = (0.07, 0.14)  # shares of cloud and of clear pixels, those of the Bayesian label
 COVER_SPREAD = 7.0  # a scene's cover has a beta distribution; 7: standard deviation 0.12
 COVER_ODDS = 1.4  # odds of cloud by night over the mean, and of the mean over those by day
 GOLDEN_RATIO = 0.6180339887  # its multiples, modulo 1, are evenly spread
@@ -61,9 +62,9 @@ def make_scene(
     height,
     width,
     day=True,
-    cloud_cover=0.86,
+    cloud_cover=0.85,
     label="bayes",
-    label_noise=0.08,
+    label_noise=LABEL_NOISE,
     refs_grid="1km",
 ):
     """Make one synthetic scene.
@@ -76,7 +77,7 @@ def make_scene(
         day: Whether the scene is in daylight; at night all reflectances are 0.
         cloud_cover: Share of this scene that is cloud.
         label: "bayes", "random" (the truth with errors at random), or "none".
-        label_noise: Share of the pixels of each class whose label is wrong, if it is random.
+        label_noise: Shares of cloud labelled clear, and of clear labelled cloud, if it is random.
         refs_grid: "1km", or "500m" for reflectances of twice the rows and columns.
 
     Returns:
@@ -93,10 +94,9 @@ def make_scene(
     shape = height, width
     latitude, season = ground.draw_latitude(rng), rng.uniform(-1, 1)
     sun = instrument.place_sun(rng, shape, latitude, season, day)
-    glint = np.zeros(shape, np.float32)
-    if day:
-        glint = instrument.glint_reflectance(sun, shape, instrument.draw_wind(rng, shape))
-    surface = ground.make_surface(rng, shape, latitude, season, day, glint)
+    wind = instrument.draw_wind(rng, shape)
+    glint = instrument.glint_reflectance(sun, wind) if day else np.zeros(shape, np.float32)
+    surface = ground.make_surface(rng, shape, latitude, season, day, wind, glint)
     clouds = cloud_field.make_clouds(rng, shape, surface, latitude, cloud_cover)
     aerosol = radiation.draw_aerosol(rng, shape, latitude)
     damage = instrument.draw_damage(rng, shape)
@@ -135,7 +135,9 @@ def label_scene(rng, label, label_noise, truth, refs, bts, surface, sun):
     from tools.lib.scenes.surface import ancillary_data
 
     if label == "random":
-        return truth ^ (rng.random(truth.shape, dtype=np.float32) < label_noise)
+        missed, false = label_noise
+        rate = np.where(truth, np.float32(missed), np.float32(false))
+        return truth ^ (rng.random(truth.shape, dtype=np.float32) < rate)
     factor = len(refs) // len(truth)
     if factor > 1:
         height, width = truth.shape
@@ -254,9 +256,9 @@ def make_dataset(
     width=1500,
     seed=1234,
     day_share=0.55,
-    cloud_cover=0.86,
+    cloud_cover=0.85,
     label="bayes",
-    label_noise=0.08,
+    label_noise=LABEL_NOISE,
     refs_grid="1km",
     dtype="published",
     byteorder="little",
@@ -275,7 +277,7 @@ def make_dataset(
         day_share: Share of daytime scenes.
         cloud_cover: Mean share of cloud; it varies between scenes.
         label: One of LABELS, see `make_scene`.
-        label_noise: Share of wrong labels if they are random.
+        label_noise: Shares of cloud labelled clear, and of clear labelled cloud, if it is random.
         refs_grid: "1km" or "500m".
         dtype: Of `refs` and `bts`: "published", "float32" or "float64".
         byteorder: "little" or "big".
@@ -289,7 +291,9 @@ def make_dataset(
         UserError: If a number is outside its limits.
     """
     check_limits(train=train, inference=inference, height=height, width=width, seed=seed)
-    check_limits(day_share=day_share, cloud_cover=cloud_cover, label_noise=label_noise, jobs=jobs)
+    check_limits(day_share=day_share, cloud_cover=cloud_cover, jobs=jobs)
+    for share in label_noise:
+        check_limits(label_noise=share)
     plans = []
     for set_index, (set_name, n_scenes) in enumerate([("one-day", train), ("ssts", inference)]):
         for index in range(n_scenes):
@@ -337,10 +341,10 @@ def parse_arguments(argv):
     add("--size", type=int, nargs=2, default=(1200, 1500), metavar=("H", "W"), help="1 km pixels")
     add("--seed", type=int, default=1234, help="the same seed gives the same bytes")
     add("--day-share", type=float, default=0.55, metavar="SHARE", help="share of daytime scenes")
-    add("--cloud-cover", type=float, default=0.86, metavar="SHARE", help="mean cloud cover")
+    add("--cloud-cover", type=float, default=0.85, metavar="SHARE", help="mean cloud cover")
     add("--label", choices=LABELS, default="bayes", help="a Bayesian mask, random errors, or none")
-    add("--label-noise", type=float, default=0.08, metavar="SHARE",
-        help="share of wrong labels in each class, with --label random")  # fmt: skip
+    add("--label-noise", type=float, nargs=2, default=LABEL_NOISE, metavar=("MISSED", "FALSE"),
+        help="shares of wrong labels of cloud and of clear, with --label random")  # fmt: skip
     add("--jobs", type=int, default=1, metavar="N", help="number of processes")
     add("--refs-grid", choices=OVERSAMPLING, default="1km", help="grid of the reflectances")
     add("--dtype", choices=("published", "float32", "float64"), default="published",

@@ -11,13 +11,16 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from scipy.ndimage import uniform_filter
 
-PRIOR = 0.85  # of cloud; a little more than the scenes have
+PRIOR = 0.9  # of cloud; a little more than the scenes have
 THRESHOLD = 0.5  # posterior from which a pixel is labelled cloud
 DAY = 85.0  # [deg] of the sun's zenith, below which reflectance is used
 NIGHT = 95.0  # [deg], above which S7 is free of sunlight
 S1, S3, S5 = 0, 2, 4  # indices of channels
 S7, S8, S9 = range(3)
+# [K], how much a tropical atmosphere cools S7, S8 and S9: the forecast knows it about.
+VAPOUR_DEPRESSION = (1.0, 2.5, 3.7)
 
 
 class Ancillary(NamedTuple):
@@ -32,6 +35,122 @@ class Ancillary(NamedTuple):
     ice: np.ndarray  # expected share of snow and sea ice
 
 
+class Histogram(NamedTuple):
+    """Logarithm of a probability density on a grid; outside it, the value at the end."""
+
+    low: float
+    step: float
+    log_density: np.ndarray  # float32
+
+    def __call__(self, values):
+        """Look up an array of values."""
+        index = (values - self.low) * np.float32(1 / self.step)
+        return self.log_density[np.clip(index, 0, len(self.log_density) - 1).astype(np.intp)]
+
+
+def histogram(low, high, *parts):
+    """A Histogram of 1000 bins from `low` to `high`: normal parts (weight, mean, deviation)."""
+    step = (high - low) / 1000
+    middles = low + step * (np.arange(1000) + 0.5)
+    density = sum(
+        weight * np.exp(-(((middles - mean) / deviation) ** 2) / 2) / deviation
+        for weight, mean, deviation in parts
+    )
+    return Histogram(low, step, np.log(density / math.sqrt(2 * math.pi) + 1e-12).astype(np.float32))
+
+
+def normal(values, mean, deviation):
+    """Logarithm of the normal density."""
+    scaled = (values - mean) / deviation
+    return np.float32(-0.5) * scaled * scaled - np.log(deviation * np.float32(2.5066))
+
+
+# What cloud looks like: departures from the forecast clear sky [K], log10 of the standard deviation
+# of S8 in 3 x 3 pixels [K], and reflectance.
+CLOUD_DEPARTURE = histogram(-110, 20, (0.3, -4, 3.5), (0.4, -22, 14), (0.3, -50, 15))  # of S8
+CLOUD_SPLIT = histogram(-5, 10, (0.6, -0.4, 0.6), (0.4, 1.0, 1.5))  # of S8 - S9
+CLOUD_S7 = histogram(-15, 40, (0.5, -2.5, 1.5), (0.5, 3.0, 5.0))  # of S7 - S8, by night
+CLOUD_TEXTURE = histogram(-2.5, 1.5, (0.5, -0.7, 0.35), (0.5, -0.1, 0.4))
+CLOUD_S1 = histogram(0, 1.5, (0.35, 0.22, 0.10), (0.65, 0.5, 0.2))
+CLOUD_SLOPE = histogram(-0.6, 0.6, (0.8, 0.03, 0.04), (0.2, 0.03, 0.12))  # S3 - S1
+CLOUD_S5 = histogram(0, 1.0, (0.6, 0.30, 0.12), (0.4, 0.45, 0.15))
+
+
+class ClearSky(NamedTuple):
+    """How well a clear sky is forecast: standard deviations, and the texture."""
+
+    departure: float  # [K] of S8
+    split: float  # [K] of S8 - S9
+    s7: float  # [K] of S7 - S8 by night
+    texture: Histogram  # log10 of the standard deviation of S8 [K]
+    reflectance: float
+    slope: float  # of S3 - S1
+
+
+SEA = ClearSky(
+    0.8, 0.25, 0.4, histogram(-2.5, 1.5, (0.8, -1.1, 0.2), (0.2, 0.0, 0.6)), 0.015, 0.010
+)
+LAND = ClearSky(4.0, 0.6, 1.0, histogram(-2.5, 1.5, (0.8, -0.3, 0.4), (0.2, 0.3, 0.4)), 0.04, 0.06)
+GLINT_ERROR = 0.5  # share of the expected glint
+SNOW_REFLECTANCE = {S1: (0.7, 0.15), S5: (0.10, 0.05)}  # mean and standard deviation
+SNOW_DEPARTURE = -2.0, 4.0  # [K]
+
+
 def bayes_label(refs, bts, ancillary):
-    """Until the detector is here: a threshold."""
-    return bts[..., 1] < ancillary.temperature - 4
+    """Label a scene: where cloud is more likely than not.
+
+    Args:
+        refs: (H, W, 6), reflectance of S1 to S6 on the 1 km grid; 0 by night.
+        bts: (H, W, 3), brightness temperature of S7 to S9 [K]; 0 or NaN where missing.
+        ancillary: Ancillary.
+
+    Returns:
+        bool (H, W), False where a brightness temperature is missing.
+    """
+    valid = (np.nan_to_num(bts) > 0).all(axis=-1)
+    odds = log_odds(refs, np.where(valid[..., None], bts, np.float32(270)), ancillary)
+    return valid & (odds > math.log(THRESHOLD / (1 - THRESHOLD)))
+
+
+def by_surface(name, land):
+    """An error of the forecast at each pixel: that of the sea or of land."""
+    return np.where(land, np.float32(getattr(LAND, name)), np.float32(getattr(SEA, name)))
+
+
+def local_deviation(field, size):
+    """Standard deviation in squares of `size` x `size` pixels, (H, W)."""
+    mean = uniform_filter(field, size)
+    return np.sqrt(np.maximum(uniform_filter(field * field, size) - mean * mean, 0))
+
+
+def log_odds(refs, bts, ancillary):
+    """Logarithm of the posterior of cloud over that of clear sky, float32 (H, W)."""
+    land, sun = ancillary.land, ancillary.sun_zenith
+    expected = [ancillary.temperature - d * ancillary.vapour for d in VAPOUR_DEPRESSION]
+    departure = bts[..., S8] - expected[S8]
+    split = bts[..., S8] - bts[..., S9] - (expected[S8] - expected[S9])
+    texture = np.log10(local_deviation(departure, 3) + np.float32(0.01))
+    cloud = CLOUD_DEPARTURE(departure) + CLOUD_SPLIT(split) + CLOUD_TEXTURE(texture)
+    clear = normal(departure, 0, by_surface("departure", land))
+    common = normal(split, 0, by_surface("split", land)) + np.where(
+        land, LAND.texture(texture), SEA.texture(texture)
+    )
+    snow = normal(departure, *SNOW_DEPARTURE)
+    if (night := sun > NIGHT).any():
+        s7 = bts[..., S7] - bts[..., S8] - (expected[S7] - expected[S8])
+        cloud += np.where(night, CLOUD_S7(s7), 0)
+        common += np.where(night, normal(s7, 0, by_surface("s7", land)), 0)
+    if (day := sun < DAY).any():
+        s1, s3, s5 = (np.nan_to_num(refs[..., i]).astype(np.float32) for i in (S1, S3, S5))
+        ground = ancillary.reflectance
+        error = by_surface("reflectance", land) + GLINT_ERROR * ancillary.glint
+        bare = normal(s1, ground[S1] + ancillary.glint, error)
+        bare += normal(
+            s3 - s1, ground[S3] - ground[S1], by_surface("slope", land) + 0.2 * ancillary.glint
+        )
+        cloud += np.where(day, CLOUD_S1(s1) + CLOUD_SLOPE(s3 - s1), 0)
+        clear += np.where(day, bare, 0)
+        white = normal(s1, *SNOW_REFLECTANCE[S1]) + normal(s5, *SNOW_REFLECTANCE[S5])
+        snow += np.where(day, white, 0)
+    clear = np.log((1 - ancillary.ice) * np.exp(clear) + ancillary.ice * np.exp(snow) + 1e-30)
+    return math.log(PRIOR / (1 - PRIOR)) + cloud - clear - common

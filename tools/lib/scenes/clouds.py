@@ -21,16 +21,16 @@ from tools.lib.scenes.fields import (
 from tools.lib.scenes.surface import LAPSE_RATE
 
 TROPOPAUSE = 208.0  # [K], coldest cloud top
-THINNEST_CLOUD = 0.1  # optical depth from which a pixel is cloud in `truth`
+THINNEST_CLOUD = 0.05  # optical depth from which a pixel is cloud in `truth`
 
 
 class Regime(NamedTuple):
-    """A kind of cloud; `depth` and `rise` are gained per unit of excess, see `make_clouds`."""
+    """A kind of cloud; the excess of cloudiness over its threshold gives depth and height."""
 
     layer: int  # 0 low, 1 deep, 2 cirrus
     stretch: float  # length over width of its structures along the flow
-    edge_depth: float  # optical depth at the edge
-    depth: float
+    edge_depth: float  # optical depth of its frayed edge
+    depth: float  # gained in its middle
     tops: tuple[float, float]  # range of a scene's lowest tops [km]
     rise: float  # [km]
     patchiness: float  # standard deviations of the middle scales, of cells and rolls
@@ -39,16 +39,18 @@ class Regime(NamedTuple):
 
 
 REGIMES = {
-    "fog": Regime(0, 1.6, 0.8, 3.5, (0.15, 0.5), 0.15, 0.25, 0.06, 0.3),
-    "closed cells": Regime(0, 1.5, 0.5, 2.2, (0.8, 1.6), 0.7, 0.5, 0.15, 0.7),
-    "open cells": Regime(0, 1.6, 0.3, 2.5, (1.2, 2.0), 1.4, 0.75, 0.25, 0.8),
-    "cumulus": Regime(0, 2.2, 0.2, 2.5, (0.8, 1.6), 1.2, 0.75, 0.3, 0.8),
-    "front": Regime(1, 3.5, 0.3, 6.5, (3.0, 5.0), 2.2, 0.3, 0.1, 0.5),
-    "convection": Regime(1, 1.3, 0.5, 10.0, (3.0, 5.0), 3.5, 0.6, 0.2, 0.5),
-    "cirrus": Regime(2, 5.0, 0.04, 0.8, (7.5, 10.0), 0.6, 0.4, 0.1, 0.4),
+    "fog": Regime(0, 1.6, 0.7, 2.5, (0.15, 0.5), 0.15, 0.25, 0.06, 0.4),
+    "closed cells": Regime(0, 1.5, 0.5, 1.8, (0.8, 1.6), 0.7, 0.5, 0.15, 0.7),
+    "open cells": Regime(0, 1.6, 0.35, 1.6, (1.2, 2.0), 1.4, 0.75, 0.25, 0.8),
+    "cumulus": Regime(0, 2.2, 0.3, 1.4, (0.8, 1.6), 1.2, 0.75, 0.3, 0.8),
+    "front": Regime(1, 3.5, 0.4, 4.0, (3.0, 5.0), 2.2, 0.3, 0.1, 0.5),
+    "convection": Regime(1, 1.3, 0.6, 6.0, (3.0, 5.0), 3.5, 0.6, 0.2, 0.5),
+    "cirrus": Regime(2, 5.0, 0.0, 0.0, (7.5, 10.0), 0.4, 0.3, 0.1, 0.4),
 }
 # How much of a change of cloud cover falls to each layer: low cloud fills the gaps of the others.
 LAYER_SHARES = (1.0, 0.4, 0.4)
+EDGE = 0.6  # excess of cloudiness over which an edge frays
+CIRRUS_GROWTH = 1.1  # of the logarithm of the optical depth of cirrus, per unit of excess
 REGIME_CODES = {name: code for code, name in enumerate(("clear", *REGIMES))}
 
 # Weather by name: how strong lows wind up the air [rad], and for each regime its bias, in standard
@@ -117,6 +119,7 @@ class Clouds(NamedTuple):
 
     layers: list  # CloudLayers from low to high
     regime: np.ndarray  # uint8 (H, W), REGIME_CODES of the uppermost cloud
+    drops: float  # reflectance in S7 of thick cloud of water, relative to S1: small drops have more
 
     @property
     def optical_depth(self):
@@ -205,6 +208,7 @@ def make_clouds(rng, shape, surface, latitude, cloud_cover):
         humidity -= rng.uniform(-0.3, 1.5) * surface.land[::step, ::step]
 
     detail = fractal_field(rng, shape, 30, 1.2)
+    broad = 0.8 * sample(fractal_field(rng, coarse, 300, 2), across, along / 2)
     fields = []
     for layer, share in enumerate(LAYER_SHARES):
         names = [name for name in profiles if REGIMES[name].layer == layer]
@@ -224,19 +228,19 @@ def make_clouds(rng, shape, surface, latitude, cloud_cover):
         middle = np.take_along_axis(np.stack(patches), strongest[None], 0)[0]
         codes = repeat_pixels(codes, shape)
         field = refine(np.max(cloudiness, axis=0), shape) + by_regime("detail", codes) * detail
-        fields.append((field, codes, refine(middle, shape) + 0.5 * detail))
+        fields.append((field, codes, refine(middle + broad, shape) + 0.5 * detail))
 
     step = -(-shape[0] // 300)  # a sample of the pixels is enough
     scaled = [field[::step, ::step] / share for (field, *_), share in zip(fields, LAYER_SHARES)]
     edge = np.quantile(np.max(scaled, axis=0), 1 - cloud_cover)
     layers = [
-        make_layer(rng, field - share * edge, codes, patches, surface.air)
-        for (field, codes, patches), share in zip(fields, LAYER_SHARES, strict=True)
+        make_layer(rng, field - share * edge, codes, patches, surface.air, layer == 2)
+        for layer, ((field, codes, patches), share) in enumerate(zip(fields, LAYER_SHARES))
     ]
     regime = np.zeros(shape, dtype=np.uint8)
     for layer, (_, codes, _) in zip(layers, fields, strict=True):
-        regime = np.where(layer.optical_depth > 0, codes, regime)
-    return Clouds(layers, regime)
+        regime = np.where(layer.optical_depth > THINNEST_CLOUD, codes, regime)
+    return Clouds(layers, regime, drops=rng.uniform(0.06, 0.3))
 
 
 def repeat_pixels(codes, shape):
@@ -251,7 +255,7 @@ def by_regime(attribute, codes):
     return np.array(numbers, dtype=np.float32)[codes]
 
 
-def make_layer(rng, excess, codes, patches, air):
+def make_layer(rng, excess, codes, patches, air, is_cirrus):
     """Make a CloudLayer.
 
     Args:
@@ -260,14 +264,18 @@ def make_layer(rng, excess, codes, patches, air):
         codes: (H, W), REGIME_CODES.
         patches: (H, W), middle and small scales of the texture.
         air: (H, W), temperature at sea level [K].
+        is_cirrus: Whether it is the layer of cirrus.
     """
     lowest = np.array([0.0] + [rng.uniform(*regime.tops) for regime in REGIMES.values()])
-    excess = np.maximum(excess, 0)
-    rise = by_regime("rise", codes) * (excess + 0.5 * patches)
+    inside = np.maximum(excess, 0)
+    rise = by_regime("rise", codes) * (inside + 0.5 * patches)
     height = np.maximum(lowest.astype(np.float32)[codes] + rise, 0.1)
-    depth = by_regime("edge_depth", codes) + by_regime("depth", codes) * excess
-    depth *= np.exp(by_regime("contrast", codes) * patches)
-    depth[excess <= 0] = 0
+    if is_cirrus:  # a veil that ends nowhere: around what counts as cloud, it cannot be seen
+        depth = THINNEST_CLOUD * np.exp(np.minimum(CIRRUS_GROWTH * excess, 4))
+    else:
+        depth = by_regime("depth", codes) * inside ** np.float32(1.6)
+        depth += by_regime("edge_depth", codes) * np.minimum(inside / EDGE, 1)
+        depth *= np.exp(by_regime("contrast", codes) * patches)
     temperature = np.maximum(air - LAPSE_RATE * height, TROPOPAUSE)
     ice = np.clip((258 - temperature) / 25, 0, 1)
     return CloudLayer(depth, height, temperature, ice)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tools.lib.scenes.fields import SCENE_KM, axes_km, fractal_field
+from tools.lib.scenes.fields import SCENE_KM, axes_km, coarse_shape, fractal_field, refine
 
 ORBIT_KM = 814.5  # height of Sentinel-3
 NADIR_KM = -60.0  # of the ground track, from the middle of the swath: it looks further to the west
@@ -52,17 +52,17 @@ def place_sun(rng, shape, latitude, season, day):
     return Sun(np.clip(zenith, 0, 86 if day else 180).astype(np.float32), azimuth)
 
 
-def glint_reflectance(sun, shape, wind):
+def glint_reflectance(sun, wind):
     """Reflectance of sun glint on a rough sea, float32 (H, W): Cox and Munk (1954).
 
     Args:
         sun: A Sun.
-        shape: (H, W).
-        wind: Speed of the wind [m s-1], a number or (H, W).
+        wind: Speed of the wind [m s-1], (H, W).
     """
-    _, cols = axes_km(shape)
-    view = np.arctan((cols - NADIR_KM) / ORBIT_KM)  # to the satellite: west of what it sees
-    zenith = np.radians(sun.zenith)
+    step = max(1, len(wind) // 300)  # it is smooth
+    zenith, wind = (np.radians(sun.zenith[::step, ::step]), wind[::step, ::step])
+    _, cols = axes_km(sun.zenith.shape)
+    view = np.arctan((cols[:, ::step] - NADIR_KM) / ORBIT_KM)  # to the satellite, from the zenith
     east = np.sin(zenith) * math.sin(sun.azimuth) - np.sin(view)
     north = np.sin(zenith) * math.cos(sun.azimuth)
     up = np.cos(zenith) + np.cos(view)
@@ -71,12 +71,12 @@ def glint_reflectance(sun, shape, wind):
     facets = np.exp(-tilt_squared / variance) / (math.pi * variance)
     cosines = np.maximum(np.cos(zenith) * np.cos(view), 0.05)
     glint = WATER_REFLECTS * math.pi * facets * (1 + tilt_squared) ** 2 / (4 * cosines)
-    return np.minimum(glint, 0.6).astype(np.float32)
+    return refine(np.minimum(glint, 0.6).astype(np.float32), sun.zenith.shape)
 
 
 def draw_wind(rng, shape):
     """Draw the speed of the wind [m s-1] on the sea, (H, W)."""
-    wind = fractal_field(rng, shape, 500, 1.9)
+    wind = refine(fractal_field(rng, coarse_shape(shape), 500, 1.9), shape)
     return np.maximum(rng.uniform(4, 10) + 1.8 * wind, 1)
 
 

@@ -15,18 +15,19 @@ PLANCK_C1 = 1.191043e8  # 2 h c^2 [W m-2 sr-1 um4]
 PLANCK_C2 = 14387.77  # h c / k [um K]
 VAPOUR_DEPRESSION = (1.0, 2.6, 3.8)  # [K], tropical sea minus S7, S8, S9
 VAPOUR_HEIGHT = 2.0  # [km], in which water vapour falls by a factor e
-VAPOUR_ABSORPTION = 30.0  # optical depth in S4 of the vapour above a tropical sea, down and up
+VAPOUR_ABSORPTION = 100.0  # optical depth in S4 of the vapour above a tropical sea, down and up
 
 
 class Phase(NamedTuple):
     """What a cloud is made of."""
 
-    reflectance: tuple  # S1 to S7, relative to a cloud that absorbs nothing
+    reflectance: tuple  # S1 to S7, relative to a cloud that absorbs nothing; None: Clouds.drops
     absorption: tuple  # S7 to S9, per optical depth
 
 
-WATER = Phase((1.00, 1.04, 1.06, 0.97, 0.82, 0.66, 0.24), (0.35, 0.45, 0.58))
+WATER = Phase((1.00, 1.04, 1.06, 0.97, 0.82, 0.66, None), (0.35, 0.45, 0.58))
 ICE = Phase((1.00, 1.04, 1.06, 0.80, 0.42, 0.46, 0.13), (0.40, 0.42, 0.55))
+HALF_SPACE = 0.5  # of the S7 that drops reflect from the sun, what they do not emit
 DUST = (0.10, 0.22, 0.30, 0.00, 0.34, 0.28, 0.10)  # reflectance in S1 to S7 per optical depth
 HAZE = (0.12, 0.08, 0.05, 0.00, 0.02, 0.01, 0.00)
 DUST_COOLS = (0.3, 2.0, 1.2)  # [K], S7 to S9, per optical depth: S8 is colder than S9
@@ -42,10 +43,10 @@ class Aerosol(NamedTuple):
 def draw_aerosol(rng, shape, latitude):
     """Draw the Aerosol of a scene: haze everywhere, plumes of dust near deserts."""
     coarse = coarse_shape(shape)
-    haze = np.maximum(rng.uniform(0, 0.15) + 0.06 * fractal_field(rng, coarse, 900, 2.2), 0)
-    plumes = fractal_field(rng, coarse, 600, 2.0) - rng.uniform(0.3, 1.5)
-    is_dusty = abs(latitude) < 42 and rng.random() < 0.4
-    dust = np.maximum(plumes, 0) * (rng.uniform(0.2, 0.8) * is_dusty)
+    haze = np.maximum(rng.uniform(-0.1, 0.25) + 0.12 * fractal_field(rng, coarse, 500, 2.2), 0)
+    plumes = fractal_field(rng, coarse, 600, 2.0) - rng.uniform(-0.3, 1.0)
+    is_dusty = abs(latitude) < 45 and rng.random() < 0.4
+    dust = np.maximum(plumes, 0) * (rng.uniform(0.3, 0.8) * is_dusty)
     return Aerosol(refine(dust.astype(np.float32), shape), refine(haze, shape))
 
 
@@ -95,7 +96,7 @@ def reflect_sun(sun, surface, clouds, aerosol):
         seen = light * ground_reflectance(surface, channel, surface.glint)
         seen += DUST[channel] * aerosol.dust + HAZE[channel] * aerosol.haze
         for layer, reflected, transmitted in zip(clouds.layers, albedos, dry, strict=True):
-            water, ice = WATER.reflectance[channel], ICE.reflectance[channel]
+            water, ice = WATER.reflectance[channel] or clouds.drops, ICE.reflectance[channel]
             own = (water + (ice - water) * layer.ice) * reflected
             if channel == 3:
                 own = own * transmitted
@@ -129,8 +130,11 @@ def measure_temperatures(rng, sun, surface, clouds, aerosol, sunlit, damage):
             absorption = water + (ice - water) * layer.ice
             emissivity = 1 - np.exp(-absorption * layer.optical_depth)
             above = depression * np.exp(-layer.height / VAPOUR_HEIGHT)
-            scattered = 0.85 + 0.1 * layer.ice if channel == 0 else 1  # S7 scatters, not emits
-            own = scattered * emissivity * planck(layer.temperature - above, wavelength)
+            emitted = 1.0  # of what is absorbed or scattered; S7 is scattered too
+            if channel == 0:
+                water = 1 - HALF_SPACE * clouds.drops
+                emitted = water + (0.96 - water) * layer.ice
+            own = emitted * emissivity * planck(layer.temperature - above, wavelength)
             radiance = (1 - emissivity) * radiance + own
         if channel == 0:
             radiance += sunlit * (SUN_S7 / math.pi * np.cos(np.radians(np.minimum(sun.zenith, 90))))

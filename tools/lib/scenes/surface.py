@@ -45,7 +45,7 @@ class Surface(NamedTuple):
 
 def draw_latitude(rng):
     """Draw the latitude [deg] of a scene: most lie in the middle latitudes, as those of ssts."""
-    low, mode, high = (0, 20, 35) if rng.random() < 0.2 else (25, 55, 78)
+    low, mode, high = (0, 20, 35) if rng.random() < 0.2 else (25, 55, 74)
     return rng.choice([-1, 1]) * rng.triangular(low, mode, high)
 
 
@@ -58,7 +58,7 @@ def sea_level_temperature(latitude, season):
     )
 
 
-def make_surface(rng, shape, latitude, season, day, glint):
+def make_surface(rng, shape, latitude, season, day, wind, glint):
     """Draw a Surface.
 
     Args:
@@ -66,7 +66,8 @@ def make_surface(rng, shape, latitude, season, day, glint):
         shape: (H, W).
         latitude: Of the middle of the scene [deg].
         season: -1 winter to 1 summer.
-        day: Whether the sun warms the land.
+        day: Whether the sun warms the land, and the sea where the wind is weak.
+        wind: Its speed [m s-1], (H, W).
         glint: Reflectance of the glint, (H, W).
     """
     coarse = coarse_shape(shape)
@@ -83,10 +84,12 @@ def make_surface(rng, shape, latitude, season, day, glint):
 
     sea, air, vapour = (refine(field, shape) for field in (sea, air, vapour))
     ice = np.zeros(shape, dtype=np.float32)
-    freezing = float(sea.min()) < FREEZING_SEA + 0.8 and season < 0.6
+    freezing = float(sea.min()) < FREEZING_SEA + 0.5 and season < 0.6
+    if day:
+        sea = sea + 1.2 * np.maximum(4 - wind, 0)
     if freezing:
         floes = fractal_field(rng, shape, 120, 1.6)
-        ice = np.clip(2 * (FREEZING_SEA + 0.9 - sea) + 0.6 * floes, 0, 1)
+        ice = np.clip(2 * (FREEZING_SEA + 0.5 - sea) + 0.6 * floes, 0, 1)
         sea = sea - ice * rng.uniform(2, 14)
 
     soil, snow = np.zeros((2, *shape), dtype=np.float32)
@@ -96,6 +99,7 @@ def make_surface(rng, shape, latitude, season, day, glint):
         hills = fractal_field(rng, shape, 1100, 1.9)
         hills -= float(np.quantile(hills, 1 - share))
         land = hills > 0
+        sea = sea - rng.uniform(-1, 4) * smooth(land.astype(np.float32), 40)  # upwelling at coasts
         cover = refine(fractal_field(rng, coarse, 250, 1.8), shape)
         dryness = 1.5 - abs(abs(latitude) - 23) / 12 + rng.normal(0, 0.5)  # deserts lie near 23
         soil = 1 / (1 + np.exp(-3 * (cover + dryness)))
@@ -143,10 +147,11 @@ def ancillary_data(rng, surface, sun):
     """
     shape = surface.land.shape
     is_day = sun.zenith.min() < 90
-    error = 0.3 * fractal_field(rng, coarse_shape(shape), 600, 2.0)  # [K], of an analysis
-    sea = smooth_within(surface.temperature, ~surface.land & (surface.ice < 0.3), 40)
-    land = smooth_within(surface.temperature, surface.land, 60)
-    land_error = 6 * error + rng.normal(0, 1.5)  # a forecast of the skin temperature is poorer
+    error = 0.7 * fractal_field(rng, coarse_shape(shape), 500, 2.0)  # [K], of an analysis
+    open_sea = ~surface.land & (surface.ice < 0.3)
+    sea = smooth_within(surface.temperature, open_sea, 40, surface.air)
+    land = smooth_within(surface.temperature, surface.land, 60, surface.air)
+    land_error = 3 * error + rng.normal(0, 1.5)  # a forecast of the skin temperature is poorer
     land_mask = smooth(surface.land.astype(np.float32), 3) > 0.5
     temperature = np.where(land_mask, land + refine(land_error, shape), sea + refine(error, shape))
     soil = smooth(surface.soil, 80)
@@ -161,7 +166,7 @@ def ancillary_data(rng, surface, sun):
         vapour=smooth(surface.vapour, 100),
         reflectance=reflectance,
         sun_zenith=sun.zenith,
-        glint=glint_reflectance(sun, shape, MEAN_WIND) if is_day else np.zeros(shape, np.float32),
+        glint=glint_reflectance(sun, np.full(shape, MEAN_WIND)) if is_day else 0 * sun.zenith,
         ice=smooth(np.maximum(surface.ice, surface.snow), 100),
     )
 
@@ -174,13 +179,15 @@ def smooth(field, km):
     return refine(blurred, field.shape)
 
 
-def smooth_within(field, where, km):
-    """Blur a field over some km, from the pixels `where` alone; 0 far from all of them."""
+def smooth_within(field, where, km, elsewhere):
+    """Blur a field over some km, from the pixels `where` alone; far from them, use another field."""
     step = max(1, field.shape[0] // 150)
-    weight = where[::step, ::step].astype(np.float32)
     pixels = km * field.shape[0] / SCENE_KM / step
+    weight = where[::step, ::step].astype(np.float32)
     total, blurred = (
-        gaussian_filter(part, pixels, mode="nearest", truncate=12)
+        gaussian_filter(part, pixels, mode="nearest")
         for part in (weight, weight * field[::step, ::step])
     )
-    return refine(blurred / np.maximum(total, 1e-12), field.shape)
+    few = np.float32(0.001)  # the weight of the other field
+    filled = (blurred + few * elsewhere[::step, ::step]) / (total + few)
+    return refine(filled, field.shape)
