@@ -14,6 +14,7 @@ from tools.lib.scenes.fields import (
     axes_km,
     cell_field,
     coarse_shape,
+    coarse_step,
     fractal_field,
     refine,
     sample,
@@ -43,7 +44,7 @@ REGIMES = {
     "closed cells": Regime(0, 1.5, 0.5, 1.8, (0.8, 1.6), 0.7, 0.5, 0.15, 0.7),
     "open cells": Regime(0, 1.6, 0.35, 1.6, (1.2, 2.0), 1.4, 0.75, 0.25, 0.8),
     "cumulus": Regime(0, 2.2, 0.3, 1.4, (0.8, 1.6), 1.2, 0.75, 0.3, 0.8),
-    "front": Regime(1, 3.5, 0.4, 4.0, (3.0, 5.0), 2.2, 0.3, 0.1, 0.5),
+    "front": Regime(1, 3.5, 0.4, 4.0, (3.0, 5.0), 2.2, 0.25, 0.08, 0.4),
     "convection": Regime(1, 1.3, 0.6, 6.0, (3.0, 5.0), 3.5, 0.6, 0.2, 0.5),
     "cirrus": Regime(2, 5.0, 0.0, 0.0, (7.5, 10.0), 0.4, 0.3, 0.1, 0.4),
 }
@@ -56,7 +57,7 @@ REGIME_CODES = {name: code for code, name in enumerate(("clear", *REGIMES))}
 # Weather by name: how strong lows wind up the air [rad], and for each regime its bias, in standard
 # deviations of its texture, at distances from the front [100 km]; warm air is positive.
 WEATHER = {
-    "cyclone": ((3.0, 6.5), {
+    "cyclone": ((2.0, 5.5), {
         "open cells": ((-9, 0.6), (-2, 0.9), (-0.7, -0.6), (0, -2.5)),
         "front": ((-0.6, -3.0), (0, 1.6), (2.0, 1.6), (4.5, -0.8)),
         "closed cells": ((1, -2.5), (3, 0.4), (8, 0.8)),
@@ -101,7 +102,7 @@ WEATHER = {
         "cirrus": ((-8, -1.0), (0, 0.3), (8, 0.3)),
     }),
 }  # fmt: skip
-EXTRATROPICAL = {"cyclone": 0.33, "front": 0.24, "outbreak": 0.13, "stratus": 0.14, "mixed": 0.16}
+EXTRATROPICAL = {"cyclone": 0.22, "front": 0.26, "outbreak": 0.16, "stratus": 0.18, "mixed": 0.18}
 TROPICAL = {"trades": 0.5, "tropics": 0.3, "stratus": 0.1, "front": 0.1}
 
 
@@ -141,7 +142,7 @@ def flow_coordinates(rng, shape, winding, sense):
     """
     y, x = (axis + np.zeros(shape, np.float32) for axis in axes_km(shape))
     direction = rng.uniform(0, 2 * math.pi)
-    low_y, low_x = rng.uniform(-500, 500), rng.uniform(-650, 650)
+    low_y, low_x = rng.uniform(-700, 700), rng.uniform(-850, 850)
     lows = [(low_y, low_x, rng.uniform(*winding))]
     if rng.random() < 0.3:
         lows.append((rng.uniform(-900, 900), rng.uniform(-900, 900), rng.uniform(*winding) * 0.6))
@@ -172,14 +173,16 @@ def regime_textures(rng, shape, across, along):
     tiles = {
         "fog": (fractal(500, 2.3), fractal(60, 1.8)),
         "closed cells": (fractal(500, 2.0), 0.4 * fractal(50, 1.6) - 0.9 * cells),
-        "open cells": (fractal(400, 1.9), 0.4 * fractal(40, 1.6) + 0.9 * cells),
+        "open cells": (fractal(400, 1.9), 0.3 * fractal(40, 1.6) + 1.1 * cells),
         "cumulus": (fractal(400, 2.0), fractal(50, 1.6)),
         "front": (fractal(600, 1.9), fractal(120, 1.6)),
         "convection": (fractal(500, 2.0), fractal(150, 2.0)),
         "cirrus": (fractal(500, 1.75), fractal(100, 1.5)),
     }
     return {
-        name: tuple(sample(tile, across, along / np.float32(REGIMES[name].stretch)) for tile in pair)
+        name: tuple(
+            sample(tile, across, along / np.float32(REGIMES[name].stretch)) for tile in pair
+        )
         for name, pair in tiles.items()
     }
 
@@ -204,13 +207,13 @@ def make_clouds(rng, shape, surface, latitude, cloud_cover):
     humidity = sample(fractal_field(rng, coarse, 900, 2.0), across, along / 2)
     humidity = 0.7 * humidity - 0.35 * np.minimum(humidity, 0) ** 2  # dry areas are large
     if surface.land.any():  # dry air above land and ice sheets, or convection
-        step = shape[0] // coarse[0]
+        step = coarse_step(shape)
         humidity -= rng.uniform(-0.3, 1.5) * surface.land[::step, ::step]
 
     detail = fractal_field(rng, shape, 30, 1.2)
     broad = 0.8 * sample(fractal_field(rng, coarse, 300, 2), across, along / 2)
     fields = []
-    for layer, share in enumerate(LAYER_SHARES):
+    for layer in range(len(LAYER_SHARES)):
         names = [name for name in profiles if REGIMES[name].layer == layer]
         cloudiness, patches = [], []
         for name in names:
@@ -231,11 +234,14 @@ def make_clouds(rng, shape, surface, latitude, cloud_cover):
         fields.append((field, codes, refine(middle + broad, shape) + 0.5 * detail))
 
     step = -(-shape[0] // 300)  # a sample of the pixels is enough
-    scaled = [field[::step, ::step] / share for (field, *_), share in zip(fields, LAYER_SHARES)]
+    scaled = [
+        field[::step, ::step] / share
+        for (field, *_), share in zip(fields, LAYER_SHARES, strict=True)
+    ]
     edge = np.quantile(np.max(scaled, axis=0), 1 - cloud_cover)
     layers = [
-        make_layer(rng, field - share * edge, codes, patches, surface.air, layer == 2)
-        for layer, ((field, codes, patches), share) in enumerate(zip(fields, LAYER_SHARES))
+        make_layer(rng, field - share * edge, codes, patches, surface.air)
+        for (field, codes, patches), share in zip(fields, LAYER_SHARES, strict=True)
     ]
     regime = np.zeros(shape, dtype=np.uint8)
     for layer, (_, codes, _) in zip(layers, fields, strict=True):
@@ -245,7 +251,7 @@ def make_clouds(rng, shape, surface, latitude, cloud_cover):
 
 def repeat_pixels(codes, shape):
     """Repeat the pixels of a coarse field to the grid of a scene."""
-    step = shape[0] // codes.shape[0]
+    step = coarse_step(shape)
     return codes.repeat(step, axis=0).repeat(step, axis=1)[: shape[0], : shape[1]]
 
 
@@ -255,7 +261,7 @@ def by_regime(attribute, codes):
     return np.array(numbers, dtype=np.float32)[codes]
 
 
-def make_layer(rng, excess, codes, patches, air, is_cirrus):
+def make_layer(rng, excess, codes, patches, air):
     """Make a CloudLayer.
 
     Args:
@@ -264,18 +270,19 @@ def make_layer(rng, excess, codes, patches, air, is_cirrus):
         codes: (H, W), REGIME_CODES.
         patches: (H, W), middle and small scales of the texture.
         air: (H, W), temperature at sea level [K].
-        is_cirrus: Whether it is the layer of cirrus.
     """
     lowest = np.array([0.0] + [rng.uniform(*regime.tops) for regime in REGIMES.values()])
     inside = np.maximum(excess, 0)
-    rise = by_regime("rise", codes) * (inside + 0.5 * patches)
+    rise = by_regime("rise", codes) * (inside + 0.25 * patches)
     height = np.maximum(lowest.astype(np.float32)[codes] + rise, 0.1)
-    if is_cirrus:  # a veil that ends nowhere: around what counts as cloud, it cannot be seen
+    if (
+        codes == REGIME_CODES["cirrus"]
+    ).all():  # a veil that ends nowhere: around what counts as cloud, it cannot be seen
         depth = THINNEST_CLOUD * np.exp(np.minimum(CIRRUS_GROWTH * excess, 4))
     else:
         depth = by_regime("depth", codes) * inside ** np.float32(1.6)
         depth += by_regime("edge_depth", codes) * np.minimum(inside / EDGE, 1)
         depth *= np.exp(by_regime("contrast", codes) * patches)
     temperature = np.maximum(air - LAPSE_RATE * height, TROPOPAUSE)
-    ice = np.clip((258 - temperature) / 25, 0, 1)
+    ice = np.clip((252 - temperature) / 22, 0, 1)
     return CloudLayer(depth, height, temperature, ice)

@@ -6,15 +6,24 @@ shows the same structures as one of 1200.
 
 import numpy as np
 from scipy import fft
-from scipy.ndimage import distance_transform_edt, map_coordinates, zoom
+from scipy.ndimage import distance_transform_edt, map_coordinates
 
 SCENE_KM = 1200.0  # height of a scene: 1200 pixels of 1 km
-COARSE_ROWS = 600  # large structures are drawn with at most so many rows, and refined
+COARSE_ROWS = 600  # large structures are drawn on fewer than twice so many rows, and refined
+BAND_ROWS = 100  # rows that are computed at once where the arithmetic should stay in the cache
+
+
+def coarse_step(shape, rows=COARSE_ROWS):
+    """Pixels along a side of those of a coarser grid with `rows` to 2 * rows rows: a power of 2."""
+    step = 1
+    while shape[0] >= 2 * rows * step:
+        step *= 2
+    return step
 
 
 def coarse_shape(shape):
     """The grid (rows, columns) on which large structures of a scene are drawn."""
-    step = max(1, shape[0] // COARSE_ROWS)
+    step = coarse_step(shape)
     return -(-shape[0] // step), -(-shape[1] // step)
 
 
@@ -76,8 +85,27 @@ def sample(field, rows_km, cols_km):
 
 
 def refine(field, shape):
-    """Interpolate a coarse field linearly to the grid of a scene."""
-    if field.shape == shape:
-        return field
-    steps = [fine / coarse for fine, coarse in zip(shape, field.shape, strict=True)]
-    return zoom(field, steps, order=1, mode="nearest", grid_mode=True)
+    """Interpolate a coarse field linearly to the grid of a scene, doubling its rows and columns."""
+    while field.shape[0] < shape[0]:
+        field = double_rows(double_rows(field).T).T
+    return field[: shape[0], : shape[1]]
+
+
+def double_rows(field):
+    """Interpolate a field linearly to twice as many rows."""
+    padded = np.concatenate([field[:1], field, field[-1:]])
+    fine = np.empty((2 * len(field), field.shape[1]), dtype=field.dtype)
+    near = np.float32(0.75) * field
+    fine[0::2] = near + np.float32(0.25) * padded[:-2]
+    fine[1::2] = near + np.float32(0.25) * padded[2:]
+    return fine
+
+
+def bands(height):
+    """Slices of rows that together cover a scene."""
+    return [slice(start, start + BAND_ROWS) for start in range(0, height, BAND_ROWS)]
+
+
+def rows_of(fields, rows):
+    """Some rows of a NamedTuple of fields (H, W)."""
+    return type(fields)(*(field[rows] for field in fields))

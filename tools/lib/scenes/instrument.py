@@ -5,7 +5,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tools.lib.scenes.fields import SCENE_KM, axes_km, coarse_shape, fractal_field, refine
+from tools.lib.scenes.fields import (
+    SCENE_KM,
+    axes_km,
+    bands,
+    coarse_shape,
+    coarse_step,
+    fractal_field,
+    refine,
+)(
+    SCENE_KM,
+    axes_km,
+    coarse_shape,
+    coarse_step,
+    fractal_field,
+    refine,
+)
 
 ORBIT_KM = 814.5  # height of Sentinel-3
 NADIR_KM = -60.0  # of the ground track, from the middle of the swath: it looks further to the west
@@ -14,6 +29,7 @@ BT_NOISE = 0.05  # [K] at 270 K, typical of SLSTR
 REFLECTANCE_NOISE = 0.002  # fraction of 1, in a 1 km pixel with the sun 50 degrees from the zenith
 WATER_REFLECTS = 0.022  # Fresnel reflectance of a sea surface near normal incidence
 MEAN_WIND = 7.0  # [m s-1]
+GLINT_ROWS = 300  # rows of the grid of sun glint, or more: it is smooth
 
 
 class Sun(NamedTuple):
@@ -59,7 +75,7 @@ def glint_reflectance(sun, wind):
         sun: A Sun.
         wind: Speed of the wind [m s-1], (H, W).
     """
-    step = max(1, len(wind) // 300)  # it is smooth
+    step = coarse_step(wind.shape, GLINT_ROWS)
     zenith, wind = (np.radians(sun.zenith[::step, ::step]), wind[::step, ::step])
     _, cols = axes_km(sun.zenith.shape)
     view = np.arctan((cols[:, ::step] - NADIR_KM) / ORBIT_KM)  # to the satellite, from the zenith
@@ -93,7 +109,7 @@ def draw_damage(rng, shape):
     cols = np.arange(width)[None]
     inside = (cols >= left) & (cols < width - right)
     lost = np.zeros((height, width, 3), dtype=bool)
-    for _ in range(rng.poisson(0.7)):
+    for _ in range(rng.poisson(0.3)):
         row, n_rows = rng.integers(height), rng.integers(1, max(2, round(4 * height / SCENE_KM)))
         start, stop = np.sort(rng.integers(0, width, 2))
         channel = rng.integers(-3, 3)  # half of the losses are in all channels
@@ -119,15 +135,17 @@ def measure_reflectances(rng, sunlit, sun, damage, oversampling):
     Returns:
         float64, (H * oversampling, W * oversampling, 6). Averaged to 1 km, the noise is the same.
     """
-    inside = repeat_pixels(damage.inside, oversampling)
-    lost = repeat_pixels(damage.lost.all(axis=-1), oversampling)
     light = np.cos(np.radians(50)) / np.cos(np.radians(sun.zenith))
-    deviation = repeat_pixels(REFLECTANCE_NOISE * oversampling * light, oversampling)
-    refs = np.empty((*inside.shape, 6))
-    for channel in range(6):
-        noise = rng.standard_normal(inside.shape, dtype=np.float32)
-        fine = repeat_pixels(sunlit[channel], oversampling) + deviation * noise
-        refs[..., channel] = np.maximum(fine, 1e-4)  # 0 would mean missing
-    refs[lost] = damage.gap_value
-    refs[~inside] = 0
+    deviation = REFLECTANCE_NOISE * oversampling * np.clip(light, 0, 20)
+    refs = np.empty((*(oversampling * n for n in damage.inside.shape), 6))
+    for rows in bands(len(light)):
+        fine_rows = slice(oversampling * rows.start, oversampling * rows.stop)
+        for channel in range(6):
+            signal, noise = (
+                repeat_pixels(field[rows], oversampling) for field in (sunlit[channel], deviation)
+            )
+            signal = signal + noise * rng.standard_normal(noise.shape, dtype=np.float32)
+            refs[fine_rows, :, channel] = np.maximum(signal, 1e-4)  # 0 would mean missing
+    refs[repeat_pixels(damage.lost.all(axis=-1), oversampling)] = damage.gap_value
+    refs[~repeat_pixels(damage.inside, oversampling)] = 0
     return refs

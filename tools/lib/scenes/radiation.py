@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tools.lib.scenes.fields import SCENE_KM, coarse_shape, fractal_field, refine
+from tools.lib.scenes.fields import SCENE_KM, bands, coarse_shape, fractal_field, refine, rows_of
 from tools.lib.scenes.instrument import BT_NOISE, BT_RANGE
 from tools.lib.scenes.surface import ground_reflectance
 
@@ -28,6 +28,7 @@ class Phase(NamedTuple):
 WATER = Phase((1.00, 1.04, 1.06, 0.97, 0.82, 0.66, None), (0.35, 0.45, 0.58))
 ICE = Phase((1.00, 1.04, 1.06, 0.80, 0.42, 0.46, 0.13), (0.40, 0.42, 0.55))
 HALF_SPACE = 0.5  # of the S7 that drops reflect from the sun, what they do not emit
+ICE_EMITS_S7 = 0.96  # emissivity of thick cloud of ice
 DUST = (0.10, 0.22, 0.30, 0.00, 0.34, 0.28, 0.10)  # reflectance in S1 to S7 per optical depth
 HAZE = (0.12, 0.08, 0.05, 0.00, 0.02, 0.01, 0.00)
 DUST_COOLS = (0.3, 2.0, 1.2)  # [K], S7 to S9, per optical depth: S8 is colder than S9
@@ -66,13 +67,14 @@ def albedo(optical_depth):
     return scaled / (2 + scaled)
 
 
-def sunlight_at_ground(sun, layers, albedos):
+def sunlight_at_ground(sun, layers):
     """Share of the sunlight that is not in the shadow of a cloud, float32 (H, W)."""
     light = 1.0
-    for layer, reflected in zip(layers, albedos, strict=True):
+    for layer in layers:
         is_cloud = layer.optical_depth > 0
         if not is_cloud.any():
             continue
+        reflected = albedo(layer.optical_depth)
         height = float(layer.height[is_cloud].mean())  # one for the layer: shadows stay whole
         zenith = math.radians(min(float(sun.zenith.mean()), 80))
         pixels = math.tan(zenith) * height * len(reflected) / SCENE_KM
@@ -84,25 +86,32 @@ def sunlight_at_ground(sun, layers, albedos):
 
 def reflect_sun(sun, surface, clouds, aerosol):
     """Reflectance of S1 to S7 that the satellite sees: float32, (7, H, W)."""
-    albedos = [albedo(layer.optical_depth) for layer in clouds.layers]
-    light = sunlight_at_ground(sun, clouds.layers, albedos)
-    # Vapour above the ground and above each layer darkens S4, most where the air is warm.
-    dry = [
-        np.exp(-VAPOUR_ABSORPTION * surface.vapour * np.exp(-layer.height / VAPOUR_HEIGHT))
-        for layer in clouds.layers
-    ]
+    light = sunlight_at_ground(sun, clouds.layers)
     sunlit = np.empty((7, *light.shape), dtype=np.float32)
+    for rows in bands(len(light)):
+        layers = [rows_of(layer, rows) for layer in clouds.layers]
+        below = light[rows], rows_of(surface, rows), rows_of(aerosol, rows)
+        sunlit[:, rows] = reflect_band(*below, layers, clouds.drops)
+    return sunlit
+
+
+def reflect_band(light, surface, aerosol, layers, drops):
+    """Reflectance of S1 to S7, (7, h, W), of some rows of a scene; arguments as `reflect_sun`."""
+    albedos = [albedo(layer.optical_depth) for layer in layers]
+    transmittances = [(1 - reflected) ** 2 for reflected in albedos]
+    seen_by_channel = []
     for channel in range(7):
         seen = light * ground_reflectance(surface, channel, surface.glint)
         seen += DUST[channel] * aerosol.dust + HAZE[channel] * aerosol.haze
-        for layer, reflected, transmitted in zip(clouds.layers, albedos, dry, strict=True):
-            water, ice = WATER.reflectance[channel] or clouds.drops, ICE.reflectance[channel]
+        for layer, reflected, transmitted in zip(layers, albedos, transmittances, strict=True):
+            water, ice = WATER.reflectance[channel] or drops, ICE.reflectance[channel]
             own = (water + (ice - water) * layer.ice) * reflected
-            if channel == 3:
-                own = own * transmitted
-            seen = own + (1 - reflected) ** 2 / (1 - reflected * seen) * seen
-        sunlit[channel] = seen
-    return sunlit
+            if channel == 3:  # vapour above the cloud absorbs, most where the air is warm
+                vapour = surface.vapour * np.exp(-layer.height / VAPOUR_HEIGHT)
+                own *= np.exp(-VAPOUR_ABSORPTION * vapour)
+            seen = own + transmitted / (1 - reflected * seen) * seen
+        seen_by_channel.append(seen)
+    return seen_by_channel
 
 
 def measure_temperatures(rng, sun, surface, clouds, aerosol, sunlit, damage):
@@ -121,27 +130,37 @@ def measure_temperatures(rng, sun, surface, clouds, aerosol, sunlit, damage):
         float32, (H, W, 3), brightness temperature [K].
     """
     bts = np.empty(damage.lost.shape, dtype=np.float32)
-    for channel, wavelength in enumerate(BT_WAVELENGTHS):
-        depression = VAPOUR_DEPRESSION[channel] * surface.vapour
-        dust = DUST_COOLS[channel] * aerosol.dust
-        radiance = planck(surface.temperature - depression - dust, wavelength)
-        for layer in clouds.layers:
-            water, ice = WATER.absorption[channel], ICE.absorption[channel]
-            absorption = water + (ice - water) * layer.ice
-            emissivity = 1 - np.exp(-absorption * layer.optical_depth)
-            above = depression * np.exp(-layer.height / VAPOUR_HEIGHT)
-            emitted = 1.0  # of what is absorbed or scattered; S7 is scattered too
+    for rows in bands(len(bts)):
+        layers = [rows_of(layer, rows) for layer in clouds.layers]
+        sunlight = np.cos(np.radians(np.minimum(sun.zenith[rows], 90))) * sunlit[rows]
+        for channel, wavelength in enumerate(BT_WAVELENGTHS):
+            below = rows_of(surface, rows), rows_of(aerosol, rows)
+            radiance = emit(*below, layers, clouds.drops, channel)
             if channel == 0:
-                water = 1 - HALF_SPACE * clouds.drops
-                emitted = water + (0.96 - water) * layer.ice
-            own = emitted * emissivity * planck(layer.temperature - above, wavelength)
-            radiance = (1 - emissivity) * radiance + own
-        if channel == 0:
-            radiance += sunlit * (SUN_S7 / math.pi * np.cos(np.radians(np.minimum(sun.zenith, 90))))
-        noise = float(planck(270 + BT_NOISE, wavelength) - planck(270, wavelength))
-        radiance += noise * rng.standard_normal(radiance.shape, dtype=np.float32)
-        coldest, warmest = (float(planck(limit, wavelength)) for limit in BT_RANGE)
-        measured = brightness_temperature(np.clip(radiance, coldest, warmest), wavelength)
-        bts[..., channel] = np.where(damage.lost[..., channel], damage.gap_value, measured)
+                radiance += np.float32(SUN_S7 / math.pi) * sunlight
+            noise = float(planck(270 + BT_NOISE, wavelength) - planck(270, wavelength))
+            radiance += noise * rng.standard_normal(radiance.shape, dtype=np.float32)
+            coldest, warmest = (float(planck(limit, wavelength)) for limit in BT_RANGE)
+            measured = brightness_temperature(np.clip(radiance, coldest, warmest), wavelength)
+            bts[rows, :, channel] = measured
+    bts[damage.lost] = damage.gap_value
     bts[~damage.inside] = 0
     return bts
+
+
+def emit(surface, aerosol, layers, drops, channel):
+    """Thermal radiance (h, W) of some rows in a channel, 0 to 2 for S7 to S9 [W m-2 sr-1 um-1]."""
+    wavelength = BT_WAVELENGTHS[channel]
+    depression = VAPOUR_DEPRESSION[channel] * surface.vapour
+    dust = DUST_COOLS[channel] * aerosol.dust
+    radiance = planck(surface.temperature - depression - dust, wavelength)
+    for layer in layers:
+        water, ice = WATER.absorption[channel], ICE.absorption[channel]
+        transmitted = np.exp(-(water + (ice - water) * layer.ice) * layer.optical_depth)
+        above = depression * np.exp(-layer.height / VAPOUR_HEIGHT)
+        own = (1 - transmitted) * planck(layer.temperature - above, wavelength)
+        if channel == 0:  # S7 is scattered too, and what is scattered is not emitted
+            water = 1 - HALF_SPACE * drops
+            own *= water + (ICE_EMITS_S7 - water) * layer.ice
+        radiance = transmitted * radiance + own
+    return radiance

@@ -7,13 +7,21 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, maximum_filter, minimum_filter
 
 from tools.lib.scenes.bayes_label import Ancillary
-from tools.lib.scenes.fields import SCENE_KM, axes_km, coarse_shape, fractal_field, refine
+from tools.lib.scenes.fields import (
+    SCENE_KM,
+    axes_km,
+    coarse_shape,
+    coarse_step,
+    fractal_field,
+    refine,
+)
 from tools.lib.scenes.instrument import MEAN_WIND, glint_reflectance
 
 KM_PER_DEGREE = 111.2  # of latitude
 FREEZING_SEA = 271.3  # [K], salt water
 EQUATOR_SEA = 301.5  # [K], mean of the year
 LAPSE_RATE = 6.5  # [K km-1], standard atmosphere
+SMOOTH_ROWS = 150  # rows of the grid of what is only known smoothed, or more
 GLINT_SEEN = 0.03  # reflectance of the glint from which a pixel counts as glint
 
 # Codes of the dataset `surface`.
@@ -23,7 +31,7 @@ SEA, GLINT, ICE, SNOW, COAST, LAND, DESERT = range(len(SURFACES))
 # Reflectance in S1 to S7, fraction of 1, seen through a clear atmosphere.
 OF_SEA = (0.046, 0.022, 0.011, 0.001, 0.005, 0.003, 0.003)
 OF_SOIL = (0.180, 0.260, 0.330, 0.006, 0.420, 0.350, 0.120)
-OF_VEGETATION = (0.085, 0.055, 0.300, 0.003, 0.190, 0.090, 0.030)
+OF_VEGETATION = (0.085, 0.060, 0.230, 0.003, 0.170, 0.090, 0.030)
 OF_SNOW = (0.820, 0.800, 0.740, 0.015, 0.110, 0.080, 0.020)
 OF_ICE = (0.550, 0.520, 0.420, 0.006, 0.060, 0.045, 0.015)
 OF_GLINT = (0.75, 0.82, 0.92, 0.02, 1.0, 1.0, 1.0)  # what the air transmits
@@ -53,8 +61,11 @@ def sea_level_temperature(latitude, season):
     """Mean temperature of the sea [K] at a latitude [deg]; season: -1 winter to 1 summer."""
     distance = np.abs(latitude) / 46
     middle = np.exp(-((np.abs(latitude) - 45) ** 2) / 800)  # where seasons differ most
-    return FREEZING_SEA - 1 + (EQUATOR_SEA - FREEZING_SEA) * np.exp(-(distance**2.2)) + (
-        4 * season * middle
+    return (
+        FREEZING_SEA
+        - 1
+        + (EQUATOR_SEA - FREEZING_SEA) * np.exp(-(distance**2.2))
+        + (4 * season * middle)
     )
 
 
@@ -94,16 +105,16 @@ def make_surface(rng, shape, latitude, season, day, wind, glint):
 
     soil, snow = np.zeros((2, *shape), dtype=np.float32)
     land, temperature = np.zeros(shape, dtype=bool), sea
-    share = 0.0 if rng.random() < 0.5 else rng.beta(0.7, 2.5)
+    share = 0.0 if rng.random() < 0.5 else rng.beta(0.7, 3)
     if share > 0.01:
-        hills = fractal_field(rng, shape, 1100, 1.9)
+        hills = fractal_field(rng, shape, 1200, 2.1)
         hills -= float(np.quantile(hills, 1 - share))
         land = hills > 0
         sea = sea - rng.uniform(-1, 4) * smooth(land.astype(np.float32), 40)  # upwelling at coasts
         cover = refine(fractal_field(rng, coarse, 250, 1.8), shape)
         dryness = 1.5 - abs(abs(latitude) - 23) / 12 + rng.normal(0, 0.5)  # deserts lie near 23
         soil = 1 / (1 + np.exp(-3 * (cover + dryness)))
-        height = 1.2 * np.maximum(hills, 0)  # [km]
+        height = 1.8 * np.maximum(hills, 0)  # [km]
         change = (4 + 14 * soil) if day else -4 - 4 * soil
         temperature = air + 3 * season + change + 0.8 * cover - LAPSE_RATE * height
         snow = np.clip((273 - temperature) / 4, 0, 1) * land
@@ -173,15 +184,15 @@ def ancillary_data(rng, surface, sun):
 
 def smooth(field, km):
     """Blur a field (H, W) over some km, on a coarse grid."""
-    step = max(1, field.shape[0] // 150)
+    step = coarse_step(field.shape, SMOOTH_ROWS)
     pixels = km * field.shape[0] / SCENE_KM / step
     blurred = gaussian_filter(field[::step, ::step], pixels, mode="nearest")
     return refine(blurred, field.shape)
 
 
 def smooth_within(field, where, km, elsewhere):
-    """Blur a field over some km, from the pixels `where` alone; far from them, use another field."""
-    step = max(1, field.shape[0] // 150)
+    """Blur a field over some km, from the pixels `where` alone; far from them, use another."""
+    step = coarse_step(field.shape, SMOOTH_ROWS)
     pixels = km * field.shape[0] / SCENE_KM / step
     weight = where[::step, ::step].astype(np.float32)
     total, blurred = (
