@@ -40,7 +40,9 @@ def test_blocks_are_those_of_9_km_whatever_the_size_of_pixels(height):
     rng = np.random.default_rng(1)
     blocks = rng.random((133, 166)) < 0.6
     middles = ((np.arange(n) + 0.5) * 1200 / height for n in (height, height * 5 // 4))  # [km]
-    rows, cols = (np.minimum(km // 9, n - 1).astype(int) for km, n in zip(middles, (133, 166)))
+    rows, cols = (
+        np.minimum(km // 9, n - 1).astype(int) for km, n in zip(middles, (133, 166), strict=True)
+    )
     found = facts.block_majority(blocks[rows[:, None], cols])
     assert found.shape == (133, 158)
     np.testing.assert_array_equal(found, blocks[:, 5:-3])
