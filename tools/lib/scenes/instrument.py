@@ -13,13 +13,6 @@ from tools.lib.scenes.fields import (
     coarse_step,
     fractal_field,
     refine,
-)(
-    SCENE_KM,
-    axes_km,
-    coarse_shape,
-    coarse_step,
-    fractal_field,
-    refine,
 )
 
 ORBIT_KM = 814.5  # height of Sentinel-3

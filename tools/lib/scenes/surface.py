@@ -158,7 +158,7 @@ def ancillary_data(rng, surface, sun):
     """
     shape = surface.land.shape
     is_day = sun.zenith.min() < 90
-    error = 0.7 * fractal_field(rng, coarse_shape(shape), 500, 2.0)  # [K], of an analysis
+    error = 0.9 * fractal_field(rng, coarse_shape(shape), 500, 2.0)  # [K], of an analysis
     open_sea = ~surface.land & (surface.ice < 0.3)
     sea = smooth_within(surface.temperature, open_sea, 40, surface.air)
     land = smooth_within(surface.temperature, surface.land, 60, surface.air)
