@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.ndimage import uniform_filter
 
-PRIOR = 0.9  # of cloud; a little more than the scenes have
+PRIOR = 0.85  # of cloud; a little more than the scenes have
 THRESHOLD = 0.5  # posterior from which a pixel is labelled cloud
 DAY = 85.0  # [deg] of the sun's zenith, below which reflectance is used
 NIGHT = 95.0  # [deg], above which S7 is free of sunlight
@@ -88,10 +88,22 @@ class ClearSky(NamedTuple):
 
 
 SEA = ClearSky(
-    0.8, 0.25, 0.4, histogram(-2.5, 1.5, (0.8, -1.1, 0.2), (0.2, 0.0, 0.6)), 0.015, 0.010
+    departure=0.6,
+    split=0.3,
+    s7=0.5,
+    texture=histogram(-2.5, 1.5, (0.75, -1.1, 0.2), (0.25, 0.0, 0.6)),
+    reflectance=0.03,
+    slope=0.02,
 )
-LAND = ClearSky(4.0, 0.6, 1.0, histogram(-2.5, 1.5, (0.8, -0.3, 0.4), (0.2, 0.3, 0.4)), 0.04, 0.06)
-GLINT_ERROR = 0.5  # share of the expected glint
+LAND = ClearSky(
+    departure=4.0,
+    split=0.6,
+    s7=1.0,
+    texture=histogram(-2.5, 1.5, (0.8, -0.3, 0.4), (0.2, 0.3, 0.4)),
+    reflectance=0.04,
+    slope=0.06,
+)
+GLINT_ERROR = 0.3  # share of the expected glint
 SNOW_REFLECTANCE = {S1: (0.7, 0.15), S5: (0.10, 0.05)}  # mean and standard deviation
 SNOW_DEPARTURE = -2.0, 4.0  # [K]
 
