@@ -88,10 +88,22 @@ class ClearSky(NamedTuple):
 
 
 SEA = ClearSky(
-    0.8, 0.25, 0.4, histogram(-2.5, 1.5, (0.8, -1.1, 0.2), (0.2, 0.0, 0.6)), 0.015, 0.010
+    departure=0.6,
+    split=0.3,
+    s7=0.5,
+    texture=histogram(-2.5, 1.5, (0.75, -1.1, 0.2), (0.25, 0.0, 0.6)),
+    reflectance=0.03,
+    slope=0.02,
 )
-LAND = ClearSky(4.0, 0.6, 1.0, histogram(-2.5, 1.5, (0.8, -0.3, 0.4), (0.2, 0.3, 0.4)), 0.04, 0.06)
-GLINT_ERROR = 0.5  # share of the expected glint
+LAND = ClearSky(
+    departure=4.0,
+    split=0.6,
+    s7=1.0,
+    texture=histogram(-2.5, 1.5, (0.8, -0.3, 0.4), (0.2, 0.3, 0.4)),
+    reflectance=0.04,
+    slope=0.06,
+)
+GLINT_ERROR = 0.3  # share of the expected glint
 SNOW_REFLECTANCE = {S1: (0.7, 0.15), S5: (0.10, 0.05)}  # mean and standard deviation
 SNOW_DEPARTURE = -2.0, 4.0  # [K]
 
