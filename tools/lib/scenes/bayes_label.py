@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.ndimage import uniform_filter
 
-PRIOR = 0.9  # of cloud; a little more than the scenes have
+PRIOR = 0.85  # of cloud; a little more than the scenes have
 THRESHOLD = 0.5  # posterior from which a pixel is labelled cloud
 DAY = 85.0  # [deg] of the sun's zenith, below which reflectance is used
 NIGHT = 95.0  # [deg], above which S7 is free of sunlight

@@ -22,7 +22,7 @@ from tools.lib.scenes.fields import (
 from tools.lib.scenes.surface import LAPSE_RATE
 
 TROPOPAUSE = 208.0  # [K], coldest cloud top
-THINNEST_CLOUD = 0.05  # optical depth from which a pixel is cloud in `truth`
+THINNEST_CLOUD = 0.03  # optical depth from which a pixel is cloud: Sassen and Cho (1992)
 
 
 class Regime(NamedTuple):

@@ -100,7 +100,7 @@ def make_surface(rng, shape, latitude, season, day, wind, glint):
         sea = sea + 1.2 * np.maximum(4 - wind, 0)
     if freezing:
         floes = fractal_field(rng, shape, 120, 1.6)
-        ice = np.clip(2 * (FREEZING_SEA + 0.5 - sea) + 0.6 * floes, 0, 1)
+        ice = np.clip(2 * (FREEZING_SEA + 0.5 - sea) + 0.4 * floes, 0, 1)
         sea = sea - ice * rng.uniform(2, 14)
 
     soil, snow = np.zeros((2, *shape), dtype=np.float32)
@@ -158,11 +158,11 @@ def ancillary_data(rng, surface, sun):
     """
     shape = surface.land.shape
     is_day = sun.zenith.min() < 90
-    error = 0.9 * fractal_field(rng, coarse_shape(shape), 500, 2.0)  # [K], of an analysis
+    error = 1.2 * fractal_field(rng, coarse_shape(shape), 500, 2.0)  # [K], of a climatology
     open_sea = ~surface.land & (surface.ice < 0.3)
     sea = smooth_within(surface.temperature, open_sea, 40, surface.air)
     land = smooth_within(surface.temperature, surface.land, 60, surface.air)
-    land_error = 3 * error + rng.normal(0, 1.5)  # a forecast of the skin temperature is poorer
+    land_error = 1.8 * error + rng.normal(0, 1.5)  # a forecast of the skin temperature is poorer
     land_mask = smooth(surface.land.astype(np.float32), 3) > 0.5
     temperature = np.where(land_mask, land + refine(land_error, shape), sea + refine(error, shape))
     soil = smooth(surface.soil, 80)
