@@ -86,7 +86,7 @@ def glint_reflectance(sun, wind):
 def draw_wind(rng, shape):
     """Draw the speed of the wind [m s-1] on the sea, (H, W)."""
     wind = refine(fractal_field(rng, coarse_shape(shape), 500, 1.9), shape)
-    return np.maximum(rng.uniform(4, 10) + 1.8 * wind, 1)
+    return np.maximum(rng.uniform(3, 11) + 2.5 * wind, 1)
 
 
 def draw_damage(rng, shape):

@@ -13,6 +13,7 @@ from tools.lib.scenes.instrument import (
     measure_reflectances,
     place_sun,
 )
+from tools.lib.scenes.matchups import positions as pixel_positions
 from tools.lib.scenes.radiation import draw_aerosol, measure_temperatures, reflect_sun
 from tools.lib.scenes.surface import ancillary_data, draw_latitude, make_surface
 
@@ -86,8 +87,6 @@ def draw_scene(
         "cloud_regime": clouds.regime[..., None],
     }
     if positions:
-        from tools.lib.scenes.matchups import positions as pixel_positions
-
         where = pixel_positions(shape, latitude, rng.uniform(-180, 180))
         arrays["latitude"], arrays["longitude"] = where
     if label != "none":

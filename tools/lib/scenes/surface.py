@@ -54,7 +54,7 @@ class Surface(NamedTuple):
 def draw_latitude(rng):
     """Draw the latitude [deg] of a scene: most lie in the middle latitudes, as those of ssts."""
     low, mode, high = (0, 20, 35) if rng.random() < 0.2 else (25, 55, 74)
-    return rng.choice([-1, 1]) * rng.triangular(low, mode, high)
+    return float(rng.choice([-1, 1]) * rng.triangular(low, mode, high))
 
 
 def sea_level_temperature(latitude, season):
