@@ -1,8 +1,8 @@
 """A Bayesian cloud detector, which labels synthetic scenes as processing centres label real ones.
 
 It compares how likely a measurement is below a clear sky and below cloud, pixel by pixel (Merchant
-et al. 2005, Mackie et al. 2010). The clear sky is forecast from ancillary data, which are coarse and
-a little wrong; cloud is described by broad distributions. The label therefore misses what looks
+et al. 2005, Mackie et al. 2010). The clear sky is forecast from ancillary data, which are coarse
+and a little wrong; cloud is described by broad distributions. The label therefore misses what looks
 like the surface (thin cirrus, small cumulus, low cloud by night), and calls cloud what the
 ancillary data do not know (fronts of the sea, glint, ice, coasts, dust).
 """
@@ -13,8 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from scipy.ndimage import uniform_filter
 
+from tools.lib.scenes.fields import bands
+
 PRIOR = 0.85  # of cloud; a little more than the scenes have
-THRESHOLD = 0.5  # posterior from which a pixel is labelled cloud
+THRESHOLD = 0.3  # posterior probability from which a pixel is labelled cloud: in doubt, it is
 DAY = 85.0  # [deg] of the sun's zenith, below which reflectance is used
 NIGHT = 95.0  # [deg], above which S7 is free of sunlight
 S1, S3, S5 = 0, 2, 4  # indices of channels
@@ -33,6 +35,10 @@ class Ancillary(NamedTuple):
     sun_zenith: np.ndarray  # [deg]
     glint: np.ndarray  # expected reflectance of the glint, from the mean wind
     ice: np.ndarray  # expected share of snow and sea ice
+
+    def rows(self, rows):
+        """The Ancillary of some rows, a slice."""
+        return Ancillary(*(field[..., rows, :] for field in self))
 
 
 class Histogram(NamedTuple):
@@ -88,12 +94,12 @@ class ClearSky(NamedTuple):
 
 
 SEA = ClearSky(
-    departure=0.6,
+    departure=0.65,
     split=0.3,
     s7=0.5,
-    texture=histogram(-2.5, 1.5, (0.75, -1.1, 0.2), (0.25, 0.0, 0.6)),
-    reflectance=0.03,
-    slope=0.02,
+    texture=histogram(-2.5, 1.5, (0.92, -1.1, 0.2), (0.08, 0.0, 0.6)),
+    reflectance=0.015,
+    slope=0.01,
 )
 LAND = ClearSky(
     departure=4.0,
@@ -104,8 +110,12 @@ LAND = ClearSky(
     slope=0.06,
 )
 GLINT_ERROR = 0.3  # share of the expected glint
-SNOW_REFLECTANCE = {S1: (0.7, 0.15), S5: (0.10, 0.05)}  # mean and standard deviation
-SNOW_DEPARTURE = -2.0, 4.0  # [K]
+GLINT_SLOPE = 0.2
+MOST_SNOW = 0.9  # of the prior probability of snow and ice
+# Mean and standard deviation of snow and ice, where a climatology expects them.
+SNOW_DEPARTURE = -2.0, 4.0  # [K], of S8 from the forecast of what is below
+SNOW_S1 = 0.7, 0.15
+SNOW_S5 = 0.10, 0.05
 
 
 def bayes_label(refs, bts, ancillary):
@@ -119,14 +129,16 @@ def bayes_label(refs, bts, ancillary):
     Returns:
         bool (H, W), False where a brightness temperature is missing.
     """
-    valid = (np.nan_to_num(bts) > 0).all(axis=-1)
-    odds = log_odds(refs, np.where(valid[..., None], bts, np.float32(270)), ancillary)
+    s7, s8, s9 = (np.nan_to_num(bts[..., i]) for i in (S7, S8, S9))
+    valid = (s7 > 0) & (s8 > 0) & (s9 > 0)
+    forecast = ancillary.temperature - VAPOUR_DEPRESSION[S8] * ancillary.vapour  # of S8 [K]
+    departure = np.where(valid, s8 - forecast, 0)
+    texture = np.log10(local_deviation(departure, 3) + np.float32(0.01))
+    odds = np.empty(valid.shape, np.float32)
+    for rows in bands(len(valid)):
+        measured = departure[rows], s7[rows] - s8[rows], s8[rows] - s9[rows], texture[rows]
+        odds[rows] = log_odds(refs[rows], *measured, ancillary.rows(rows))
     return valid & (odds > math.log(THRESHOLD / (1 - THRESHOLD)))
-
-
-def by_surface(name, land):
-    """An error of the forecast at each pixel: that of the sea or of land."""
-    return np.where(land, np.float32(getattr(LAND, name)), np.float32(getattr(SEA, name)))
 
 
 def local_deviation(field, size):
@@ -135,34 +147,46 @@ def local_deviation(field, size):
     return np.sqrt(np.maximum(uniform_filter(field * field, size) - mean * mean, 0))
 
 
-def log_odds(refs, bts, ancillary):
-    """Logarithm of the posterior of cloud over that of clear sky, float32 (H, W)."""
-    land, sun = ancillary.land, ancillary.sun_zenith
-    expected = [ancillary.temperature - d * ancillary.vapour for d in VAPOUR_DEPRESSION]
-    departure = bts[..., S8] - expected[S8]
-    split = bts[..., S8] - bts[..., S9] - (expected[S8] - expected[S9])
-    texture = np.log10(local_deviation(departure, 3) + np.float32(0.01))
+def log_odds(refs, departure, s7_s8, s8_s9, texture, ancillary):
+    """Logarithm of the posterior probability of cloud over that of clear sky.
+
+    Args:
+        refs: (H, W, 6), reflectance of S1 to S6.
+        departure: (H, W), S8 minus its forecast for a clear sky [K].
+        s7_s8: (H, W), S7 - S8 [K].
+        s8_s9: (H, W), S8 - S9 [K].
+        texture: (H, W), logarithm of the local standard deviation of `departure`.
+        ancillary: Ancillary.
+
+    Returns:
+        float32 (H, W).
+    """
+    land, sun, vapour = ancillary.land, ancillary.sun_zenith, ancillary.vapour
+    cools = VAPOUR_DEPRESSION
+    split = s8_s9 - (cools[S9] - cools[S8]) * vapour
+
+    def error(name):  # of the forecast at each pixel
+        return np.where(land, np.float32(getattr(LAND, name)), np.float32(getattr(SEA, name)))
+
     cloud = CLOUD_DEPARTURE(departure) + CLOUD_SPLIT(split) + CLOUD_TEXTURE(texture)
-    clear = normal(departure, 0, by_surface("departure", land))
-    common = normal(split, 0, by_surface("split", land)) + np.where(
-        land, LAND.texture(texture), SEA.texture(texture)
-    )
+    clear = np.where(land, LAND.texture(texture), SEA.texture(texture))
+    clear += normal(split, 0, error("split"))
+    bare = normal(departure, 0, error("departure"))
     snow = normal(departure, *SNOW_DEPARTURE)
     if (night := sun > NIGHT).any():
-        s7 = bts[..., S7] - bts[..., S8] - (expected[S7] - expected[S8])
+        s7 = s7_s8 - (cools[S8] - cools[S7]) * vapour
         cloud += np.where(night, CLOUD_S7(s7), 0)
-        common += np.where(night, normal(s7, 0, by_surface("s7", land)), 0)
+        clear += np.where(night, normal(s7, 0, error("s7")), 0)
     if (day := sun < DAY).any():
         s1, s3, s5 = (np.nan_to_num(refs[..., i]).astype(np.float32) for i in (S1, S3, S5))
-        ground = ancillary.reflectance
-        error = by_surface("reflectance", land) + GLINT_ERROR * ancillary.glint
-        bare = normal(s1, ground[S1] + ancillary.glint, error)
-        bare += normal(
-            s3 - s1, ground[S3] - ground[S1], by_surface("slope", land) + 0.2 * ancillary.glint
-        )
-        cloud += np.where(day, CLOUD_S1(s1) + CLOUD_SLOPE(s3 - s1), 0)
-        clear += np.where(day, bare, 0)
-        white = normal(s1, *SNOW_REFLECTANCE[S1]) + normal(s5, *SNOW_REFLECTANCE[S5])
+        ground, glint = ancillary.reflectance, ancillary.glint
+        dark = normal(s1, ground[S1] + glint, error("reflectance") + GLINT_ERROR * glint)
+        dark += normal(s3 - s1, ground[S3] - ground[S1], error("slope") + GLINT_SLOPE * glint)
+        dark += normal(s5, ground[S5] + glint, error("reflectance") + GLINT_ERROR * glint)
+        white = normal(s1, *SNOW_S1) + normal(s5, *SNOW_S5)
+        cloud += np.where(day, CLOUD_S1(s1) + CLOUD_SLOPE(s3 - s1) + CLOUD_S5(s5), 0)
+        bare += np.where(day, dark, 0)
         snow += np.where(day, white, 0)
-    clear = np.log((1 - ancillary.ice) * np.exp(clear) + ancillary.ice * np.exp(snow) + 1e-30)
-    return math.log(PRIOR / (1 - PRIOR)) + cloud - clear - common
+    share = np.minimum(ancillary.ice, MOST_SNOW)
+    clear += np.logaddexp(bare + np.log1p(-share), snow + np.log(share + 1e-6))
+    return math.log(PRIOR / (1 - PRIOR)) + cloud - clear

@@ -35,12 +35,12 @@ def positions(shape, latitude, longitude):
         longitude: Of the middle of the scene [degrees east].
 
     Returns:
-        `latitude` and `longitude`, float64 (H, W), longitude from -180 to 180.
+        Latitude and longitude, float64 (H, W), longitude from -180 to 180.
     """
     rows, cols = axes_km(shape)
     latitudes = latitude - rows / KM_PER_DEGREE + 0 * cols
     longitudes = longitude + cols / (KM_PER_DEGREE * np.cos(np.radians(latitudes)))
-    return {"latitude": latitudes, "longitude": (longitudes + 180) % 360 - 180}
+    return latitudes, (longitudes + 180) % 360 - 180
 
 
 def satellite_zenith(shape):
