@@ -26,7 +26,7 @@ class Phase(NamedTuple):
 
 
 WATER = Phase((1.00, 1.04, 1.06, 0.97, 0.82, 0.66, None), (0.35, 0.45, 0.58))
-ICE = Phase((1.00, 1.04, 1.06, 0.80, 0.34, 0.44, 0.13), (0.40, 0.42, 0.55))
+ICE = Phase((1.00, 1.04, 1.06, 0.80, 0.34, 0.44, 0.155), (0.40, 0.42, 0.55))
 HALF_SPACE = 0.5  # of the S7 that drops reflect from the sun, what they do not emit
 ICE_EMITS_S7 = 0.96  # emissivity of thick cloud of ice
 DUST = (0.10, 0.20, 0.27, 0.00, 0.25, 0.20, 0.10)  # reflectance in S1 to S7 per optical depth
