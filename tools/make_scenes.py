@@ -7,7 +7,6 @@ tools/lib/scenes has the physics; docs/synthetic_scenes.md compares the scenes w
 """
 
 import argparse
-import csv
 import functools
 import logging
 import math
@@ -25,15 +24,16 @@ import numpy as np
 
 from harness.console import log_to_screen
 from harness.errors import UserError
-from harness.files import replacing
+from harness.files import write_csv
 from tools.lib.scenes.scene_file import as_stored, write_scene
 
 log = logging.getLogger("make_scenes")
 
 LABELS = ("bayes", "random", "none")
 LABEL_NOISE = (0.07, 0.14)  # shares of cloud and of clear pixels, those of the Bayesian label
-COVER_SPREAD = 7.0  # a scene's cover has a beta distribution; 7: standard deviation 0.12
-COVER_ODDS = 1.4  # odds of cloud by night over the mean, and of the mean over those by day
+COVER_SPREAD = 7.5  # a scene's cover has a beta distribution; 7.5: standard deviation 0.12
+COVER_ODDS = 1.25  # odds of cloud by night over the mean, and of the mean over those by day
+LEAST_QUANTILE = 0.03  # of that distribution: real scenes with hardly any cloud were not chosen
 GOLDEN_RATIO = 0.6180339887  # its multiples, modulo 1, are evenly spread
 
 ONE_DAY = datetime(2019, 10, 1)
@@ -95,7 +95,7 @@ def draw_cover(seed, set_index, index, day, cloud_cover, day_share):
     start = np.random.default_rng([seed, set_index, day]).random()
     odds = cloud_cover / (1 - cloud_cover) * (1 / COVER_ODDS if day else COVER_ODDS)
     mean = odds / (1 + odds)
-    quantile = (start + n_before * GOLDEN_RATIO) % 1
+    quantile = LEAST_QUANTILE + (1 - LEAST_QUANTILE) * ((start + n_before * GOLDEN_RATIO) % 1)
     cover = betaincinv(COVER_SPREAD * mean, COVER_SPREAD * (1 - mean), quantile)
     return float(np.clip(cover, 0.01, 0.995))
 
@@ -221,11 +221,10 @@ def make_dataset(
         for task, of_scene in zip(tasks, done, strict=True):
             log.info("%s: %.0f %% cloud", task.path, 100 * task.cover)
             rows += of_scene
-    if rows:
-        with replacing(Path(output, "sst_matchups.csv")) as temporary, open(temporary, "w") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+    if matchups and not rows:
+        log.warning("No match-ups: no scene of ssts has open sea with data.")
+    elif matchups:
+        write_csv(Path(output, "sst_matchups.csv"), list(rows[0]), rows)
     return [task.path for task in tasks]
 
 

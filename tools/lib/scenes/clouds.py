@@ -205,7 +205,7 @@ def make_clouds(rng, shape, surface, latitude, cloud_cover):
     textures = regime_textures(rng, coarse, across, along)
     distance = (across + 60 * sample(fractal_field(rng, coarse, 400, 2), across, along)) / 100
     humidity = sample(fractal_field(rng, coarse, 900, 2.0), across, along / 2)
-    humidity = 0.7 * humidity - 0.35 * np.minimum(humidity, 0) ** 2  # dry areas are large
+    humidity = 0.8 * humidity - 0.35 * np.minimum(humidity, 0) ** 2  # dry areas are large
     if surface.land.any():  # dry air above land and ice sheets, or convection
         step = coarse_step(shape)
         humidity -= rng.uniform(-0.3, 1.5) * surface.land[::step, ::step]
@@ -246,7 +246,7 @@ def make_clouds(rng, shape, surface, latitude, cloud_cover):
     regime = np.zeros(shape, dtype=np.uint8)
     for layer, (_, codes, _) in zip(layers, fields, strict=True):
         regime = np.where(layer.optical_depth > THINNEST_CLOUD, codes, regime)
-    return Clouds(layers, regime, drops=rng.uniform(0.06, 0.3))
+    return Clouds(layers, regime, drops=rng.uniform(0.08, 0.3))
 
 
 def repeat_pixels(codes, shape):
@@ -273,7 +273,7 @@ def make_layer(rng, excess, codes, patches, air):
     """
     lowest = np.array([0.0] + [rng.uniform(*regime.tops) for regime in REGIMES.values()])
     inside = np.maximum(excess, 0)
-    rise = by_regime("rise", codes) * (inside + 0.25 * patches)
+    rise = by_regime("rise", codes) * (inside + 0.35 * patches)
     height = np.maximum(lowest.astype(np.float32)[codes] + rise, 0.1)
     if (
         codes == REGIME_CODES["cirrus"]

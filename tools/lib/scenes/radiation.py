@@ -26,10 +26,10 @@ class Phase(NamedTuple):
 
 
 WATER = Phase((1.00, 1.04, 1.06, 0.97, 0.82, 0.66, None), (0.35, 0.45, 0.58))
-ICE = Phase((1.00, 1.04, 1.06, 0.80, 0.42, 0.46, 0.13), (0.40, 0.42, 0.55))
+ICE = Phase((1.00, 1.04, 1.06, 0.80, 0.34, 0.44, 0.155), (0.40, 0.42, 0.55))
 HALF_SPACE = 0.5  # of the S7 that drops reflect from the sun, what they do not emit
 ICE_EMITS_S7 = 0.96  # emissivity of thick cloud of ice
-DUST = (0.10, 0.22, 0.30, 0.00, 0.34, 0.28, 0.10)  # reflectance in S1 to S7 per optical depth
+DUST = (0.10, 0.20, 0.27, 0.00, 0.25, 0.20, 0.10)  # reflectance in S1 to S7 per optical depth
 HAZE = (0.12, 0.08, 0.05, 0.00, 0.02, 0.01, 0.00)
 DUST_COOLS = (0.3, 2.0, 1.2)  # [K], S7 to S9, per optical depth: S8 is colder than S9
 

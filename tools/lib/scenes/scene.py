@@ -86,12 +86,12 @@ def draw_scene(
         "surface": surface.codes[..., None],
         "cloud_regime": clouds.regime[..., None],
     }
-    if positions:
-        where = pixel_positions(shape, latitude, rng.uniform(-180, 180))
-        arrays["latitude"], arrays["longitude"] = where
     if label != "none":
         is_cloud = label_scene(rng, label, label_noise, truth, refs, bts, surface, sun)
         arrays["bayes"] = 255.0 * (is_cloud & valid)[..., None]
+    if positions:
+        where = pixel_positions(shape, latitude, rng.uniform(-180, 180))
+        arrays["latitude"], arrays["longitude"] = where
     return arrays
 
 

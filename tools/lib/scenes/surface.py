@@ -30,7 +30,7 @@ SEA, GLINT, ICE, SNOW, COAST, LAND, DESERT = range(len(SURFACES))
 
 # Reflectance in S1 to S7, fraction of 1, seen through a clear atmosphere.
 OF_SEA = (0.046, 0.022, 0.011, 0.001, 0.005, 0.003, 0.003)
-OF_SOIL = (0.180, 0.260, 0.330, 0.006, 0.420, 0.350, 0.120)
+OF_SOIL = (0.180, 0.250, 0.310, 0.006, 0.360, 0.300, 0.120)
 OF_VEGETATION = (0.085, 0.060, 0.230, 0.003, 0.170, 0.090, 0.030)
 OF_SNOW = (0.820, 0.800, 0.740, 0.015, 0.110, 0.080, 0.020)
 OF_ICE = (0.550, 0.520, 0.420, 0.006, 0.060, 0.045, 0.015)
