@@ -44,7 +44,7 @@ class Aerosol(NamedTuple):
 def draw_aerosol(rng, shape, latitude):
     """Draw the Aerosol of a scene: haze everywhere, plumes of dust near deserts."""
     coarse = coarse_shape(shape)
-    haze = np.maximum(rng.uniform(-0.1, 0.25) + 0.12 * fractal_field(rng, coarse, 500, 2.2), 0)
+    haze = np.maximum(rng.uniform(-0.15, 0.4) + 0.2 * fractal_field(rng, coarse, 500, 2.2), 0)
     plumes = fractal_field(rng, coarse, 600, 2.0) - rng.uniform(-0.3, 1.0)
     is_dusty = abs(latitude) < 45 and rng.random() < 0.4
     dust = np.maximum(plumes, 0) * (rng.uniform(0.3, 0.8) * is_dusty)

@@ -53,7 +53,7 @@ class Surface(NamedTuple):
 
 def draw_latitude(rng):
     """Draw the latitude [deg] of a scene: most lie in the middle latitudes, as those of ssts."""
-    low, mode, high = (0, 20, 35) if rng.random() < 0.2 else (25, 55, 74)
+    low, mode, high = (0, 20, 35) if rng.random() < 0.15 else (25, 52, 72)
     return float(rng.choice([-1, 1]) * rng.triangular(low, mode, high))
 
 
@@ -95,12 +95,12 @@ def make_surface(rng, shape, latitude, season, day, wind, glint):
 
     sea, air, vapour = (refine(field, shape) for field in (sea, air, vapour))
     ice = np.zeros(shape, dtype=np.float32)
-    freezing = float(sea.min()) < FREEZING_SEA + 0.5 and season < 0.6
+    freezing = float(sea.min()) < FREEZING_SEA + 0.3 and season < 0.6
     if day:
         sea = sea + 1.2 * np.maximum(4 - wind, 0)
     if freezing:
         floes = fractal_field(rng, shape, 120, 1.6)
-        ice = np.clip(2 * (FREEZING_SEA + 0.5 - sea) + 0.4 * floes, 0, 1)
+        ice = np.clip(2 * (FREEZING_SEA + 0.3 - sea) + 0.4 * floes, 0, 1)
         sea = sea - ice * rng.uniform(2, 14)
 
     soil, snow = np.zeros((2, *shape), dtype=np.float32)
