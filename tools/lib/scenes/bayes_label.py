@@ -94,12 +94,12 @@ class ClearSky(NamedTuple):
 
 
 SEA = ClearSky(
-    departure=0.65,
+    departure=0.6,
     split=0.3,
     s7=0.5,
-    texture=histogram(-2.5, 1.5, (0.92, -1.1, 0.2), (0.08, 0.0, 0.6)),
-    reflectance=0.015,
-    slope=0.01,
+    texture=histogram(-2.5, 1.5, (0.7, -1.1, 0.2), (0.3, 0.0, 0.6)),
+    reflectance=0.012,
+    slope=0.008,
 )
 LAND = ClearSky(
     departure=4.0,
