@@ -1,5 +1,5 @@
 # make demo: the whole benchmark on synthetic scenes. For developers: make test, make lint and
-# make torture (runs killed at 60 random moments, and 36 faults of two ranks, @@).
+# make torture (runs killed at 60 random moments, and 36 faults of two ranks, half an hour).
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -18,7 +18,7 @@ $(VENV)/.dev: requirements-dev.txt requirements-tools.txt requirements.txt
 
 # The first run is DEMO/outputs/demo, which the documentation uses as its example; others get a name.
 demo: $(VENV)/.run
-	$(BIN)/python tools/make_scenes.py --output $(DEMO)/data --train 16 --inference 4 --size 300 375
+	$(BIN)/python tools/make_scenes.py --output $(DEMO)/data --train 48 --inference 12 --size 300 375 --jobs 2
 	$(BIN)/python slstr_cloud.py --config target/demo.yaml \
 		$(if $(wildcard $(DEMO)/outputs/demo),,--set run_name=demo)
 	@echo

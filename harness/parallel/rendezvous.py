@@ -31,6 +31,7 @@ from harness.parallel.launchers import Launch
 WAIT_SECONDS = 300  # [s] a rank waits for the others at the start
 REPORT_SECONDS = 10  # [s] after which it says for whom it waits
 FAILURE_SECONDS = 5  # [s] a failing rank has to announce its reason before others stop waiting
+LATE_SECONDS = 60  # [s] after the chief's start in which others may come to see that it has failed
 HEARTBEAT_SECONDS = 5  # [s] between signs of life
 CONNECT_SECONDS = 10  # [s] to reach another rank
 SILENT_HEARTBEATS = 3  # of our own without one of the other rank's, before we try to reach it
@@ -387,6 +388,7 @@ class Rendezvous:
             raise RankError(failure) from error
 
     def __enter__(self):
+        self._begin = time.monotonic()
         self._heartbeat.start()
         return self
 
@@ -394,11 +396,23 @@ class Rendezvous:
         self._stopped.set()
         self._heartbeat.join(HEARTBEAT_SECONDS)
         if self.launch.rank == 0:
+            if isinstance(error, Exception):  # not after a signal
+                self._wait_for_late_ranks()
             if error is not None:
                 time.sleep(2 * FAILURE_SECONDS)  # the others may still look for the reason
             # Another start that uses this folder by mistake must not take it from a living one.
             if self._is_own():
                 self._remove()
+
+    def _wait_for_late_ranks(self):
+        """Wait for ranks that still import TensorFlow, which can take longer than to fail here."""
+        if self._own["facts"] is None or self._keys is not None:
+            return  # nothing was announced, or nobody is late
+        with contextlib.suppress(OSError, UserError):
+            while len(self.read()) < self.launch.n_ranks:
+                if time.monotonic() > self._begin + LATE_SECONDS:
+                    return
+                time.sleep(0.2)
 
     def _remove(self):
         """Remove the folder; other ranks may still write their last signs of life."""

@@ -158,10 +158,11 @@ def disturbed_and_resumed(settings, folder, screens, seed, plan):
         if statuses == [0, 0]:  # a stopped rank may have continued to the end
             assert not is_made or fault == "stop", f"{case}\n{screen}"
             break
-        assert is_made and 0 not in statuses, f"{case}\n{screen}"
+        assert is_made, f"{case}\n{screen}"
         seconds[fault] = max(seconds[fault], took)
         reason = REASONS[fault].format(rank=rank, host=re.escape(host))
-        assert re.search(reason, screen, re.IGNORECASE), f"{case}\n{screen}"
+        if 0 not in statuses:  # one that had nothing left to do does not miss the other
+            assert re.search(reason, screen, re.IGNORECASE), f"{case}\n{screen}"
         if fault == "full cache":
             log = (folder / f"rank-{rank}.log").read_text()
             assert "Could not write the cache file" in log, log

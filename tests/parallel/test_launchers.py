@@ -5,6 +5,7 @@ import re
 import shutil
 import stat
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -225,6 +226,23 @@ def test_failure_of_a_rank_ends_the_waiting(tmp_path):
         everyone[0].wait_for_all(seconds=20)
 
 
+def test_reason_of_the_chief_reaches_a_late_rank(tmp_path, monkeypatch):
+    monkeypatch.setattr("harness.parallel.rendezvous.FAILURE_SECONDS", 2)
+    first, second = ranks(2, tmp_path)
+
+    def fail():
+        with pytest.raises(ValueError), first, first.translated_errors():
+            raise ValueError("no scenes")
+
+    with ThreadPoolExecutor() as pool:
+        failed = pool.submit(fail)
+        time.sleep(5)  # longer than the chief waits for those who have come
+        second.announce()
+        with pytest.raises(UserError, match="Rank 0 failed: ValueError: no scenes"):
+            second.wait_for_all(seconds=20)
+        failed.result()
+
+
 def test_reason_of_a_failing_rank_reaches_the_others(tmp_path):
     first, second = ranks(2, tmp_path)
     together([first, second], meet)
@@ -236,7 +254,7 @@ def test_reason_of_a_failing_rank_reaches_the_others(tmp_path):
 
 @pytest.mark.parametrize("lives", [True, False])
 def test_second_start_does_not_disturb_a_living_one(tmp_path, monkeypatch, lives):
-    monkeypatch.setattr("harness.parallel.rendezvous.HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr("harness.parallel.rendezvous.HEARTBEAT_SECONDS", 0.5)
     first, second = ranks(2, tmp_path)
     together([first, second], meet)
     other = ranks(2, tmp_path)[0]
@@ -294,8 +312,9 @@ def test_old_failures_are_ignored(tmp_path):
     assert first.read() == {}
 
 
-def test_failures_of_an_earlier_start_are_ignored(tmp_path):
+def test_failures_of_an_earlier_start_are_ignored(tmp_path, monkeypatch):
     """Its chief was killed, and the ranks start again before they can be told apart by age."""
+    monkeypatch.setattr("harness.parallel.rendezvous.HEARTBEAT_SECONDS", 1)
     together(everyone := ranks(2, tmp_path), meet)
     everyone[1].announce(error="Lost contact with rank 0")
     assert together(ranks(2, tmp_path)[:1], announce_and_read) == [{0: {}}]

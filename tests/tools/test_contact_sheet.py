@@ -1,0 +1,39 @@
+"""Tests of tools/contact_sheet.py."""
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from tools.contact_sheet import MARGIN, THUMBNAIL, main
+from tools.make_scenes import make_dataset
+
+
+def test_sheet_shows_quick_looks_above_labels_and_day_first(tmp_path):
+    paths = make_dataset(tmp_path, train=0, inference=3, height=60, width=75, day_share=0.4)
+    sheet = tmp_path / "sheet.png"
+    assert main([str(tmp_path), "--output", str(sheet), "--scenes", "2", "--columns", "2"]) == 0
+    pixels = np.asarray(Image.open(sheet)).astype(float)
+    rows, cols = (length + MARGIN for length in THUMBNAIL)
+    assert pixels.shape == (2 * rows + MARGIN, 2 * cols + MARGIN, 3)
+    day, night = (next(p for p in paths if p.parent.name == kind) for kind in ("day", "night"))
+    for column, path in enumerate((day, night)):
+        looks = pixels[MARGIN:rows, MARGIN + column * cols : (column + 1) * cols]
+        label = pixels[MARGIN + rows : 2 * rows, MARGIN + column * cols : (column + 1) * cols]
+        with h5py.File(path) as file:
+            assert label.mean() / 255 == pytest.approx((file["bayes"][...] > 0).mean(), abs=0.01)
+        assert (looks.max(axis=-1) == looks.min(axis=-1)).all() == (path == night)
+        assert not looks[:, 0].any() and not label[:, 0].any()  # no data at the left
+
+
+def test_other_formats_are_usage_errors(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path), "--output", "sheet.gif"])
+    assert "should end in .jpg or .png, found sheet.gif" in capsys.readouterr().err
+
+
+def test_file_that_is_no_scene_ends_in_one_line(tmp_path, capsys):
+    (tmp_path / "S3A_x.hdf").write_bytes(b"no HDF5")
+    assert main([str(tmp_path), "--output", str(tmp_path / "sheet.jpg")]) == 2
+    assert "S3A_x.hdf" in capsys.readouterr().err
+    assert not (tmp_path / "sheet.jpg").exists()

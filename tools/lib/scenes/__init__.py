@@ -1,0 +1,1 @@
+"""Synthetic scenes: their physics, label, match-ups and comparison with real scenes."""
