@@ -1,16 +1,20 @@
 """Labels from mask files, one per scene: masks of another run, or those of the mixture model."""
 
 import json
+import logging
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from data_loader import SceneError, patch_corners, read_scene
+from harness.clock import active_seconds
 from harness.console import progress
 from harness.data.hdf5 import open_hdf5, open_numbers, read_all
 from harness.errors import UserError
 from harness.files import read_text, replacing, write_json
+
+log = logging.getLogger(__name__)
 
 ONE = 255  # the probability 1, in the bytes of a batch
 FITTED_SCENES = 64  # at most, to which the mixture model is fitted
@@ -84,6 +88,7 @@ def make_labels(folder, paths, shape, seed, devices, on_bad_scene):
         except SceneError as error:
             on_bad_scene(path, error)
 
+    begin = active_seconds()
     model_file = folder / "mixture.json"
     if devices.is_chief and not model_file.exists():
         folder.mkdir(exist_ok=True)
@@ -102,3 +107,4 @@ def make_labels(folder, paths, shape, seed, devices, on_bad_scene):
         with replacing(label_file(folder, path)) as temporary, h5py.File(temporary, "w") as file:
             file["probability"] = probability.astype(np.float16)
     devices.gather(0)  # all labels are there
+    log.info("  labels      of a mixture model, made in %.0f s", active_seconds() - begin)
