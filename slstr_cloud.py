@@ -102,13 +102,14 @@ def train(config, devices, run, scenes):
             on_bad_scene=skipping("validation", scenes.validation),
         ) as validation,
     ):  # fmt: skip
+        warm_up_seconds = trainer.warm_up(training.replica_batch, validation.replica_batch)
         facts = {
             "scenes_train": len(scenes.train),
             "scenes_test": len(scenes.validation),
             "patches_train": training.n_patches,
             "patches_test": validation.n_patches,
             "loss_function": config.loss,
-            "warm_up_seconds": trainer.warm_up(training.replica_batch, validation.replica_batch),
+            "warm_up_seconds": warm_up_seconds,  # tracing and compiling, before the run starts
         }
         state = run.start_training(trainer, facts)
         if config.tensorboard and run.is_chief:
