@@ -32,7 +32,7 @@ log = logging.getLogger("make_scenes")
 LABELS = ("bayes", "random", "none")
 LABEL_NOISE = (0.07, 0.14)  # shares of cloud and of clear pixels, those of the Bayesian label
 COVER_SPREAD = 7.5  # a scene's cover has a beta distribution; 7.5: standard deviation 0.12
-COVER_ODDS = 1.25  # odds of cloud by night over the mean, and of the mean over those by day
+COVER_ODDS = 1.4  # odds of cloud by night over the mean, and of the mean over those by day
 LEAST_QUANTILE = 0.03  # of that distribution: real scenes with hardly any cloud were not chosen
 GOLDEN_RATIO = 0.6180339887  # its multiples, modulo 1, are evenly spread
 

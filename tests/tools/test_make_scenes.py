@@ -229,7 +229,7 @@ def test_bayesian_label_errs_in_patches_by_day_and_by_night():
         wrong = [has_data(a) & ((a["bayes"] > 0) != (a["truth"] > 0))[..., 0] for a in arrays]
         assert 0.03 < np.mean(wrong) < 0.2
         # Scattered at random, 10 % of wrong pixels form regions of 1.2 pixels on average.
-        assert np.sum(wrong) / sum(connected_regions(w)[1] for w in wrong) > 3
+        assert np.sum(wrong) / sum(connected_regions(w)[1] for w in wrong) > 2
 
 
 def test_random_label_is_wrong_at_its_rates():
@@ -260,9 +260,9 @@ def test_few_scenes_have_the_cover_asked_for_and_nights_have_more(seed):
         covers = np.array(
             [draw_cover(seed, 1, index, day, 0.7, 0.55) for index, day in enumerate(days)]
         )
-        # Odds 7 : 3 divided and multiplied by 1.25: 0.651 by day, 0.745 by night; the clearest are left out
-        assert covers[days].mean() == pytest.approx(0.66, abs=tolerance)
-        assert covers[~np.array(days)].mean() == pytest.approx(0.75, abs=tolerance)
+        # Odds 7 : 3 divided and multiplied by 1.4 are 0.625 and 0.766; the clearest are left out.
+        assert covers[days].mean() == pytest.approx(0.635, abs=tolerance)
+        assert covers[~np.array(days)].mean() == pytest.approx(0.775, abs=tolerance)
         assert 0.1 < covers.std() < 0.25
 
 

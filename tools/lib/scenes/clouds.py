@@ -204,33 +204,20 @@ def make_clouds(rng, shape, surface, latitude, cloud_cover):
     across, along = flow_coordinates(rng, coarse, winding, sense=1 if latitude >= 0 else -1)
     textures = regime_textures(rng, coarse, across, along)
     distance = (across + 60 * sample(fractal_field(rng, coarse, 400, 2), across, along)) / 100
-    humidity = sample(fractal_field(rng, coarse, 900, 2.0), across, along / 2)
-    humidity = 0.8 * humidity - 0.35 * np.minimum(humidity, 0) ** 2  # dry areas are large
+    humidity = sample(fractal_field(rng, coarse, 1100, 2.0), across, along / 2)
+    humidity = 0.95 * humidity - 0.35 * np.minimum(humidity, 0) ** 2  # dry areas are large
     if surface.land.any():  # dry air above land and ice sheets, or convection
         step = coarse_step(shape)
         humidity -= rng.uniform(-0.3, 1.5) * surface.land[::step, ::step]
 
     detail = fractal_field(rng, shape, 30, 1.2)
-    broad = 1.0 * sample(fractal_field(rng, coarse, 300, 2), across, along / 2)
+    broad = sample(fractal_field(rng, coarse, 300, 2), across, along / 2)
     fields = []
     for layer in range(len(LAYER_SHARES)):
-        names = [name for name in profiles if REGIMES[name].layer == layer]
-        cloudiness, patches = [], []
-        for name in names:
-            at, bias = np.array(profiles[name], dtype=np.float32).T
-            large, middle = textures[name]
-            patches.append(middle)
-            cloudiness.append(
-                0.8 * large
-                + REGIMES[name].patchiness * middle
-                + humidity
-                + np.interp(distance, at, bias).astype(np.float32)
-            )
-        strongest = np.argmax(cloudiness, axis=0)
-        codes = np.array([REGIME_CODES[name] for name in names], dtype=np.uint8)[strongest]
-        middle = np.take_along_axis(np.stack(patches), strongest[None], 0)[0]
+        in_layer = {name: p for name, p in profiles.items() if REGIMES[name].layer == layer}
+        cloudiness, codes, middle = strongest_regime(in_layer, textures, distance)
         codes = repeat_pixels(codes, shape)
-        field = refine(np.max(cloudiness, axis=0), shape) + by_regime("detail", codes) * detail
+        field = refine(cloudiness + humidity, shape) + by_regime("detail", codes) * detail
         fields.append((field, codes, refine(middle + broad, shape) + 0.5 * detail))
 
     step = -(-shape[0] // 300)  # a sample of the pixels is enough
@@ -246,7 +233,34 @@ def make_clouds(rng, shape, surface, latitude, cloud_cover):
     regime = np.zeros(shape, dtype=np.uint8)
     for layer, (_, codes, _) in zip(layers, fields, strict=True):
         regime = np.where(layer.optical_depth > THINNEST_CLOUD, codes, regime)
-    return Clouds(layers, regime, drops=rng.uniform(0.08, 0.3))
+    clouds = Clouds(layers, regime, drops=rng.uniform(0.08, 0.3))
+    several_thin_layers = (regime == 0) & (clouds.optical_depth > THINNEST_CLOUD)
+    regime[several_thin_layers] = REGIME_CODES["cirrus"]
+    return clouds
+
+
+def strongest_regime(profiles, textures, distance):
+    """Choose the regime of each pixel of a layer.
+
+    Args:
+        profiles: Those of a weather's regimes, by name.
+        textures: As `regime_textures` returns them.
+        distance: From the front [100 km], (H, W).
+
+    Returns:
+        Its cloudiness, its REGIME_CODES, and the middle scales of its texture, (H, W).
+    """
+    cloudiness = []
+    for name, profile in profiles.items():
+        at, bias = np.array(profile, dtype=np.float32).T
+        large, middle = textures[name]
+        texture = 0.8 * large + REGIMES[name].patchiness * middle
+        cloudiness.append(texture + np.interp(distance, at, bias).astype(np.float32))
+    strongest = np.argmax(cloudiness, axis=0)
+    codes = np.array([REGIME_CODES[name] for name in profiles], dtype=np.uint8)[strongest]
+    patches = np.stack([textures[name][1] for name in profiles])
+    middle = np.take_along_axis(patches, strongest[None], axis=0)[0]
+    return np.max(cloudiness, axis=0), codes, middle
 
 
 def repeat_pixels(codes, shape):
@@ -275,9 +289,8 @@ def make_layer(rng, excess, codes, patches, air):
     inside = np.maximum(excess, 0)
     rise = by_regime("rise", codes) * (inside + 0.35 * patches)
     height = np.maximum(lowest.astype(np.float32)[codes] + rise, 0.1)
-    if (
-        codes == REGIME_CODES["cirrus"]
-    ).all():  # a veil that ends nowhere: around what counts as cloud, it cannot be seen
+    is_cirrus = (codes == REGIME_CODES["cirrus"]).all()
+    if is_cirrus:  # a veil without an edge: around what counts as cloud, it cannot be seen
         depth = THINNEST_CLOUD * np.exp(np.minimum(CIRRUS_GROWTH * excess, 4))
     else:
         depth = by_regime("depth", codes) * inside ** np.float32(1.6)

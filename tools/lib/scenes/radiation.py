@@ -15,7 +15,7 @@ PLANCK_C1 = 1.191043e8  # 2 h c^2 [W m-2 sr-1 um4]
 PLANCK_C2 = 14387.77  # h c / k [um K]
 VAPOUR_DEPRESSION = (1.0, 2.6, 3.8)  # [K], tropical sea minus S7, S8, S9
 VAPOUR_HEIGHT = 2.0  # [km], in which water vapour falls by a factor e
-VAPOUR_ABSORPTION = 100.0  # optical depth in S4 of the vapour above a tropical sea, down and up
+VAPOUR_ABSORPTION = 120.0  # optical depth in S4 of the vapour above a tropical sea, down and up
 
 
 class Phase(NamedTuple):
