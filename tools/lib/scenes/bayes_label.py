@@ -16,7 +16,7 @@ from scipy.ndimage import uniform_filter
 from tools.lib.scenes.fields import bands
 
 PRIOR = 0.85  # of cloud; a little more than the scenes have
-THRESHOLD = 0.3  # posterior probability from which a pixel is labelled cloud: in doubt, it is
+THRESHOLD = 0.4  # posterior probability from which a pixel is labelled cloud: in doubt, it is
 DAY = 85.0  # [deg] of the sun's zenith, below which reflectance is used
 NIGHT = 95.0  # [deg], above which S7 is free of sunlight
 S1, S3, S5 = 0, 2, 4  # indices of channels
@@ -98,8 +98,8 @@ SEA = ClearSky(
     split=0.3,
     s7=0.5,
     texture=histogram(-2.5, 1.5, (0.7, -1.1, 0.2), (0.3, 0.0, 0.6)),
-    reflectance=0.012,
-    slope=0.008,
+    reflectance=0.015,
+    slope=0.01,
 )
 LAND = ClearSky(
     departure=4.0,
