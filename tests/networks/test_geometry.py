@@ -170,8 +170,10 @@ def test_geometry_of_the_unet():
         (chain(conv(3), conv(3)), 4 * (2 + 2 + 2 + 2)),
         # ReLU and Add write over their input: the skip, and the two images of the convolution.
         (residual, 4 * (2 + 2 + 2 + 2)),
-        # The concatenation, while both its parts are there.
-        (strided_skip, 4 * (2 + 2 + 2 + (2 + 2))),
+        # The concatenation and both its parts, one of them the image, and the convolution of it.
+        (strided_skip, 4 * (2 + 2 + 2 + (2 + 2) + 1)),
+        # The normalisation is written over its input, but calculates with two images of its size.
+        (chain(conv(3), layers.LayerNormalization), 4 * (2 + 2 + 2 + 2 * 2)),
     ],
 )
 def test_memory_is_that_of_all_images_needed_at_once(build, bytes_per_pixel):

@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 import tensorflow as tf
 
-from model import unet
+from model import NETWORKS
 from tools import export_model
 from tools.export_model import write_onnx
 
@@ -17,9 +17,9 @@ def images(*shape):
     return np.random.default_rng(1).normal(size=shape).astype(np.float32)
 
 
-def probability(model, x):
+def probability(model, x, name="unet"):
     """What Keras predicts for images of any size, computed in another way than by the command."""
-    network = unet((*x.shape[1:3], 9))
+    network = NETWORKS[name]((*x.shape[1:3], 9))
     network.set_weights(model.get_weights())
     return network(x).numpy()
 
@@ -85,14 +85,15 @@ def test_savedmodel_agrees_with_keras_at_any_size(finished, model_file, tmp_path
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
 
 
-def test_model_trained_in_bfloat16_is_exported_in_float32(tmp_path):
-    model = unet((32, 32, 9), "mixed_bfloat16")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network_trained_in_bfloat16_is_exported_in_float32(tmp_path, name):
+    model = NETWORKS[name]((32, 32, 9), "mixed_bfloat16")
     model.save(tmp_path / "half.keras")
     assert export(tmp_path / "half.keras", "onnx", tmp_path / "m.onnx") == 0
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
     x = images(1, 48, 32, 9)
     found = session.run(None, {"channels": x})[0]
-    np.testing.assert_allclose(found, probability(model, x), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(found, probability(model, x, name), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", export_model.FORMATS)
