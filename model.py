@@ -216,7 +216,7 @@ def large_kernel(input_shape, dtype="float32"):
 
 
 def stem_2x2_wide(input_shape, dtype="float32"):
-    """Wide blocks of the U-Net behind a 2x2 stem: more accurate than the U-Net at its cost.
+    """Wide U-Net blocks behind a 2x2 stem: meant to be more accurate than the U-Net at its cost.
 
     The work of the U-Net moves from full resolution to where convolutions are wide, and a stage
     more sees twice as far. The branch at full resolution has 3x3 kernels.
