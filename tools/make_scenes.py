@@ -164,7 +164,7 @@ def make_dataset(
     width=1500,
     seed=1234,
     day_share=0.55,
-    cloud_cover=0.85,
+    cloud_cover=0.845,
     label="bayes",
     label_noise=LABEL_NOISE,
     matchups=0,
@@ -250,7 +250,7 @@ def parse_arguments(argv):
     add("--size", type=int, nargs=2, default=(1200, 1500), metavar=("H", "W"), help="1 km pixels")
     add("--seed", type=int, default=1234, help="the same seed gives the same bytes")
     add("--day-share", type=float, default=0.55, metavar="SHARE", help="share of daytime scenes")
-    add("--cloud-cover", type=float, default=0.85, metavar="SHARE", help="mean cloud cover")
+    add("--cloud-cover", type=float, default=0.845, metavar="SHARE", help="mean cloud cover")
     add("--label", choices=LABELS, default="bayes", help="a Bayesian mask, random errors, or none")
     add("--label-noise", type=float, nargs=2, default=LABEL_NOISE, metavar=("MISSED", "FALSE"),
         help="shares of wrong labels of cloud and of clear, with --label random")  # fmt: skip

@@ -133,7 +133,7 @@ def test_values_are_in_published_ranges(dataset):
         assert 199.9 < present.min() < 285
         assert 250 < present.max() < 320.1
         assert np.nanmin(reflectances) >= 0
-        assert np.nanmax(reflectances) < 1.3
+        assert np.nanmax(reflectances) < 1.2
         for name, values in (("bayes", {0, 255}), ("summary", {0, 255}), ("truth", {0, 1})):
             assert set(np.unique(arrays[name])) <= values
 

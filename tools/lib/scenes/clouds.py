@@ -23,6 +23,7 @@ from tools.lib.scenes.surface import LAPSE_RATE
 
 TROPOPAUSE = 208.0  # [K], coldest cloud top
 THINNEST_CLOUD = 0.03  # optical depth from which a pixel is cloud: Sassen and Cho (1992)
+THICKEST_CLOUD = 100.0  # optical depth of a layer
 
 
 class Regime(NamedTuple):
@@ -296,6 +297,7 @@ def make_layer(rng, excess, codes, patches, air):
         depth = by_regime("depth", codes) * inside ** np.float32(1.6)
         depth += by_regime("edge_depth", codes) * np.minimum(inside / EDGE, 1)
         depth *= np.exp(by_regime("contrast", codes) * patches)
+        depth = np.minimum(depth, THICKEST_CLOUD)
     temperature = np.maximum(air - LAPSE_RATE * height, TROPOPAUSE)
     ice = np.clip((252 - temperature) / 22, 0, 1)
     return CloudLayer(depth, height, temperature, ice)

@@ -27,7 +27,7 @@ def draw_scene(
     height,
     width,
     day=True,
-    cloud_cover=0.85,
+    cloud_cover=0.845,
     label="bayes",
     label_noise=(0.07, 0.14),
     refs_grid="1km",
