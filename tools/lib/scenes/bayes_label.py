@@ -97,8 +97,8 @@ SEA = ClearSky(
     split=0.3,
     s7=0.5,
     texture=histogram(-2.5, 1.5, (0.7, -1.1, 0.2), (0.3, 0.0, 0.6)),
-    reflectance=0.015,
-    slope=0.01,
+    reflectance=0.0135,
+    slope=0.009,
 )
 LAND = ClearSky(
     departure=4.0,
