@@ -15,13 +15,12 @@ from scipy.ndimage import uniform_filter
 
 from tools.lib.scenes.fields import bands
 
-PRIOR = 0.85  # of cloud; a little more than the scenes have
-THRESHOLD = 0.4  # posterior probability from which a pixel is labelled cloud: in doubt, it is
+PRIOR = 0.9  # probability of cloud; a little more than the scenes have
 DAY = 85.0  # [deg] of the sun's zenith, below which reflectance is used
 NIGHT = 95.0  # [deg], above which S7 is free of sunlight
 S1, S3, S5 = 0, 2, 4  # indices of channels
 S7, S8, S9 = range(3)
-# [K], how much a tropical atmosphere cools S7, S8 and S9: the forecast knows it about.
+# [K], how much water vapour above a tropical sea cools S7, S8 and S9; a little wrong.
 VAPOUR_DEPRESSION = (1.0, 2.5, 3.7)
 
 
@@ -71,8 +70,8 @@ def normal(values, mean, deviation):
     return np.float32(-0.5) * scaled * scaled - np.log(deviation * np.float32(2.5066))
 
 
-# What cloud looks like: departures from the forecast clear sky [K], log10 of the standard deviation
-# of S8 in 3 x 3 pixels [K], and reflectance.
+# What cloud looks like: departures from the forecast for a clear sky [K], log10 of the standard
+# deviation of S8 in 3 x 3 pixels [K], and reflectance. Broad, and drawn by hand.
 CLOUD_DEPARTURE = histogram(-110, 20, (0.3, -4, 3.5), (0.4, -22, 14), (0.3, -50, 15))  # of S8
 CLOUD_SPLIT = histogram(-5, 10, (0.6, -0.4, 0.6), (0.4, 1.0, 1.5))  # of S8 - S9
 CLOUD_S7 = histogram(-15, 40, (0.5, -2.5, 1.5), (0.5, 3.0, 5.0))  # of S7 - S8, by night
@@ -98,8 +97,8 @@ SEA = ClearSky(
     split=0.3,
     s7=0.5,
     texture=histogram(-2.5, 1.5, (0.7, -1.1, 0.2), (0.3, 0.0, 0.6)),
-    reflectance=0.015,
-    slope=0.01,
+    reflectance=0.0135,
+    slope=0.009,
 )
 LAND = ClearSky(
     departure=4.0,
@@ -109,8 +108,8 @@ LAND = ClearSky(
     reflectance=0.04,
     slope=0.06,
 )
-GLINT_ERROR = 0.3  # share of the expected glint
-GLINT_SLOPE = 0.2
+GLINT_ERROR = 0.3  # standard deviation of reflectance, as a share of the expected glint
+GLINT_SLOPE = 0.2  # of S3 - S1, likewise
 MOST_SNOW = 0.9  # of the prior probability of snow and ice
 # Mean and standard deviation of snow and ice, where a climatology expects them.
 SNOW_DEPARTURE = -2.0, 4.0  # [K], of S8 from the forecast of what is below
@@ -138,7 +137,7 @@ def bayes_label(refs, bts, ancillary):
     for rows in bands(len(valid)):
         measured = departure[rows], s7[rows] - s8[rows], s8[rows] - s9[rows], texture[rows]
         odds[rows] = log_odds(refs[rows], *measured, ancillary.rows(rows))
-    return valid & (odds > math.log(THRESHOLD / (1 - THRESHOLD)))
+    return valid & (odds > 0)
 
 
 def local_deviation(field, size):
