@@ -1,5 +1,5 @@
 # make demo: the whole benchmark on synthetic scenes. For developers: make test, make lint and
-# make torture (runs killed at 60 random moments, and 36 faults of two ranks, half an hour).
+# make torture (runs killed at 60 random moments, and 36 faults of two ranks, about an hour).
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
