@@ -295,4 +295,4 @@ def errors_by_group(scenes):
         for group, counts in scene.groups.items():
             kinds = sums.setdefault(group, {})
             kinds[scene.kind] = np.add(counts, kinds.get(scene.kind, (0, 0)))
-    return sums
+    return {group: kinds for group, kinds in sums.items() if np.sum([*kinds.values()])}
