@@ -36,7 +36,7 @@ def configure(settings, tmp_path):
 
 def first_batch(config, validate=False):
     paths = sorted(Path(config.train_dir).rglob("S3A*.hdf"))
-    with build.open_batches(config, DEVICES, paths, validate) as batches:
+    with build.open_batches(config, DEVICES, paths, validate=validate) as batches:
         return next(batches.batches())
 
 

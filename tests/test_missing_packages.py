@@ -12,6 +12,7 @@ from harness import REPOSITORY, errors
 PROGRAMS = ["slstr_cloud.py", *sorted(f"tools/{p.name}" for p in REPOSITORY.glob("tools/[!_]*.py"))]
 ARGUMENTS = {  # the least with which a program begins its work; others find packages missing before
     "slstr_cloud.py": [],
+    "tools/compare_scenes.py": ["scenes"],
     "tools/download_data.py": ["--scenes", "1"],
     "tools/report.py": ["run"],
 }

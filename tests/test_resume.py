@@ -464,9 +464,9 @@ def test_finished_run_can_be_given_more_epochs(tmp_path, quick, whole):
 
 # README.md, "Runs that are stopped": these change neither weights nor masks.
 FREE_KEYS = {
-    "epochs", "patience", "target_accuracy", "checkpoint_every", "cache_dir", "no_cache",
-    "micro_batch", "gpu", "nodes", "cpu_devices", "on_bad_scene", "read_timeout", "name", "email",
-    "output_dir", "report", "sampling", "tensorboard", "profile_steps",
+    "epochs", "patience", "target_accuracy", "training_seconds", "checkpoint_every", "cache_dir",
+    "no_cache", "micro_batch", "gpu", "nodes", "cpu_devices", "on_bad_scene", "read_timeout",
+    "name", "email", "output_dir", "report", "sampling", "tensorboard", "profile_steps",
 }  # fmt: skip
 FIXED_KEYS = {
     field.alias: field

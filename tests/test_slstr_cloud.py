@@ -241,6 +241,7 @@ def test_history_and_results_agree(finished):
     history, found = rows(finished / "history.csv"), results(finished)
     assert list(history[0]) == [
         "epoch", "loss", "accuracy", "val_loss", "val_accuracy", "seconds", "patches_per_second",
+        "labels_replaced",
     ]  # fmt: skip
     assert [row["epoch"] for row in history] == ["1", "2"]
     training = found["training"]

@@ -125,7 +125,7 @@ def test_folder_of_no_run_is_one_line(tmp_path, content, capsys):
     assert str(tmp_path) in line and "Name the folder of a run" in line
 
 
-@pytest.mark.parametrize("row", ["1,2,3\n", "1,2,3,4,5,6,7,8\n", '1,"2\n'])
+@pytest.mark.parametrize("row", ["1,2,3\n", "1,2,3,4,5,6,7,8,9\n", '1,"2\n'])
 def test_torn_table_is_one_line(finished, tmp_path, row, capsys):
     folder = copy(finished, tmp_path / "a")
     with (folder / "history.csv").open("a") as file:

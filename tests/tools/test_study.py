@@ -19,9 +19,10 @@ REGIMES = ("clear", "warm_cloud", "cold_cloud")
 
 
 def add_regimes(path):
-    """Divide a scene into regimes, by its truth and by columns, as new synthetic scenes are."""
+    """Divide a scene into two regimes, by its truth and by columns."""
     with h5py.File(path, "a") as file:
         codes = file["truth"][:] * np.where(np.arange(file["truth"].shape[1]) < 50, 1, 2)[:, None]
+        del file["cloud_regime"]
         regimes = file.create_dataset("cloud_regime", data=codes.astype(np.uint8))
         regimes.attrs["flag_meanings"] = " ".join(REGIMES)
 
