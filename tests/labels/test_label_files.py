@@ -1,4 +1,5 @@
 import functools
+import json
 import shutil
 
 import h5py
@@ -7,9 +8,10 @@ import numpy as np
 import pytest
 from conftest import HEIGHT, PATCH, WIDTH, rewrite, rows, start
 
-from data_loader import read_patches
+from data_loader import read_patches, read_scene
 from harness.data.scene_files import find_scenes
 from harness.labels.label_files import ONE, with_labels
+from harness.labels.mixture import PhysicalMixture
 
 SHAPE = HEIGHT, WIDTH, 9
 
@@ -80,6 +82,29 @@ def test_training_on_masks_that_equal_the_labels_gives_the_same_network(tmp_path
         np.testing.assert_array_equal(a, b)
     for name in ("loss", "accuracy", "val_loss", "val_accuracy"):
         assert expected[name] == found[name]
+
+
+@pytest.mark.slow
+def test_training_without_labels_learns_the_mixture_from_scenes_without_a_mask(
+    tmp_path, quick, paths
+):
+    scenes = tmp_path / "scenes"
+    shutil.copytree(paths[0].parents[1], scenes)
+    for path in find_scenes(scenes):
+        with h5py.File(path, "a") as file:
+            del file["bayes"], file["truth"]
+    run = start(
+        tmp_path, {**quick, "train_dir": str(scenes), "labels": "none", "epochs": 1},
+        "--mode", "train",
+    )  # fmt: skip
+    assert run.status == 0 and len(rows(run.folder / "history.csv")) == 1
+    labels = run.folder / "labels"
+    mixture = PhysicalMixture.from_dict(json.loads((labels / "mixture.json").read_text()))
+    for path in find_scenes(scenes):
+        scene = read_scene(path, SHAPE, labelled=False)
+        with h5py.File(labels / f"{path.stem}.h5") as file:
+            expected = mixture.probability(scene.channels, scene.valid)
+            np.testing.assert_array_equal(file["probability"], expected.astype(np.float16))
 
 
 def test_folder_without_a_mask_of_each_scene_is_an_error(tmp_path, quick, paths, capsys):
