@@ -173,7 +173,8 @@ def test_totals_of_ranks_add_up_and_nothing_is_guessed():
 
 def test_run_leaves_samples_and_totals(finished):
     found, told = read(finished / "samples.csv"), results(finished)["sampling"]
-    assert found and told["peak_memory"] == max(row["memory"] for row in found)
+    # The memory before the first row counts too.
+    assert found and told["peak_memory"] >= max(row["memory"] for row in found)
     assert told["cpu_seconds"] > 0 and told["read_bytes"] > 1_000_000
     assert results(finished)["parts"][0]["sampling"]["read_bytes"] == told["read_bytes"]
     assert told["gpu_energy_joules"] is None
