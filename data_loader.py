@@ -150,7 +150,7 @@ def read_patches(path, patches, shape, patch_size, labelled=True):
             (P, P, C), which receive normalised channels, and uint8 (P, P, 1).
         shape: (H, W, C) that the configuration demands of every scene.
         patch_size: Rows and columns of a patch.
-        labelled: Whether the Bayesian mask is read; otherwise the cloud arrays are left alone.
+        labelled: Whether the Bayesian mask is read; otherwise the cloud arrays do not change.
 
     Returns:
         How many of the numbers read are out of range; see Scene.

@@ -5,7 +5,7 @@ r"""Compare scenes with what is published about the real ones.
 Prints a table of quantities of all scenes below a folder: the published value, the range that
 synthetic scenes should be in, the value here. Exits with 1 if one is outside its range. The ranges
 are for about 100 scenes; tools/lib/scenes/facts.py says where the values are from. Quantities that
-need `truth` are left out for scenes without it, and those of daylight if all are in `night`.
+need `truth` are omitted for scenes without it, and those of daylight if all are in `night`.
 
 A second table shows where the label is wrong, if the scenes say what is there: the share of cloud
 that it misses by cloud regime, and of clear pixels that it calls cloud by surface.

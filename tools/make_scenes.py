@@ -206,12 +206,11 @@ def make_dataset(
         check_limits(label_noise=share)
     n_scenes = {"one-day": train, "ssts": inference}
     tasks = plan_tasks(output, n_scenes, seed, day_share, cloud_cover, matchups)
-    positions = matchups > 0
     kind = {"label": label, "label_noise": label_noise, "refs_grid": refs_grid}
     work = functools.partial(
         do_task,
         shape=(height, width),
-        kind=kind | {"positions": positions},
+        kind=kind | {"positions": matchups > 0},
         stored={"dtype": dtype, "byteorder": byteorder},
         storage=storage,
     )

@@ -10,6 +10,11 @@ from harness.errors import UserError
 MAX_PIXELS = MAX_NUMBERS // 6  # of a mask; its scene has more numbers than six for each
 
 
+def mask_file(folder, scene):
+    """The mask file of a scene file, in a folder of masks."""
+    return Path(folder) / f"{Path(scene).stem}.h5"
+
+
 def mask_files(folder):
     """Mask files of a run by scene name; empty if there are none."""
     paths = sorted((Path(folder) / "masks").glob("*.h5"))

@@ -12,7 +12,7 @@ import numpy as np
 from data_loader import read_scene
 from harness.clock import active_seconds
 from harness.data.hdf5 import open_hdf5, read_attribute
-from harness.data.mask_files import read_mask, read_valid
+from harness.data.mask_files import mask_file, read_mask, read_valid
 from harness.files import file_sha256, replacing
 from harness.inference.scores import SCENE_COLUMNS, SCORES, THRESHOLD
 
@@ -127,7 +127,7 @@ class MaskFolder:
         return {"scene_bytes": info.st_size, "scene_mtime": info.st_mtime_ns, **self._made_by}
 
     def _file(self, path):
-        return self._folder / f"{path.stem}.h5"
+        return mask_file(self._folder, path)
 
 
 def _check_row(row):

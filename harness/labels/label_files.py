@@ -2,7 +2,6 @@
 
 import json
 import logging
-from pathlib import Path
 
 import h5py
 import numpy as np
@@ -11,6 +10,7 @@ from data_loader import SceneError, patch_corners, read_scene
 from harness.clock import active_seconds
 from harness.console import progress
 from harness.data.hdf5 import open_hdf5, open_numbers, read_all
+from harness.data.mask_files import mask_file
 from harness.errors import UserError
 from harness.files import read_text, replacing, write_json
 
@@ -20,18 +20,13 @@ ONE = 255  # the probability 1, in the bytes of a batch
 FITTED_SCENES = 64  # at most, to which the mixture model is fitted
 
 
-def label_file(folder, path):
-    """The mask file of a scene."""
-    return Path(folder) / f"{path.stem}.h5"
-
-
 def check_labels(folder, paths):
     """Check that a folder has a mask file for each scene.
 
     Raises:
         UserError: If it has not.
     """
-    if missing := [path for path in paths if not label_file(folder, path).is_file()]:
+    if missing := [path for path in paths if not mask_file(folder, path).is_file()]:
         raise UserError(
             f"labels {folder} should have a mask file for each scene in train_dir, found none for "
             f"{missing[0].stem} ({len(missing)} of {len(paths)} are missing). Make masks with "
@@ -44,7 +39,7 @@ def with_labels(read, folder, shape, patch_size):
 
     Args:
         read: Function of a path and of arrays for patches, such as `data_loader.read_patches`,
-            which leaves the cloud arrays alone.
+            which does not change the cloud arrays.
         folder: Folder of mask files with `probability`, or `mask` alone.
         shape: (H, W, C) of every scene.
         patch_size: Rows and columns of a patch.
@@ -56,7 +51,7 @@ def with_labels(read, folder, shape, patch_size):
 
     def read_with_labels(path, patches):
         out_of_range = read(path, patches)
-        with open_hdf5(label_file(folder, path), error_class=SceneError) as file:
+        with open_hdf5(mask_file(folder, path), error_class=SceneError) as file:
             name = "probability" if "probability" in file else "mask"
             probability = read_all(open_numbers(file, name, shape[:2]))
         labels = np.rint(ONE * np.clip(np.nan_to_num(probability), 0, 1)).astype(np.uint8)
@@ -101,10 +96,10 @@ def make_labels(folder, paths, shape, seed, devices, on_bad_scene):
     mixture = PhysicalMixture.from_dict(json.loads(read_text(model_file)))
     mine = paths[devices.rank :: devices.n_ranks]
     for path in progress(mine, "Labelling", len(mine)):
-        if label_file(folder, path).exists() or (scene := read(path)) is None:
+        if mask_file(folder, path).exists() or (scene := read(path)) is None:
             continue
         probability = mixture.probability(scene.channels, scene.valid)
-        with replacing(label_file(folder, path)) as temporary, h5py.File(temporary, "w") as file:
+        with replacing(mask_file(folder, path)) as temporary, h5py.File(temporary, "w") as file:
             file["probability"] = probability.astype(np.float16)
     devices.gather(0)  # all labels are there
     log.info("  labels      of a mixture model, made in %.0f s", active_seconds() - begin)

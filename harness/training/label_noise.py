@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from data_loader import BT_OFFSET, BT_SCALE
+from harness.inference.scores import THRESHOLD
 
 # A mask errs differently by day and by night, in cold and in warm scenes, and where S8 - S9 is
 # large, as it is for thin cirrus.
@@ -111,7 +112,7 @@ class EarlyLearning:
     def count(self, channels, label, probability, corrected, weight):
         """Pixels by label and predicted class, and those whose label is replaced."""
         del channels
-        cells = (2 * tf.round(label) + tf.cast(probability > 0.5, tf.float32))[..., 0]
+        cells = (2 * tf.round(label) + tf.cast(probability > THRESHOLD, tf.float32))[..., 0]
         agreement = _count_cells(cells, tf.ones_like(cells, bool), weight, 4)
         replaced = _count_cells(tf.zeros_like(cells), (label != corrected)[..., 0], weight, 1)
         return tf.concat([agreement, replaced], axis=0)

@@ -13,6 +13,8 @@ cross-entropy are made for labels of which some are wrong; their constants are t
 import keras
 import tensorflow as tf
 
+from harness.inference.scores import THRESHOLD
+
 SMALLEST = 1e-7  # a probability is kept this far from 0, as in Keras
 LOG_ZERO = -4.0  # stands for log(0) of a label in the reverse cross-entropy (Wang et al. 2019)
 
@@ -47,7 +49,7 @@ def bootstrapping(label, probability, beta=0.8):
 
     The prediction is 0 or 1 ("hard"); beta = 1 is the cross-entropy.
     """
-    prediction = tf.cast(probability > 0.5, tf.float32)
+    prediction = tf.cast(probability > THRESHOLD, tf.float32)
     return cross_entropy(beta * label + (1 - beta) * prediction, probability)
 
 

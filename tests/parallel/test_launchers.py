@@ -313,7 +313,7 @@ def test_old_failures_are_ignored(tmp_path):
 
 
 def test_failures_of_an_earlier_start_are_ignored(tmp_path, monkeypatch):
-    """Its chief was killed, and the ranks start again before they can be told apart by age."""
+    """The chief was killed, and the ranks start again before the files are old."""
     monkeypatch.setattr("harness.parallel.rendezvous.HEARTBEAT_SECONDS", 1)
     together(everyone := ranks(2, tmp_path), meet)
     everyone[1].announce(error="Lost contact with rank 0")

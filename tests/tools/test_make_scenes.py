@@ -260,7 +260,7 @@ def test_few_scenes_have_the_cover_asked_for_and_nights_have_more(seed):
         covers = np.array(
             [draw_cover(seed, 1, index, day, 0.7, 0.55) for index, day in enumerate(days)]
         )
-        # Odds 7 : 3 divided and multiplied by 1.4 are 0.625 and 0.766; the clearest are left out.
+        # Odds 7 : 3 divided and multiplied by 1.4 are 0.625 and 0.766; the clearest are omitted.
         assert covers[days].mean() == pytest.approx(0.635, abs=tolerance)
         assert covers[~np.array(days)].mean() == pytest.approx(0.775, abs=tolerance)
         assert 0.1 < covers.std() < 0.25

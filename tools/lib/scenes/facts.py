@@ -150,7 +150,7 @@ def missing_border(valid):
 def block_majority(label):
     """Where the larger part of a block of BLOCK km is cloud, label bool (H, W).
 
-    Blocks that can have missing columns are left out.
+    Blocks that can have missing columns are omitted.
     """
     size = BLOCK * len(label) / FULL_SHAPE[0]  # pixels along a side; may be a fraction
     cloudy, counts = label.astype(np.float32), np.ones(label.shape, np.float32)
