@@ -34,7 +34,8 @@ LABEL_NOISE = (0.07, 0.14)  # shares of cloud and of clear pixels, those of the 
 COVER_SPREAD = 7.5  # a scene's cover has a beta distribution; 7.5: standard deviation 0.12
 COVER_ODDS = 1.4  # odds of cloud by night over the mean, and of the mean over those by day
 LEAST_QUANTILE = 0.03  # of that distribution: real scenes with hardly any cloud were not chosen
-GOLDEN_RATIO = 0.6180339887  # its multiples, modulo 1, are evenly spread
+# The multiples of irrational numbers, modulo 1, are evenly spread: for cover, latitude and weather.
+STEPS = (0.6180339887, 0.4142135624, 0.7320508076)
 
 ONE_DAY = datetime(2019, 10, 1)
 ONE_DAY_STEP = timedelta(seconds=89)  # 970 scenes, as published, fill the day
@@ -83,19 +84,24 @@ def is_day(index, day_share):
     return math.floor((index + 1) * day_share + 0.5) > math.floor(index * day_share + 0.5)
 
 
-def draw_cover(seed, set_index, index, day, cloud_cover, day_share):
-    """Draw the share of cloud in a scene, more by night than by day.
+def draw_quantiles(seed, set_index, index, day, day_share):
+    """Draw where a scene is in the distributions of cover, latitude and weather, from 0 to 1.
 
-    Any few scenes of a set are spread evenly over the distribution, so that their mean is right.
+    Any few scenes of a set are spread evenly over them, so that their means are about right.
     """
-    from scipy.special import betaincinv
-
     days = math.floor(index * day_share + 0.5)
     n_before = days if day else index - days  # scenes of its kind
-    start = np.random.default_rng([seed, set_index, day]).random()
+    start = np.random.default_rng([seed, set_index, day]).random(len(STEPS))
+    return (start + n_before * np.array(STEPS)) % 1
+
+
+def cover_at(quantile, day, cloud_cover):
+    """The share of cloud in a scene, more by night than by day; cloud_cover: its mean."""
+    from scipy.special import betaincinv
+
     odds = cloud_cover / (1 - cloud_cover) * (1 / COVER_ODDS if day else COVER_ODDS)
     mean = odds / (1 + odds)
-    quantile = LEAST_QUANTILE + (1 - LEAST_QUANTILE) * ((start + n_before * GOLDEN_RATIO) % 1)
+    quantile = LEAST_QUANTILE + (1 - LEAST_QUANTILE) * quantile
     cover = betaincinv(COVER_SPREAD * mean, COVER_SPREAD * (1 - mean), quantile)
     return float(np.clip(cover, 0.01, 0.995))
 
@@ -115,6 +121,7 @@ class Task(NamedTuple):
     seed: list  # of its random numbers
     day: bool
     cover: float  # share of cloud
+    quantiles: tuple  # of latitude and weather
     n_matchups: int
     start: datetime  # of the measurement, UTC
 
@@ -126,10 +133,12 @@ def plan_tasks(output, n_scenes, seed, day_share, cloud_cover, n_matchups):
         for index in range(n):
             day = is_day(index, day_share)
             path = Path(output, set_name, "day" if day else "night", product_name(set_name, index))
-            cover = draw_cover(seed, set_index, index, day, cloud_cover, day_share)
+            of_cover, *others = draw_quantiles(seed, set_index, index, day, day_share)
+            cover = cover_at(of_cover, day, cloud_cover)
             share = (n_matchups * (index + 1) // n - n_matchups * index // n) * (set_name == "ssts")
             start = start_time(set_name, index)
-            tasks.append(Task(path, [seed, set_index, index], day, cover, share, start))
+            numbers = [seed, set_index, index]
+            tasks.append(Task(path, numbers, day, cover, tuple(others), share, start))
     return tasks
 
 
@@ -147,7 +156,7 @@ def do_task(task, shape, kind, stored, storage):
         The match-ups of the scene, a list of dictionaries.
     """
     rng = np.random.default_rng(task.seed)
-    arrays = make_scene(rng, *shape, task.day, task.cover, **kind)
+    arrays = make_scene(rng, *shape, task.day, task.cover, task.quantiles, **kind)
     write_scene(task.path, as_stored(arrays, **stored), **storage)
     if not task.n_matchups:
         return []

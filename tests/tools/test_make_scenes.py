@@ -10,14 +10,17 @@ import h5py
 import numpy as np
 import pytest
 from scipy.ndimage import label as connected_regions
+from scipy.stats import triang
 
 from harness.data.scene_files import product_times as product_times
 from tools.lib.scenes.clouds import THINNEST_CLOUD
 from tools.lib.scenes.fields import axes_km, fractal_field, refine
 from tools.lib.scenes.instrument import NADIR_KM, ORBIT_KM, Sun, draw_damage, glint_reflectance
 from tools.lib.scenes.radiation import brightness_temperature, planck
+from tools.lib.scenes.surface import latitude_at
 from tools.make_scenes import (
-    draw_cover,
+    cover_at,
+    draw_quantiles,
     is_day,
     main,
     make_dataset,
@@ -257,13 +260,29 @@ def test_cloud_cover_of_a_scene_is_the_one_asked_for():
 def test_few_scenes_have_the_cover_asked_for_and_nights_have_more(seed):
     for n, tolerance in ((20, 0.06), (100, 0.015)):
         days = [is_day(index, 0.55) for index in range(n)]
+        quantiles = [draw_quantiles(seed, 1, i, day, 0.55) for i, day in enumerate(days)]
         covers = np.array(
-            [draw_cover(seed, 1, index, day, 0.7, 0.55) for index, day in enumerate(days)]
+            [cover_at(q[0], day, 0.7) for q, day in zip(quantiles, days, strict=True)]
         )
         # Odds 7 : 3 divided and multiplied by 1.4 are 0.625 and 0.766; the clearest are omitted.
         assert covers[days].mean() == pytest.approx(0.635, abs=tolerance)
         assert covers[~np.array(days)].mean() == pytest.approx(0.775, abs=tolerance)
         assert 0.1 < covers.std() < 0.25
+        latitudes = np.array([latitude_at(q[1]) for q in quantiles])
+        assert np.mean(latitudes < 0) == pytest.approx(0.5, abs=2 * tolerance)
+        weather = np.array([q[2] for q in quantiles])
+        assert np.mean(weather < 0.22) == pytest.approx(0.22, abs=2 * tolerance)
+
+
+def test_latitudes_have_the_distribution_of_their_triangles():
+    quantiles = (np.arange(20_000) + 0.5) / 20_000
+    latitudes = np.sort(np.abs([latitude_at(q) for q in quantiles]))
+    parts = (0.15, (0, 20, 35)), (0.85, (25, 52, 72))
+    expected = sum(
+        share * triang.cdf(latitudes, (mode - low) / (high - low), low, high - low)
+        for share, (low, mode, high) in parts
+    )
+    np.testing.assert_allclose(expected, quantiles, atol=1e-3)
 
 
 def test_small_scenes_show_the_same_swath_as_large_ones():

@@ -188,7 +188,7 @@ def regime_textures(rng, shape, across, along):
     }
 
 
-def make_clouds(rng, shape, surface, latitude, cloud_cover):
+def make_clouds(rng, shape, surface, latitude, cloud_cover, weather_quantile):
     """Draw the clouds of a scene.
 
     Args:
@@ -197,11 +197,12 @@ def make_clouds(rng, shape, surface, latitude, cloud_cover):
         surface: A Surface.
         latitude: Of the scene [deg].
         cloud_cover: Share of this scene that is cloud.
+        weather_quantile: Where its weather is in their distribution, 0 to 1.
     """
     coarse = coarse_shape(shape)
     table = TROPICAL if abs(latitude) < 30 else EXTRATROPICAL
-    weather = rng.choice(list(table), p=list(table.values()))
-    winding, profiles = WEATHER[weather]
+    chosen = np.searchsorted(np.cumsum([*table.values()][:-1]), weather_quantile, side="right")
+    winding, profiles = WEATHER[[*table][chosen]]
     across, along = flow_coordinates(rng, coarse, winding, sense=1 if latitude >= 0 else -1)
     textures = regime_textures(rng, coarse, across, along)
     distance = (across + 60 * sample(fractal_field(rng, coarse, 400, 2), across, along)) / 100

@@ -15,7 +15,7 @@ from tools.lib.scenes.instrument import (
 )
 from tools.lib.scenes.matchups import positions as pixel_positions
 from tools.lib.scenes.radiation import draw_aerosol, measure_temperatures, reflect_sun
-from tools.lib.scenes.surface import ancillary_data, draw_latitude, make_surface
+from tools.lib.scenes.surface import ancillary_data, latitude_at, make_surface
 
 SUN_S1_TO_S6 = (1837.0, 1526.0, 956.0, 366.0, 248.0, 78.0)  # [mW m-2 nm-1], ESA, rounded
 GROSS_CLOUD = 273.15  # [K], `summary` is set where S9 is colder
@@ -28,6 +28,7 @@ def draw_scene(
     width,
     day=True,
     cloud_cover=0.845,
+    quantiles=None,
     label="bayes",
     label_noise=(0.07, 0.14),
     refs_grid="1km",
@@ -42,6 +43,8 @@ def draw_scene(
         width: Columns of the 1 km grid [pixels]; 1500 for SLSTR.
         day: Whether the scene is in daylight; at night all reflectances are 0.
         cloud_cover: Share of this scene that is cloud.
+        quantiles: Where it is in the distributions of latitude and of weather, 0 to 1; random if
+            None.
         label: "bayes", "random" (the truth with errors at random), or "none".
         label_noise: Shares of cloud labelled clear, and of clear labelled cloud, if it is random.
         refs_grid: "1km", or "500m" for reflectances of twice the rows and columns.
@@ -55,12 +58,13 @@ def draw_scene(
         `surface` and `cloud_regime`, indices of SURFACES and REGIMES.
     """
     shape = height, width
-    latitude, season = draw_latitude(rng), rng.uniform(-1, 1)
+    latitude_quantile, weather_quantile = rng.random(2) if quantiles is None else quantiles
+    latitude, season = latitude_at(latitude_quantile), rng.uniform(-1, 1)
     sun = place_sun(rng, shape, latitude, season, day)
     wind = draw_wind(rng, shape)
     glint = glint_reflectance(sun, wind) if day else np.zeros(shape, np.float32)
     surface = make_surface(rng, shape, latitude, season, day, wind, glint)
-    clouds = make_clouds(rng, shape, surface, latitude, cloud_cover)
+    clouds = make_clouds(rng, shape, surface, latitude, cloud_cover, weather_quantile)
     aerosol = draw_aerosol(rng, shape, latitude)
     damage = draw_damage(rng, shape)
 

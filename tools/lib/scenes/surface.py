@@ -18,6 +18,7 @@ from tools.lib.scenes.fields import (
 from tools.lib.scenes.instrument import MEAN_WIND, glint_reflectance
 
 KM_PER_DEGREE = 111.2  # of latitude
+TROPICAL_SHARE = 0.15  # of the scenes
 FREEZING_SEA = 271.3  # [K], salt water
 EQUATOR_SEA = 301.5  # [K], mean of the year
 LAPSE_RATE = 6.5  # [K km-1], standard atmosphere
@@ -51,10 +52,25 @@ class Surface(NamedTuple):
     glint: np.ndarray  # reflectance that sun glint adds to the sea, in S5
 
 
-def draw_latitude(rng):
-    """Draw the latitude [deg] of a scene: most lie in the middle latitudes, as those of ssts."""
-    low, mode, high = (0, 20, 35) if rng.random() < 0.15 else (25, 52, 72)
-    return float(rng.choice([-1, 1]) * rng.triangular(low, mode, high))
+def latitude_at(quantile):
+    """Latitude [deg] of a scene; most are in the middle latitudes, as those of ssts.
+
+    Args:
+        quantile: Of the distribution, 0 to 1; below 0.5 in the south.
+    """
+    hemisphere, quantile = (-1, 2 * quantile) if quantile < 0.5 else (1, 2 * quantile - 1)
+    if quantile < TROPICAL_SHARE:
+        return hemisphere * triangular_quantile(quantile / TROPICAL_SHARE, 0, 20, 35)
+    others = (quantile - TROPICAL_SHARE) / (1 - TROPICAL_SHARE)
+    return hemisphere * triangular_quantile(others, 25, 52, 72)
+
+
+def triangular_quantile(quantile, low, mode, high):
+    """Value at a quantile of a triangular distribution."""
+    rising = (mode - low) / (high - low)  # share of the distribution below its mode
+    if quantile < rising:
+        return low + math.sqrt(quantile * (high - low) * (mode - low))
+    return high - math.sqrt((1 - quantile) * (high - low) * (high - mode))
 
 
 def sea_level_temperature(latitude, season):
