@@ -326,7 +326,7 @@ def load_config(path, overrides=()):
     Raises:
         UserError: With all errors of the file.
     """
-    values, overriding = read_yaml(path), dict(map(_override, overrides))
+    values, overriding = read_yaml(path), dict(map(parse_override, overrides))
     return check(without_blocks({**values, **overriding}, path), path, overriding)
 
 
@@ -361,7 +361,8 @@ def read_yaml(path):
     return values
 
 
-def _override(text):
+def parse_override(text):
+    """Parse `KEY=VALUE`, the value in YAML, into a pair; UserError if it is something else."""
     key, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"--set takes KEY=VALUE, found '{text}'.")

@@ -76,7 +76,10 @@ def checkout(tmp_path_factory):
     shutil.copy(demo / "demo/results.json", folder)  # a page trains the run further
     make_dataset(folder / "data", train=4, inference=2, height=96, width=128, seed=7)
     build_product(folder / "products", height=96, width=128, views=["nadir"])
-    for file, values in {"config.yaml": TINY, "target/demo.yaml": {"epochs": 1}}.items():
+    # The runs of the pages have fewer scenes to train on than that of the demo.
+    make_dataset(demo.parent / "few", train=12, inference=0, height=240, width=300, seed=8)
+    demo_values = {"epochs": 1, "train_dir": "demo/few/one-day"}
+    for file, values in {"config.yaml": TINY, "target/demo.yaml": demo_values}.items():
         config = yaml.safe_load((folder / file).read_text()) | values
         (folder / file).write_text(yaml.safe_dump(config))
     subprocess.run([*commit, "-qam", "smaller"], cwd=folder, check=True)  # for a submission

@@ -37,7 +37,7 @@ from _command import exit_status  # isort: skip  (before all packages)
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from harness.config import Count, Number, load_config, read_yaml
+from harness.config import Count, Number, load_config, parse_override, read_yaml
 from harness.console import counted, log_to_screen
 from harness.errors import UserError
 from harness.preflight import check_model
@@ -123,10 +123,21 @@ def case_name(case):
     )
 
 
-def read_study(path):
-    """Read a study file; UserError with all its errors."""
+def read_study(path, output=None, overrides=()):
+    """Read a study file; UserError with all its errors.
+
+    Args:
+        path: The file.
+        output: Another folder than that in the file.
+        overrides: `KEY=VALUE` texts that win over its `set`.
+    """
+    values = read_yaml(path)
+    if output:
+        values["output"] = output
+    if overrides:
+        values["set"] = {**values.get("set", {}), **dict(map(parse_override, overrides))}
     try:
-        return Study.model_validate(read_yaml(path))
+        return Study.model_validate(values)
     except ValidationError as error:
         lines = (
             ": ".join([*map(str, e["loc"]), e["msg"].removeprefix("Value error, ")])
@@ -177,6 +188,7 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("study", type=Path, metavar="FILE.yaml", help="the study")
     add("-o", "--output", type=Path, metavar="DIR", help="another folder than that in the file")
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="change `set` of the study")
     add("--launch", help="command that starts the program, waits for it and takes its options")
     add("--page-only", action="store_true", help="make no runs: only the page of the finished ones")
     add("--verbose", action="store_true", help="show tracebacks")
@@ -185,9 +197,7 @@ def parse_arguments(argv):
 
 def work(arguments):
     """Make the runs that are missing, and the page."""
-    study = read_study(arguments.study)
-    if arguments.output:
-        study = study.model_copy(update={"output": arguments.output})
+    study = read_study(arguments.study, arguments.output, arguments.set)
     runs = plan(study, arguments.launch)
 
     def page(_):

@@ -98,12 +98,22 @@ def test_study_of_two_networks_and_seeds(write, in_process, dataset, tmp_path, c
     page = (tmp_path / "study/study.html").read_text()
     for shown in (f"{np.mean(truths[::2]):.4f} ± {np.std(truths[::2], ddof=1):.4f}", "1,409"):
         assert shown in page and shown in screen.out
+    agreements = []
+    for scene in paths:
+        with h5py.File(scene) as file:
+            valid = (file["bts"][:] > 0).all(axis=-1)
+            is_cloud = file["bayes"][..., 0] != 0, file["bts"][..., 2] < run["config"]["MIN_SST"]
+            agreements.append([np.mean((m == file["truth"][..., 0])[valid]) for m in is_cloud])
+    for name, agreement in zip(("label", "threshold"), np.mean(agreements, axis=0), strict=True):
+        (line,) = [line for line in screen.out.splitlines() if line.startswith(f"{name} ")]
+        assert f"{agreement:.4f}" in line.split()
     assert page.count("<svg") == 4 and "cold cloud" in page  # label and truth over two times
 
     assert study.main([write(set=change, seeds=[1, 2, 3])]) == 0
     assert in_process[4:] == ["pixel-seed-3", "stem_2x2-seed-3"]  # the others are kept
     text = (tmp_path / "study/study.html").read_text()
-    assert study.main([write(set=change, seeds=[1, 2, 3]), "--page-only"]) == 0
+    arguments = [write(set=change, seeds=[1, 2, 3]), "--page-only", "--set", "augment=none"]
+    assert study.main(arguments) == 0
     assert len(in_process) == 6 and (tmp_path / "study/study.html").read_text() == text
 
 

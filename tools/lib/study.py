@@ -3,14 +3,15 @@
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
+from harness.config import Config
 from harness.console import counted, table
 from harness.files import write_csv
 from harness.records import report
 from harness.records.report import one_run
 from harness.records.report.charts import chart
 from harness.records.saved_runs import Run, read_run
+from tools.lib.masks import Mask, open_masks
 from tools.lib.truth import score_truth
 
 PAGE, RUNS = "study.html", "runs.csv"
@@ -73,12 +74,14 @@ class MeasuredRun:
     Attributes:
         case: Name of what was run, without the seed.
         run: Run.
+        config: Config of the run.
         values: {key of MEASURES: number}, without those that the run does not have.
         groups: {title: {name: accuracy against the truth among these pixels}}, see `score_truth`.
     """
 
     case: str
     run: Run
+    config: Config
     values: dict
     groups: dict
 
@@ -88,8 +91,8 @@ def measure(case, folder):
     run = read_run(folder)
     results = run.clean_results
     network, training, inference = (results[k] for k in ("network", "training", "inference"))
-    scenes = Path(str(results["config"].get("inference_dir")))
-    truth, groups = score_truth(run.folder, scenes)
+    (mask,) = open_masks([str(run.folder)])
+    truth, groups = measure_truth(mask, mask.config)
     values = {
         **{key: network.get(key) for key in ("parameters", "multiplications_per_pixel")},
         "seconds_per_scene": inference.get("seconds_per_scene"),
@@ -101,12 +104,34 @@ def measure(case, folder):
             f"accuracy_{part}": inference.get(part, {}).get("accuracy") for part in ("day", "night")
         },
         "valid_balanced_accuracy": inference.get("valid_balanced_accuracy"),
-        TRUTH: truth.get("accuracy"),
-        "truth_balanced_accuracy": truth.get("balanced_accuracy"),
-        **{f"truth_{part}": truth.get(part) for part in ("day", "night")},
+        **truth,
     }
     known = {key: value for key, value in values.items() if value is not None}
-    return MeasuredRun(case, run, known, groups)
+    return MeasuredRun(case, run, mask.config, known, groups)
+
+
+def measure_truth(mask, config):
+    """Score a mask against the truth: {key of MEASURES: number}, and groups as of MeasuredRun."""
+    scores, groups = score_truth(mask, config.inference_dir, config.min_sst)
+    return {f"truth_{name}": score for name, score in scores.items()}, groups
+
+
+def measure_baselines(runs):
+    """Score the label and the threshold baseline against the truth, as `measure_truth` does.
+
+    Args:
+        runs: MeasuredRuns.
+
+    Returns:
+        {name: result of `measure_truth`}, for each folder of scenes; empty without a truth.
+    """
+    known = [run.config for run in runs if {LABEL, TRUTH} <= run.values.keys()]
+    configs = {config.inference_dir: config for config in known}
+    return {
+        f"{name} of {folder}" if len(configs) > 1 else name: measure_truth(Mask(dataset), config)
+        for folder, config in configs.items()
+        for name, dataset in {"label": "bayes", "threshold": "threshold"}.items()
+    }
 
 
 def by_case(runs):
@@ -191,18 +216,19 @@ def charts(runs):
             )  # fmt: skip
 
 
-def group_tables(runs):
-    """A table of accuracies against the truth for each group, such as the regimes of clouds."""
-    cases = by_case(runs)
-    for title in dict.fromkeys(title for run in runs for title in run.groups):
-        groups = [run.groups.get(title, {}) for run in runs]
-        names = dict.fromkeys(name for group in groups for name in group)
+def group_tables(groups):
+    """A table of accuracies against the truth for each group, such as the regimes of clouds.
+
+    Args:
+        groups: {case: `groups` of its MeasuredRuns}.
+    """
+    everything = [one for of_case in groups.values() for one in of_case]
+    for title in dict.fromkeys(title for one in everything for title in one):
+        names = dict.fromkeys(name for one in everything for name in one.get(title, {}))
         rows = []
-        for case, members in cases.items():
-            values = {n: [r.groups[title][n] for r in members if n in r.groups.get(title, {})]
-                      for n in names}  # fmt: skip
-            text = "{:.3f}".format
-            rows.append([case, *(show(spread(v) if v else None, text) for v in values.values())])
+        for case, of_case in groups.items():
+            values = [[g[title][n] for g in of_case if n in g.get(title, {})] for n in names]
+            rows.append([case, *(show(spread(v) if v else None, "{:.3f}".format) for v in values)])
         yield from one_run.table(f"Agreement with the truth by {title}", (title, *names), rows)
 
 
@@ -216,7 +242,11 @@ def write_study(name, runs, budget, output, missing=()):
         output: Folder.
         missing: Names of planned runs that have not finished.
     """
-    found = spreads(runs)
+    found, baselines = spreads(runs), measure_baselines(runs)
+    for name, (scores, _) in baselines.items():
+        found[name] = {key: (score, None) for key, score in scores.items()}
+    groups = {case: [run.groups for run in members] for case, members in by_case(runs).items()}
+    groups |= {name: [of_mask] for name, (_, of_mask) in baselines.items()}
     shown = columns(found)
     notes = [f"{counted(len(missing), 'run')} missing: {', '.join(missing)}."] * bool(missing)
     if any(run.run.is_synthetic for run in runs):
@@ -233,6 +263,7 @@ def write_study(name, runs, budget, output, missing=()):
         "versions": ", ".join(f"{k} {v}" for k, v in first["versions"].items()),
     }
     counts = {case: str(len(members)) for case, members in by_case(runs).items()}
+    counts |= dict.fromkeys(baselines, "–")
     costs = list(MEASURES)[: list(MEASURES).index(LABEL)]
     content = {
         "name": name,
@@ -246,7 +277,7 @@ def write_study(name, runs, budget, output, missing=()):
                 ],
             },
             "Frontier": {"charts": list(charts(runs))},
-            "Where masks are right": {"tables": list(group_tables(runs))},
+            "Where masks are right": {"tables": list(group_tables(groups))},
             "Circumstances": {
                 "facts": facts,
                 "tables": one_run.table("Warnings", ("run", "warning"), warnings),
@@ -265,6 +296,7 @@ def write_study(name, runs, budget, output, missing=()):
 def _measure_table(title, found, keys, counts):
     """A table of the page with some of MEASURES, those that any case has."""
     keys = [key for key in MEASURES if key in keys and any(key in row for row in found.values())]
+    found = {case: row for case, row in found.items() if row.keys() & keys}
     headings = {"": "", "runs": "Finished runs."}
     headings |= {MEASURES[key].label: MEASURES[key].meaning for key in keys}
     rows = [

@@ -6,19 +6,20 @@ from collections import defaultdict
 import numpy as np
 
 from harness.data.hdf5 import open_hdf5, open_numbers, read_all, read_attribute
-from harness.data.mask_files import mask_files, measured_pixels, read_mask
 from harness.data.scene_files import day_or_night, walk_scenes
 from harness.inference.scores import Pixels, accuracy, balanced_accuracy
+from tools.lib.masks import read_fields
 
 GROUPS = {"cloud_regime": "cloud regime", "surface": "surface"}  # datasets of codes: their titles
 
 
-def score_truth(run_folder, scenes_folder):
-    """Score the masks of a run against the truth, among pixels with data.
+def score_truth(mask, scenes_folder, min_sst):
+    """Score a mask of many scenes against the truth, among pixels with data.
 
     Args:
-        run_folder: The run's folder.
+        mask: Mask, see tools/lib/masks.py.
         scenes_folder: Folder of the scene files.
+        min_sst: The threshold baseline calls colder pixels cloud [K].
 
     Returns:
         {score: value} and {title of a group: {name in it: accuracy among its pixels}}. The scores
@@ -28,25 +29,22 @@ def score_truth(run_folder, scenes_folder):
     Raises:
         UserError: If a scene or mask file cannot be used.
     """
-    paths = {path.stem: path for path in walk_scenes(scenes_folder)}
     scores, counts = defaultdict(list), defaultdict(lambda: defaultdict(lambda: np.zeros(2, int)))
-    for name, mask_path in mask_files(run_folder).items():
-        if name not in paths:
+    for path in walk_scenes(scenes_folder):
+        if mask.files is not None and path.stem not in mask.files:
             continue
-        with open_hdf5(mask_path) as file:
-            mask = read_mask(file).astype(bool)
-        with open_hdf5(paths[name]) as file:
-            truth = open_numbers(file, "truth", (*mask.shape, 1), optional=True)
-            if truth is None:
-                continue
-            truth, valid = read_all(truth)[..., 0] != 0, measured_pixels(file, mask.shape)
-            pixels = Pixels(mask, truth, valid, None, None).with_data
-            scores["accuracy"].append(accuracy(pixels))
-            scores["balanced_accuracy"].append(balanced_accuracy(pixels))
-            scores[day_or_night(paths[name])].append(scores["accuracy"][-1])
-            right = (mask == truth)[valid]
+        fields = read_fields([mask], min_sst, path.stem, path)
+        if "truth" not in fields:
+            continue
+        cloud, truth, valid = fields["mask 0"], fields["truth"], fields["measured"]
+        pixels = Pixels(cloud, truth, valid, None, None).with_data
+        scores["accuracy"].append(accuracy(pixels))
+        scores["balanced_accuracy"].append(balanced_accuracy(pixels))
+        scores[day_or_night(path)].append(scores["accuracy"][-1])
+        right = (cloud == truth)[valid]
+        with open_hdf5(path) as file:
             for dataset, title in GROUPS.items():
-                for group, where in _groups(file, dataset, mask.shape).items():
+                for group, where in _groups(file, dataset, cloud.shape).items():
                     where = where[valid]
                     counts[title][group] += right[where].sum(), where.sum()
     return (
