@@ -15,7 +15,7 @@ from scipy.ndimage import uniform_filter
 
 from tools.lib.scenes.fields import bands
 
-PRIOR = 0.9  # probability of cloud; a little more than the scenes have
+PRIOR = 0.86  # probability of cloud; a little more than the scenes have
 DAY = 85.0  # [deg] of the sun's zenith, below which reflectance is used
 NIGHT = 95.0  # [deg], above which S7 is free of sunlight
 S1, S3, S5 = 0, 2, 4  # indices of channels

@@ -174,7 +174,7 @@ def ancillary_data(rng, surface, sun):
     """
     shape = surface.land.shape
     is_day = sun.zenith.min() < 90
-    error = 1.2 * fractal_field(rng, coarse_shape(shape), 500, 2.0)  # [K], of a climatology
+    error = 1.35 * fractal_field(rng, coarse_shape(shape), 500, 2.0)  # [K], of a climatology
     open_sea = ~surface.land & (surface.ice < 0.3)
     sea = smooth_within(surface.temperature, open_sea, 40, surface.air)
     land = smooth_within(surface.temperature, surface.land, 60, surface.air)
