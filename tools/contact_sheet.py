@@ -1,6 +1,11 @@
-"""Draw a contact sheet of scenes: quick-looks, and below each its label.
+"""Draw a contact sheet of scenes: quick-looks, and below each its label or other masks.
 
     python tools/contact_sheet.py scenes/ssts --output scenes.jpg
+    python tools/contact_sheet.py scenes/ssts --masks bayes outputs/RUN --errors
+
+A mask is the folder of a run or of mask files, or a name: bayes, summary, or threshold. With
+--errors missed cloud is red and false cloud yellow, in scenes that contain `truth`, as synthetic
+ones do.
 
 By day a quick-look shows S5, S3, S2 as red, green and blue, so that ice and clouds of ice are cyan;
 by night it shows S8, cold is bright. A pixel of the sheet is the mean of about 9 km, as in the
@@ -15,10 +20,13 @@ from _command import exit_status  # isort: skip  (before all packages)
 import numpy as np
 from PIL import Image
 
+from harness.config import Config
 from harness.console import log_to_screen
 from harness.data.hdf5 import open_hdf5, open_numbers, read_all
-from harness.data.scene_files import day_or_night, find_scenes
+from harness.data.scene_files import day_or_night
+from harness.errors import UserError
 from harness.files import replacing
+from tools.lib.masks import common_scenes, open_masks, read_fields
 from tools.lib.options import command_parser, positive
 
 THUMBNAIL = (131, 165)  # rows and columns; 1200 x 1500 km in pixels of 9.1 km
@@ -28,23 +36,42 @@ DAY_CHANNELS = (4, 2, 1)  # S5, S3, S2
 BRIGHTEST = (0.75, 1.0, 1.0)  # reflectance that is white
 GAMMA = 0.85
 JPEG_QUALITY = 85
+MISSED, FALSE = (1, 0.2, 0.1), (1, 0.85, 0)  # colours of cloud that a mask misses, and invents
 
 
-def read_thumbnails(path):
-    """Read a scene file; return its quick-look and label, uint8 (rows, columns, 3)."""
+def read_thumbnails(path, masks, errors):
+    """Read a scene file; return its quick-look and its masks, uint8 (rows, columns, 3).
+
+    Args:
+        path: Scene file.
+        masks: List of Mask, see tools/lib/masks.py.
+        errors: Whether to colour errors.
+
+    Raises:
+        UserError: If the scene does not have a mask, or no truth to show errors.
+    """
     with open_hdf5(path) as file:
         bts = np.nan_to_num(read_all(open_numbers(file, "bts", (None, None, 3)))[..., 1])
         refs = open_numbers(file, "refs", (None, None, 6))
         refs = np.nan_to_num(read_all(refs)[..., DAY_CHANNELS])
-        label = open_numbers(file, "bayes", (*bts.shape, 1), optional=True)
-        label = np.zeros(bts.shape) if label is None else read_all(label)[..., 0]
     if refs.any():
         levels = np.clip(refs / BRIGHTEST, 0, 1) ** GAMMA
     else:
         measured = bts[bts > 0]
         warm, cold = np.percentile(measured, (99, 1)) if measured.size else (1, 0)
         levels = np.clip((warm - bts) / max(warm - cold, 1), 0, 1) * (bts > 0)
-    return shrink(levels), shrink(label > 0)
+    fields = read_fields(masks, Config().min_sst, path.stem, path)
+    if errors and "truth" not in fields:
+        raise UserError(f"{path} has no dataset 'truth', which --errors needs. Omit --errors.")
+    pictures = [shrink(levels)]
+    for i in range(len(masks)):
+        mask = fields[f"mask {i}"]
+        picture = np.repeat(mask[..., None].astype(float), 3, axis=-1)
+        if errors:
+            picture[fields["measured"] & ~mask & fields["truth"]] = MISSED
+            picture[fields["measured"] & mask & ~fields["truth"]] = FALSE
+        pictures.append(shrink(picture))
+    return pictures
 
 
 def shrink(levels):
@@ -53,21 +80,24 @@ def shrink(levels):
     return np.asarray(image.resize(THUMBNAIL[::-1], Image.Resampling.BOX))
 
 
-def draw_sheet(folder, output, n_scenes, n_columns):
+def draw_sheet(folder, output, n_scenes, n_columns, mask_names, errors):
     """Write the contact sheet of the first scenes below a folder; see the options of the command.
 
     Raises:
-        SceneError: If a file is no scene.
+        UserError: If a file is no scene, or does not have a mask.
     """
-    paths = sorted(find_scenes(folder), key=lambda path: (day_or_night(path), path.name))[:n_scenes]
+    masks = open_masks(mask_names)
+    paths = common_scenes(masks, folder, ()).values()
+    paths = sorted(paths, key=lambda path: (day_or_night(path), path.name))[:n_scenes]
     rows, cols = (length + MARGIN for length in THUMBNAIL)
-    n_rows = 2 * -(-len(paths) // n_columns)
+    n_pictures = 1 + len(masks)  # of a scene
+    n_rows = n_pictures * -(-len(paths) // n_columns)
     sheet = np.full((n_rows * rows + MARGIN, n_columns * cols + MARGIN, 3), GREY, np.uint8)
     for index, path in enumerate(paths):
         row, column = divmod(index, n_columns)
         left = MARGIN + column * cols
-        for below, thumbnail in enumerate(read_thumbnails(path)):
-            top = MARGIN + (2 * row + below) * rows
+        for below, thumbnail in enumerate(read_thumbnails(path, masks, errors)):
+            top = MARGIN + (n_pictures * row + below) * rows
             sheet[top : top + THUMBNAIL[0], left : left + THUMBNAIL[1]] = thumbnail
     with replacing(output) as temporary:
         image_format = Image.registered_extensions()[output.suffix.lower()]
@@ -81,6 +111,8 @@ def parse_arguments(argv):
     add("folder", type=Path, metavar="DIR", help="folder of scenes")
     add("--output", type=Path, default=Path("scenes.jpg"), metavar="FILE", help=".jpg or .png")
     add("--scenes", type=positive, default=20, metavar="N", help="number of scenes (default: 20)")
+    add("--masks", nargs="*", default=["bayes"], metavar="MASK", help="masks (default: bayes)")
+    add("--errors", action="store_true", help="show where the masks differ from `truth`")
     add("--columns", type=positive, default=10, metavar="N", help="of the sheet (default: 10)")
     arguments = parser.parse_args(argv)
     if arguments.output.suffix.lower() not in (".jpg", ".png"):
@@ -92,9 +124,9 @@ def main(argv=None):
     """Run the command and return its exit status."""
     arguments = parse_arguments(argv)
     log_to_screen(arguments.verbose)
+    a = arguments
     return exit_status(
-        lambda: draw_sheet(arguments.folder, arguments.output, arguments.scenes, arguments.columns),
-        arguments.verbose,
+        lambda: draw_sheet(a.folder, a.output, a.scenes, a.columns, a.masks, a.errors), a.verbose
     )
 
 

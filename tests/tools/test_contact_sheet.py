@@ -26,6 +26,35 @@ def test_sheet_shows_quick_looks_above_labels_and_day_first(tmp_path):
         assert not looks[:, 0].any() and not label[:, 0].any()  # no data at the left
 
 
+def test_errors_of_masks_are_coloured(tmp_path):
+    (path,) = make_dataset(tmp_path, train=0, inference=1, height=131, width=165)
+    sheet = tmp_path / "sheet.png"
+    command = [str(tmp_path), "--output", str(sheet), "--masks", "threshold", "bayes", "--errors"]
+    assert main([*command, "--columns", "1"]) == 0
+    pixels = np.asarray(Image.open(sheet))
+    with h5py.File(path) as file:
+        bts, truth = np.nan_to_num(file["bts"][...]), file["truth"][..., 0] == 1
+        masks = bts[..., 2] < 273.15, file["bayes"][..., 0] != 0
+    measured = (bts > 0).all(axis=-1)
+    for i, mask in enumerate(masks, start=1):
+        top = MARGIN + i * (THUMBNAIL[0] + MARGIN)
+        drawn = pixels[top : top + THUMBNAIL[0], MARGIN:-MARGIN]
+        for colour, expected in (
+            ((255, 51, 25), measured & truth & ~mask),
+            ((255, 216, 0), measured & ~truth & mask),
+        ):
+            np.testing.assert_array_equal((drawn == colour).all(axis=-1), expected)
+            assert expected.any()
+
+
+def test_scenes_without_truth_show_no_errors(tmp_path, capsys):
+    (path,) = make_dataset(tmp_path, train=0, inference=1, height=60, width=75)
+    with h5py.File(path, "a") as file:
+        del file["truth"]
+    assert main([str(tmp_path), "--output", str(tmp_path / "sheet.png"), "--errors"]) == 2
+    assert "has no dataset 'truth', which --errors needs" in capsys.readouterr().err
+
+
 def test_other_formats_are_usage_errors(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main([str(tmp_path), "--output", "sheet.gif"])
