@@ -59,6 +59,8 @@ class PhysicalMixture:
         coarse = features.coarsen(fields)
         background = self.find_background(coarse, TESTS_ALONE.find_background(coarse))
         odds = self.log_odds(fields, features.refine(background, valid.shape))
+        for kind, part in self._values.items():
+            odds[select(fields, kind)] += TEMPER * logit(part["cloud_share"])
         return np.where(valid, smooth(odds), 0)
 
     def find_background(self, fields, background=None):
@@ -149,6 +151,7 @@ def fit_classes(x, is_cloud, rng):
         return None
     mean, scale = x.mean(axis=0), x.std(axis=0) + np.float32(1e-6)
     fitted = {"mean": mean.tolist(), "scale": scale.tolist()}
+    fitted["cloud_share"] = float(is_cloud.mean())  # not used while fitting, where it would grow
     for name, n in COMPONENTS.items():
         mixture = GaussianMixture(
             n, reg_covar=1e-2, tol=1e-2, max_iter=30, random_state=int(rng.integers(2**31))
