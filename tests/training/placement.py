@@ -9,11 +9,7 @@ import functools
 
 from tensorflow.python.framework import function_def_to_graph, kernels
 
-PYTHON = {
-    "EagerPyFunc",
-    "PyFunc",
-    "PyFuncStateless",
-}  # registered for GPUs too, and wait for Python
+PYTHON = {"EagerPyFunc", "PyFunc", "PyFuncStateless"}  # one has a kernel for GPUs; all wait
 # Operations that compute in host memory beside a GPU. That costs nothing as long as no value of the
 # device is among their inputs, which `faults` reports.
 SHAPES = {"ConcatV2", "Const", "Identity", "Pack", "Shape", "ShapeN", "StridedSlice", "Unpack"}

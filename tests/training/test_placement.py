@@ -20,6 +20,9 @@ from harness.training.losses import LOSSES, cross_entropy
 from harness.training.trainer import POLICIES
 from model import NETWORKS
 
+pytestmark = pytest.mark.skipif(
+    not tf.test.is_built_with_cuda(), reason="this TensorFlow is built without kernels for GPUs"
+)
 PATCHES = tf.TensorSpec((2, P, P, 9))
 # The optimizer of Keras for float16 skips a step whose gradients are not finite: once per step the
 # host waits for that answer, and for the number of steps since the last overflow.
