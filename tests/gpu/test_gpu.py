@@ -45,7 +45,8 @@ def checks(request):
             "machine": describe_machine("GPU"), "checks": outcomes,
         }  # fmt: skip
         write_text(REPORT, json.dumps(facts, indent=1) + "\n")
-        sys.stderr.write(f"\nThe report is {REPORT}: attach it to an issue.\n")
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            sys.stdout.write(f"\nThe report is {REPORT}: attach it to an issue.\n")
 
 
 @pytest.fixture(scope="module")
