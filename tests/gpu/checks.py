@@ -311,7 +311,7 @@ def versions(scenes):
     del scenes
     build, gpus = tf.sysconfig.get_build_info(), tf.config.list_physical_devices("GPU")
     if not gpus:
-        raise Failed(why_no_gpu(build))
+        raise Failed(why_no_gpu(build) or "TensorFlow lists no GPU")
     details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
     try:
         cudnn = metadata.version(f"nvidia-cudnn-cu{build['cuda_version'].partition('.')[0]}")
