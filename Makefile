@@ -1,11 +1,12 @@
-# make demo: the whole benchmark on synthetic scenes. For developers: make test, make lint and
+# make demo: the whole benchmark on synthetic scenes. For developers: make test, make lint,
+# make gpu-check (what only a machine with NVIDIA GPUs can show, in about ten minutes) and
 # make torture (runs killed at 60 random moments, and 36 faults of two ranks, about an hour).
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO = demo
 
-.PHONY: demo test torture lint clean
+.PHONY: demo test gpu-check torture lint clean
 
 # A stamp is newer than the requirements that the environment was made from.
 $(VENV)/.run: requirements.txt
@@ -32,6 +33,12 @@ demo: $(VENV)/.run
 # those with few but long tests would come last, one after the other.
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+
+# TensorFlow finds the CUDA libraries in packages of their own; a cluster may have them elsewhere.
+gpu-check: $(VENV)/.dev
+	-@if ls /dev/nvidia[0-9]* > /dev/null 2>&1; then \
+		$(BIN)/python -m pip install --quiet "tensorflow[and-cuda]"; fi
+	$(BIN)/python -m pytest -v -m gpu tests/gpu
 
 torture: $(VENV)/.dev
 	$(BIN)/python -m pytest -s tests/test_kill.py --torture 7

@@ -10,6 +10,7 @@ from data_loader import SceneError, read_scene
 from harness.build import open_batches, open_devices, open_predictor, open_trainer
 from harness.console import counted, format_bytes, format_duration, table
 from harness.errors import UserError
+from harness.parallel.gpu_setup import why_no_gpu
 from harness.preflight import (
     FoundScenes,
     check_free_space,
@@ -74,6 +75,8 @@ def check(config, ranks):
 
 def measure(config, ranks, scenes):
     """Train a few steps and mask one scene: {line of a table: text} about time and memory."""
+    if config.gpu != 0:
+        warn_of_unused_gpus()
     devices = open_devices(config, ranks)
     trainer = open_trainer(config, devices)
     seconds = []
@@ -106,3 +109,14 @@ def measure(config, ranks, scenes):
         "(from one)",
         "memory": " and ".join([format_bytes(peak_rss()), *gpu_memory]) + " at most so far",
     }
+
+
+def warn_of_unused_gpus():
+    """Say why TensorFlow lists no GPU if this machine has one."""
+    import tensorflow as tf
+
+    import harness.quiet_tensorflow  # noqa: F401  (before all that imports TensorFlow)
+
+    reason = why_no_gpu(tf.sysconfig.get_build_info())
+    if reason and not tf.config.list_physical_devices("GPU"):
+        log.warning("%s", reason)

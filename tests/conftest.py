@@ -10,7 +10,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # what a test says must not depend on the machine
+# What a test says must not depend on the machine; tests/gpu/test_gpu.py shows the GPUs again.
+os.environ["GPUS_BEFORE_TESTS"] = os.environ.get(
+    "GPUS_BEFORE_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+)
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
 import harness.quiet_tensorflow  # noqa: F401
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 import pytest
+import tensorflow as tf
 from conftest import HEIGHT, PATCH, WIDTH, results, rewrite, rows, spoil, start
 
 import data_loader
@@ -328,11 +329,14 @@ def test_free_space_of_a_missing_folder_is_that_of_its_parent(tmp_path):
 def test_mode_check_prints_what_it_finds_and_makes_no_run(tmp_path, copy, capsys, monkeypatch):
     # Every step, the evaluation, and the reading and masking of a scene take a second each.
     monkeypatch.setattr(check, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    monkeypatch.setattr(check, "why_no_gpu", lambda build: f"No GPU: {sorted(build)}")
     strange = train_scenes(copy)[0]
     rewrite(strange, compression="gzip")
     checked = start(tmp_path / "out", {**copy, "epochs": 400}, "--mode", "check")
     assert checked.status == 0 and checked.folder is None
-    lines = capsys.readouterr().out.splitlines()
+    output = capsys.readouterr()
+    assert f"No GPU: {sorted(tf.sysconfig.get_build_info())}\n" in output.err
+    lines = output.out.splitlines()
     found = {line[:22].strip(): line[22:].strip() for line in lines}
     assert found["scenes"].split() == ["7", "2"]
     assert found["refs"].startswith("float64 contiguous (6), float64 chunked gzip (1)")

@@ -88,9 +88,12 @@ class EarlyLearning:
     n_counts = 5
 
     def __init__(self):
-        self._replaces = tf.Variable([False, False], trainable=False)  # labels clear and cloud
+        # Whether labels of clear and of cloud are replaced, 0 or 1. In host memory, where int32
+        # stays: no step waits for a device to say whether there is something to replace.
+        with tf.device("/CPU:0"):
+            self.replaces = tf.Variable([0, 0], trainable=False)
 
-    def corrected(self, label, probability, probability_of_turned):
+    def corrected(self, label, probability, probability_of_turned, replaces):
         """Replace the labels that are contradicted.
 
         Args:
@@ -98,16 +101,17 @@ class EarlyLearning:
             probability: float32 (m, p, p, 1), of cloud.
             probability_of_turned: Function that returns the same for the turned patches, turned
                 back; called only if labels are replaced at all.
+            replaces: int32 (2,), the value of `replaces`.
         """
 
         def replace():
             turned = probability_of_turned()
             is_cloud = tf.minimum(probability, turned) > self.CONFIDENT
             is_clear = tf.maximum(probability, turned) < 1 - self.CONFIDENT
-            without_clear = tf.where(is_cloud & self._replaces[0], 1.0, label)
-            return tf.where(is_clear & self._replaces[1], 0.0, without_clear)
+            without_clear = tf.where(is_cloud & (replaces[0] > 0), 1.0, label)
+            return tf.where(is_clear & (replaces[1] > 0), 0.0, without_clear)
 
-        return tf.cond(tf.reduce_any(self._replaces), replace, lambda: label)
+        return tf.cond(replaces[0] + replaces[1] > 0, replace, lambda: label)
 
     def count(self, channels, label, probability, corrected, weight):
         """Pixels by label and predicted class, and those whose label is replaced."""
@@ -124,7 +128,7 @@ class EarlyLearning:
 
     def begin_epoch(self, counts):
         """Find the classes whose agreement has bent by now."""
-        self._replaces.assign(self.bent_classes(counts))
+        self.replaces.assign(np.int32(self.bent_classes(counts)))
 
     @classmethod
     def bent_classes(cls, counts):

@@ -67,6 +67,7 @@ class Trainer:
         self.strategy, self.batch_size, self.micro_batch = strategy, batch_size, micro_batch
         self._loss, self._clip_offset, self._cloud_weight = loss, clip_offset, cloud_weight
         self._loss_scaling, self._label_one = loss_scaling, float(label_one)
+        self._label_correction = label_correction and label_correction()  # for all replicas
         with strategy.scope():
             self.model = build_model()
             check_trainable(self.model)
@@ -76,7 +77,6 @@ class Trainer:
                 self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
             self.optimizer.build(self.model.trainable_variables)
             self._forward_correction = forward_correction and forward_correction()
-            self._label_correction = label_correction and label_correction()
             noise = self._forward_correction, self._label_correction
             self._counters = [counter for counter in noise if counter]
             # Sums of loss, correct pixels and pixels; in training also what counters count, in
@@ -128,9 +128,12 @@ class Trainer:
         """Gradients of the objective, and float64 (3,) sums over pixels, of a replica's share."""
         gradients = [tf.zeros_like(v.value) for v in self.model.trainable_variables]
         sums = tf.zeros(self._train_sums.shape, tf.float64)
+        # An argument, since compiled code on a GPU cannot read a variable in host memory.
+        replaces = self._label_correction and self._label_correction.replaces.value()
         for i in self._micro_batches(weight):
             tf.autograph.experimental.set_loop_options(parallel_iterations=1)  # memory of one
-            part, part_sums = self._gradients_of(*self._cut(i, channels, cloud, weight))
+            arrays = self._cut(i, channels, cloud, weight)
+            part, part_sums = self._gradients_of(*arrays, replaces)
             gradients = [total + g for total, g in zip(gradients, part, strict=True)]
             sums += part_sums
         return gradients, sums
@@ -145,16 +148,17 @@ class Trainer:
         return [tf.ensure_shape(a[first : first + m], (m, *a.shape[1:])) for a in arrays]
 
     def _count_step(self, loss):
-        taken, bad = tf.unstack(self._steps + [1, 0])
+        steps = self._steps + [1, 0]
+        taken, bad = steps[0], steps[1]  # tf.unstack of int64 would be in host memory
         is_first_bad = (bad == 0) & ~tf.math.is_finite(loss)
         self._steps.assign([taken, tf.where(is_first_bad, taken, bad)])
 
     # --- one micro-batch --------------------------------------------------------------------
 
-    def _gradients(self, channels, cloud, weight):
+    def _gradients(self, channels, cloud, weight, replaces):
         variables = self.model.trainable_variables
         with tf.GradientTape() as tape:
-            sums, objective = self._forward(channels, cloud, weight, training=True)
+            sums, objective = self._forward(channels, cloud, weight, True, replaces)
             if self._loss_scaling:
                 objective = self.optimizer.scale_loss(objective)
         return tape.gradient(objective, [v.value for v in variables]), sums
@@ -167,7 +171,7 @@ class Trainer:
         )  # (m,), exact
         return tf.concat([sums, [tf.reduce_sum(cloudy)]], axis=0)
 
-    def _forward(self, channels, cloud, weight, training):
+    def _forward(self, channels, cloud, weight, training, replaces=None):
         """Return float64 (3,) sums over pixels, and the float32 loss per patch of a full batch."""
         probability = self._clipped(self._network(channels, training=training))
         label = self._label(cloud)
@@ -177,6 +181,7 @@ class Trainer:
                 label,
                 probability,
                 lambda: self._clipped(_turned(self._network(_turned(channels)))),
+                replaces,
             )
             target = tf.stop_gradient(target)
         if self._forward_correction:

@@ -100,7 +100,9 @@ def test_labels_are_replaced_where_both_views_contradict_them(monkeypatch, repla
     rng = np.random.default_rng(0)
     label = rng.choice([0.0, 1.0], (2, 8, 8, 1)).astype(np.float32)
     one, two = rng.choice([0.02, 0.2, 0.5, 0.8, 0.98], (2, *label.shape)).astype(np.float32)
-    ours = correction.corrected(tf.constant(label), tf.constant(one), lambda: tf.constant(two))
+    ours = correction.corrected(
+        tf.constant(label), tf.constant(one), lambda: tf.constant(two), correction.replaces
+    )
     expected = label.copy()
     if replaces[0]:
         expected[(label == 0) & (one > 0.9) & (two > 0.9)] = 1
