@@ -54,10 +54,10 @@ def test_costs_in_the_docstring_are_those_of_the_layers(name):
 
 @everything
 def test_network_can_be_saved_without_its_code(name, tmp_path):
-    model = NETWORKS[name]((P, P, 3))
+    model = NETWORKS[name]((P, P, 4))
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras", safe_mode=True)
-    np.testing.assert_array_equal(loaded(images(1, P, P, 3)), model(images(1, P, P, 3)))
+    np.testing.assert_array_equal(loaded(images(1, P, P, 4)), model(images(1, P, P, 4)))
 
 
 def test_unet_has_39_layers_and_1948609_parameters():

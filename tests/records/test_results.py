@@ -128,8 +128,8 @@ def test_progress_of_a_batch_job_gives_the_remaining_time(monkeypatch, caplog):
     assert caplog.messages == ["Masking: 1 of 3, 400 s left", "Masking: 2 of 3, 150 s left"]
 
 
-def test_probabilities_need_four_bytes_per_pixel():
+def test_probability_and_uncertainty_need_four_bytes_each_per_pixel():
     pixels = 100 * 1200 * 1500
     masks, both = (results_bytes((1200, 1500, 9), 100, keep) for keep in (False, True))
-    assert both - masks == pytest.approx(4 * pixels, rel=1e-6)
+    assert both - masks == pytest.approx(8 * pixels, rel=1e-6)
     assert masks - results_bytes((1200, 1500, 9), 0, False) == pytest.approx(pixels / 7, rel=1e-5)
