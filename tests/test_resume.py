@@ -30,7 +30,7 @@ from harness.records import mlperf_log
 from harness.records.resume import find_requeued, load_resumed
 from harness.records.run_folder import make_folder
 from harness.training.checkpoints import Checkpoints
-from harness.training.label_noise import EarlyLearning, ForwardCorrection
+from harness.training.label_noise import CoTeaching, EarlyLearning, ForwardCorrection
 from harness.training.losses import LOSSES
 from harness.training.state import TrainingState
 from harness.training.trainer import POLICIES, Trainer
@@ -187,14 +187,23 @@ def test_resumed_training_continues_at_the_next_step(copy_of_stopped, whole, mon
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "noisy",
+    [
+        {"loss": "forward_correction", "label_correction": "early_learning", "network": "pixel"},
+        {"label_correction": "co_teaching", "network": "two_views"},
+    ],
+)
 def test_resumed_training_with_replaced_labels_equals_one_that_was_never_stopped(
-    tmp_path, quick, monkeypatch
+    tmp_path, quick, monkeypatch, noisy
 ):
-    """As confusion matrices and replaced labels follow from the epochs before."""
+    """As confusion matrices, limits and replaced labels follow from the epochs before."""
     monkeypatch.setattr(EarlyLearning, "bent_classes", lambda self, counts: [len(counts) > 0] * 2)
     for method in (EarlyLearning, ForwardCorrection):
         monkeypatch.setattr(method, "CONFIDENT", 0.5)
-    noisy = {**quick, "loss": "forward_correction", "label_correction": "early_learning"}
+    limits = CoTeaching.limits  # of views that have hardly learned
+    monkeypatch.setattr(CoTeaching, "limits", lambda self, counts: limits(counts) - any(counts) / 2)
+    noisy = {**quick, **noisy}
     whole = start(tmp_path / "whole", noisy).folder
     shares = [float(row["labels_replaced"]) for row in rows(whole / "history.csv")]
     assert shares[0] == 0 and all(share > 0 for share in shares[1:])

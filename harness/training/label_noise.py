@@ -166,9 +166,10 @@ class CoTeaching:
 
     A view is sure of a class where its probability is above the mean that it gives to pixels whose
     label is this class (Northcutt et al. 2021, arXiv 1911.00068), as measured in the epoch before:
-    the limit rises as the labels get better. Of two views, the surer one teaches. So no view
-    teaches itself, and by night, with one view, all labels stay. A view that gives less than 1/2 to
-    either class has not learned to tell them apart, and teaches nothing.
+    the limit rises as the labels get better. A view that gives less than 1/2 to either class has
+    not learned to tell them apart, and teaches nothing. The taught view must lean to the class
+    itself, since one view alone does not see all that matters: thin cirrus is hardly visible in
+    S1-S6, and snow is as cold as cloud. By night there is one view, and all labels stay.
 
     The idea is co-training (Blum and Mitchell 1998, doi:10.1145/279943.279962), where views teach
     pixels without label, and co-teaching (Han et al. 2018, arXiv 1804.06872), where two networks
@@ -182,19 +183,19 @@ class CoTeaching:
         self._limits = tf.Variable(tf.ones((2, 2)), trainable=False)
 
     def corrected(self, label, probability, probability_of_turned):
-        """Replace the labels of each view where the other one is surer, and sure enough.
+        """Replace the labels of each view where the other one is sure and it has no objection.
 
         Args:
             label: float32 (m, p, p, 2), 0 to 1.
-            probability: float32 (m, p, p, 2), of cloud.
+            probability: float32 (m, p, p, 2), of cloud; both are equal where there is one view.
             probability_of_turned: Not used.
         """
         del probability_of_turned
         teacher = probability[..., ::-1]
-        is_surer = tf.abs(teacher - 0.5) > tf.abs(probability - 0.5)
         if_clear, if_cloud = tf.unstack(self._limits[:, ::-1])
-        is_clear = is_surer & (teacher < 0.5) & (1 - teacher > if_clear)
-        is_cloud = is_surer & (teacher > 0.5) & (teacher > if_cloud)
+        has_two = teacher != probability
+        is_clear = has_two & (1 - teacher > if_clear) & (probability < THRESHOLD)
+        is_cloud = has_two & (teacher > if_cloud) & (probability > THRESHOLD)
         return tf.where(is_cloud, 1.0, tf.where(is_clear, 0.0, label))
 
     def count(self, channels, label, probability, corrected, weight):

@@ -101,6 +101,25 @@ def test_strips_agree_with_the_whole_scene(build, monkeypatch):
         np.testing.assert_allclose(probability, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("grid", [StripGrid(50, 70, EVEN, 1, 56, 8), PatchGrid(50, 70, 64, 8)])
+def test_uncertainty_is_the_difference_of_two_views(grid):
+    model = with_strong_weights(NETWORKS["two_views"]((None, None, 9)))
+    padded = padded_scene(grid, 50, 70)
+    first = 30 + grid.padding[1][0]
+    padded[..., :6] = np.abs(padded[..., :6])
+    padded[:, first:, :6] = -0.5  # no reflectance: one view
+    probability, _, uncertainty = Predictor(model, "/CPU:0", grid, 1)(padded)
+    views = keras.Model(model.input, model.get_layer("views").output)
+    windows = np.array([
+        views(padded[None, row : row + grid.window[0], col : col + grid.window[1]])[0]
+        for row, col in grid.corners
+    ])  # fmt: skip
+    visible, thermal = (grid.stitch(windows[..., i]) for i in (0, 1))
+    np.testing.assert_allclose(uncertainty[:, :30], abs(visible - thermal)[:, :30], atol=1e-5)
+    assert np.isnan(uncertainty[:, 30:]).all() and uncertainty[:, :30].max() > 1e-3
+    np.testing.assert_allclose(probability, (visible + thermal) / 2, atol=1e-5)
+
+
 def test_smaller_overlap_than_the_margin_would_show():
     model = with_strong_weights(unet((None, None, 9)))
     whole, short = (StripGrid(400, 30, EVEN, *n, 8) for n in ((1, 56), (2, 16)))
