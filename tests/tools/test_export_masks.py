@@ -143,9 +143,7 @@ def test_mask_of_the_network_is_kept_on_demand(run, scenes, kind):
             files = [rasterio.open(folder / f"{scenes[0].stem}{end}.tif")
                      for end in ("", "_probability", "_uncertainty")]  # fmt: skip
         with files[0], files[1], files[2]:
-            np.testing.assert_array_equal(
-                files[2].read(1), stored_uncertainty(run, scenes[0].stem)
-            )
+            np.testing.assert_array_equal(files[2].read(1), stored_uncertainty(run, scenes[0].stem))
             np.testing.assert_array_equal(files[0].dataset_mask() == 255, measured(scenes[0]))
             found, likely, _ = (file.read(1) for file in files)
     assert found.dtype == np.uint8

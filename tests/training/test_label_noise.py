@@ -1,10 +1,9 @@
 import itertools
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from keras import layers
+from conftest import pixel_views
 from test_trainer import P, batch_of, small
 
 from harness.networks.model_files import with_views
@@ -21,7 +20,6 @@ from harness.training.label_noise import (
 )
 from harness.training.losses import cross_entropy
 from harness.training.trainer import Trainer
-from model import has_reflectance, split_views
 
 CURVES = {  # values of 12 epochs, and the first epoch after which the slope has fallen by 90 %
     "saturates early": (lambda t: 0.9 * (1 - np.exp(-1.2 * t)), 4),  # exp(-1.2 (t - 1)) < 0.1: 3
@@ -194,28 +192,15 @@ def test_views_replace_labels_of_each_other_like_numpy():
     correction.begin_epoch([limits(clear=(1, 1), cloud=(1, 1)), limits(clear=clear, cloud=cloud)])
     ours = correction.corrected(tf.constant(label), tf.constant(views), None)
     expected = label.copy()
-    for index in np.ndindex(label.shape):
-        pupil, teacher = views[index], views[*index[:3], 1 - index[3]]
-        if teacher != pupil > 0.5 and teacher > cloud[1 - index[3]]:
-            expected[index] = 1
-        if teacher != pupil < 0.5 and 1 - teacher > clear[1 - index[3]]:
-            expected[index] = 0
+    for *place, taught in np.ndindex(label.shape):
+        p, teacher = views[(*place, taught)], views[(*place, 1 - taught)]
+        if teacher != p > 0.5 and teacher > cloud[1 - taught]:
+            expected[(*place, taught)] = 1
+        if teacher != p < 0.5 and 1 - teacher > clear[1 - taught]:
+            expected[(*place, taught)] = 0
     np.testing.assert_array_equal(ours, expected)
     assert (expected != label)[0].any(axis=(0, 1)).all()  # of both views
     np.testing.assert_array_equal(expected[1, 4:], label[1, 4:])
-
-
-def pixel_views(shape):
-    """Two views of one pixel each."""
-    inputs = keras.Input(shape)
-    visible, thermal = (
-        layers.Conv2D(1, 1)(layers.Conv2D(8, 1, activation="relu")(view))
-        for view in split_views(inputs)
-    )
-    visible = keras.ops.where(has_reflectance(inputs), visible, thermal)
-    logits = layers.Concatenate()([visible, thermal])
-    views = layers.Activation("sigmoid", name="views")(logits)
-    return keras.Model(inputs, keras.ops.mean(views, axis=-1, keepdims=True))
 
 
 def test_trainer_counts_and_weighs_two_views_like_numpy():
