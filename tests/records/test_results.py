@@ -59,13 +59,13 @@ def test_time_of_a_scene_is_split_into_its_parts(clock, settings):
         padding, device = ((0, 0), (0, 0)), "CPU:0"
 
         def __call__(self, scene):
-            return clock(5.0, (np.zeros((HEIGHT, WIDTH), np.float32), 4.0))
+            return clock(5.0, (np.zeros((HEIGHT, WIDTH), np.float32), 4.0, None))
 
     slstr_cloud.mask_scenes(
         Config.model_validate({**settings, "IMAGE_H": HEIGHT, "IMAGE_W": WIDTH}),
         SimpleNamespace(rank=0),
         SimpleNamespace(mode="benchmark", part=0, model_file="model.keras"),
-        SimpleNamespace(take=iter, write=lambda path, mask, valid, kept, row: rows.append(row)),
+        SimpleNamespace(take=iter, write=lambda *written: rows.append(written[-1])),
         None,
         [path],
         Predictor(),
