@@ -1,6 +1,6 @@
 """Training on wrong labels: a model of their errors, and their correction.
 
-Both learn from counts of labels and predictions that the trainer adds up while it trains. What they
+All learn from counts of labels and predictions that the trainer adds up while it trains. What they
 do in an epoch follows from the counts of earlier epochs alone, which the history keeps: all ranks
 agree, and a resumed run continues exactly. Each has
 
