@@ -80,7 +80,7 @@ def predict_scene(model, path, mode="patches", patch_size=256, crop_size=80, no_
     scene = read_scene(path, shape, predictor.grid.padding, labelled=False)
     if scene.out_of_range:
         log.warning(OUT_OF_RANGE_MESSAGE, path, scene.out_of_range)
-    probability, _ = predictor(scene.channels)
+    probability, *_ = predictor(scene.channels)
     if not np.isfinite(probability).all():
         raise UserError(f"The model gives probabilities that are not finite for {path}.")
     mask = probability > THRESHOLD

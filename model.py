@@ -19,6 +19,9 @@ import keras
 from keras import layers
 
 FILTERS = (32, 64, 128, 256)  # per stage going down; mlcommons/science v1.1
+HALF_FILTERS = tuple(n // 2 for n in FILTERS)
+N_THERMAL = 3  # channels of brightness temperature, the last ones; those before are reflectances
+NO_REFLECTANCE = -0.5  # normalised: 0 in the file, by night or where it is missing
 
 
 def conv_block(x, filters, dtype):
@@ -40,8 +43,14 @@ def unet(input_shape, dtype="float32", filters=FILTERS, block=conv_block, name="
     39 layers = Input + 14 x (Conv2D + ReLU) + 3 MaxPool + 3 UpSampling + 3 Concatenate + 1.
     Rows and columns must divide by 8, since they are halved three times.
     """
-    inputs = x = keras.Input(input_shape, dtype="float32")
+    inputs = keras.Input(input_shape, dtype="float32")
+    x = u_shape(inputs, dtype, filters, block)
+    outputs = layers.Conv2D(1, 1, activation="sigmoid", dtype="float32")(x)
+    return keras.Model(inputs, outputs, name=f"cloudmask_{name}")
 
+
+def u_shape(x, dtype, filters=FILTERS, block=conv_block):
+    """All layers of a U-Net but the first and the last: 256 x 256 x channels to 256 x 256 x 32."""
     skips = []
     for n in filters[:-1]:
         x = block(x, n, dtype)  # 256 x 256 x 32, 128 x 128 x 64, 64 x 64 x 128
@@ -54,9 +63,7 @@ def unet(input_shape, dtype="float32", filters=FILTERS, block=conv_block, name="
         x = layers.UpSampling2D(2, dtype=dtype)(x)
         x = layers.Concatenate(dtype=dtype)([x, skip])
         x = block(x, n, dtype)
-
-    outputs = layers.Conv2D(1, 1, activation="sigmoid", dtype="float32")(x)
-    return keras.Model(inputs, outputs, name=f"cloudmask_{name}")
+    return x
 
 
 def unet_half(input_shape, dtype="float32"):
@@ -64,7 +71,7 @@ def unet_half(input_shape, dtype="float32"):
 
     Cost: 488,161 parameters, 41,632 multiplications per pixel, receptive field of 103 pixels.
     """
-    return unet(input_shape, dtype, tuple(n // 2 for n in FILTERS), name="unet_half")
+    return unet(input_shape, dtype, HALF_FILTERS, name="unet_half")
 
 
 def separable_block(x, filters, dtype):
@@ -229,6 +236,40 @@ def stem_2x2_wide(input_shape, dtype="float32"):
     )  # fmt: skip
 
 
+def has_reflectance(channels):
+    """Where a pixel has any reflectance: bool (..., 1), for normalised channels (..., C)."""
+    reflectances, _ = split_views(channels)
+    return keras.ops.any(reflectances > NO_REFLECTANCE, axis=-1, keepdims=True)
+
+
+def split_views(channels):
+    """Reflectances (..., C - 3) and brightness temperatures (..., 3) of channels (..., C)."""
+    return keras.ops.split(channels, [channels.shape[-1] - N_THERMAL], axis=-1)
+
+
+def two_views(input_shape, dtype="float32"):
+    """Two networks of which one sees S1-S6 and the other S7-S9; they share nothing.
+
+    Both are a unet_half. The layer `views` gives both probabilities, (batch, rows, cols, 2); that
+    of the network is their mean. Without reflectances, as by night, a pixel has only the thermal
+    view: its probability stands for both. Each view is trained by a loss of its own, and
+    `label_correction: co_teaching` lets each teach the other (harness/training/label_noise.py).
+
+    Cost: 975,026 parameters, 81,968 multiplications per pixel, receptive field of 103 pixels.
+    Source: Blum and Mitchell 1998 (co-training), doi:10.1145/279943.279962.
+    """
+    inputs = keras.Input(input_shape, dtype="float32")
+    visible, thermal = (
+        layers.Conv2D(1, 1, dtype=dtype)(u_shape(view, dtype, HALF_FILTERS))
+        for view in split_views(inputs)
+    )
+    visible = keras.ops.where(has_reflectance(inputs), visible, thermal)
+    logits = layers.Concatenate(dtype=dtype)([visible, thermal])
+    views = layers.Activation("sigmoid", dtype="float32", name="views")(logits)
+    outputs = keras.ops.mean(views, axis=-1, keepdims=True)
+    return keras.Model(inputs, outputs, name="cloudmask_two_views")
+
+
 NETWORKS = {
     "unet": unet,
     "unet_half": unet_half,
@@ -238,4 +279,5 @@ NETWORKS = {
     "stem_4x4": stem_4x4,
     "large_kernel": large_kernel,
     "stem_2x2_wide": stem_2x2_wide,
+    "two_views": two_views,
 }

@@ -228,7 +228,7 @@ def mask_scenes(config, devices, run, masks, on_bad_scene, paths, predictor):
             if scene.out_of_range:
                 log.warning(data_loader.OUT_OF_RANGE_MESSAGE, path, scene.out_of_range)
             begin = active_seconds()
-            probability, network_seconds = predictor(scene)
+            probability, network_seconds, uncertainty = predictor(scene)
             if not np.isfinite(probability).all():
                 raise FloatingPointError(
                     f"{run.model_file} gives probabilities that are not finite for {path}. Use "
@@ -251,8 +251,8 @@ def mask_scenes(config, devices, run, masks, on_bad_scene, paths, predictor):
                 "device": f"rank {devices.rank}, {predictor.device}",
                 "part": run.part,
             }
-            kept = probability if config.keep_probability else None
-            masks.write(path, mask, scene.valid, kept, row)  # which applies no_data
+            kept = (probability, uncertainty) if config.keep_probability else (None, None)
+            masks.write(path, mask, scene.valid, *kept, row)  # which applies no_data
             last = active_seconds()
 
 

@@ -128,19 +128,31 @@ def clear_file_cache(config, devices, paths):
 
 
 def check_network(config, mode):
-    """Check that the network, or the model to mask with, takes patches of the configured size.
+    """Check that the network, or the model to mask with, suits the configuration.
 
     Raises:
-        UserError: If it does not, or cannot be read.
+        UserError: If it does not take patches of the configured size, cannot be read or saved, or
+            lacks the views that label_correction takes.
     """
     import keras
 
-    from harness.networks.model_files import build_network, load_model
+    from harness.networks.model_files import build_network, load_model, with_views
 
     if mode == "inference":
         load_model(config.model_file, config.patch_shape)
     else:
-        build_network(config.network, config.patch_shape)
+        model = build_network(config.network, config.patch_shape)
+        if config.label_correction == "co_teaching" and with_views(model).output_shape[-1] != 2:
+            raise UserError(
+                f"label_correction: co_teaching takes a network of two views, and {model.name} has "
+                "one. Set network: two_views, or another label_correction."
+            )
+        is_plain = all(isinstance(each, keras.Layer) for each in model.operations)
+        if config.model_file.suffix == ".h5" and not is_plain:
+            raise UserError(
+                f"Keras cannot read {model.name} from an .h5 file, since it has operations between "
+                "its layers. Set model_file to a name that ends in .keras."
+            )
         keras.utils.set_random_seed(config.seed)  # the weights have consumed random numbers
 
 

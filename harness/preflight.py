@@ -238,7 +238,7 @@ def reject_bad_scenes(paths, bad, on_bad_scene):
 
 def results_bytes(scene_shape, n_masks, keep_probability):
     """Upper estimate of the bytes that a run writes while it trains and masks."""
-    pixel_bytes = MASK_SHARE + 4 * keep_probability
+    pixel_bytes = MASK_SHARE + 8 * keep_probability  # two views also have an uncertainty
     return CHECKPOINT_BYTES + n_masks * int(scene_shape[0] * scene_shape[1] * pixel_bytes)
 
 

@@ -20,12 +20,15 @@ import harness.quiet_tensorflow  # noqa: F401
 
 # isort: split
 import h5py
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 import yaml
+from keras import layers
 
 import slstr_cloud
+from model import has_reflectance, split_views
 from tools.make_scenes import make_dataset
 
 # TensorFlow is set up once a process: as a deterministic run on up to three virtual replicas.
@@ -132,6 +135,19 @@ def whole(tmp_path_factory, quick):
     run = start(tmp_path_factory.mktemp("whole"), quick)
     assert run.status == 0
     return run.folder
+
+
+def pixel_views(shape):
+    """A small network of two views, each of one pixel."""
+    inputs = keras.Input(shape)
+    visible, thermal = (
+        layers.Conv2D(1, 1)(layers.Conv2D(8, 1, activation="relu")(view))
+        for view in split_views(inputs)
+    )
+    visible = keras.ops.where(has_reflectance(inputs), visible, thermal)
+    logits = layers.Concatenate()([visible, thermal])
+    views = layers.Activation("sigmoid", name="views")(logits)
+    return keras.Model(inputs, keras.ops.mean(views, axis=-1, keepdims=True))
 
 
 def rows(path):

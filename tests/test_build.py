@@ -87,6 +87,23 @@ def test_unusable_keys_of_training_are_rejected(configure, keys, words):
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"label_correction": "co_teaching", "network": "pixel"}, "Set network: two_views"),
+        ({"model_file": "model.h5", "network": "two_views"}, "ends in .keras"),
+        ({"label_correction": "co_teaching", "network": "two_views"}, None),
+        ({"model_file": "model.h5", "network": "pixel"}, None),
+    ],
+)
+def test_network_that_does_not_suit_other_keys_is_rejected(configure, keys, words):
+    if words is None:
+        build.check_network(configure(**keys), "train")
+        return
+    with pytest.raises(UserError, match=words):
+        build.check_network(configure(**keys), "train")
+
+
 def test_reference_predictor_takes_patches_in_float32(configure):
     shares = []
 

@@ -54,10 +54,10 @@ def test_costs_in_the_docstring_are_those_of_the_layers(name):
 
 @everything
 def test_network_can_be_saved_without_its_code(name, tmp_path):
-    model = NETWORKS[name]((P, P, 3))
+    model = NETWORKS[name]((P, P, 4))
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras", safe_mode=True)
-    np.testing.assert_array_equal(loaded(images(1, P, P, 3)), model(images(1, P, P, 3)))
+    np.testing.assert_array_equal(loaded(images(1, P, P, 4)), model(images(1, P, P, 4)))
 
 
 def test_unet_has_39_layers_and_1948609_parameters():
@@ -79,3 +79,20 @@ def test_unet_starts_from_he_normal_kernels_without_bias():
             kernel, bias = layer.get_weights()
             assert kernel.std() == pytest.approx((2 / kernel[..., 0].size) ** 0.5, rel=0.05)
             assert not bias.any()
+
+
+def test_two_views_share_nothing_and_are_one_without_reflectances():
+    model = NETWORKS["two_views"]((P, P, 9))
+    both = keras.Model(model.input, model.get_layer("views").output)
+    day = np.abs(images(1, P, P, 9))
+    views = both(day).numpy()
+    np.testing.assert_allclose(model(day)[..., 0], views.mean(axis=-1), rtol=1e-6)
+    for changed, same in ((np.s_[..., :6], 1), (np.s_[..., 6:], 0)):
+        other = day.copy()
+        other[changed] += 1
+        differs = both(other).numpy() != views
+        assert not differs[..., same].any() and differs[..., 1 - same].mean() > 0.9
+    day[:, :, : P // 2, :6] = -0.5  # as by night
+    views = both(day).numpy()
+    is_same = views[..., 0] == views[..., 1]
+    assert is_same[:, :, : P // 2].all() and is_same[:, :, P // 2 :].mean() < 0.1

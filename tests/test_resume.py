@@ -18,7 +18,18 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import EPOCHS, at_call, at_file, damage_chunk, epochs_in, results, rows, start
+from conftest import (
+    EPOCHS,
+    PATCH,
+    at_call,
+    at_file,
+    damage_chunk,
+    epochs_in,
+    pixel_views,
+    results,
+    rows,
+    start,
+)
 from mlperf_logging.compliance_checker.mlp_parser import parse_file
 from mlperf_logging.mllog.mllog import MLLogger
 
@@ -30,7 +41,7 @@ from harness.records import mlperf_log
 from harness.records.resume import find_requeued, load_resumed
 from harness.records.run_folder import make_folder
 from harness.training.checkpoints import Checkpoints
-from harness.training.label_noise import EarlyLearning, ForwardCorrection
+from harness.training.label_noise import CoTeaching, EarlyLearning, ForwardCorrection
 from harness.training.losses import LOSSES
 from harness.training.state import TrainingState
 from harness.training.trainer import POLICIES, Trainer
@@ -187,20 +198,30 @@ def test_resumed_training_continues_at_the_next_step(copy_of_stopped, whole, mon
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("correction", ["early_learning", "co_teaching"])
 def test_resumed_training_with_replaced_labels_equals_one_that_was_never_stopped(
-    tmp_path, quick, monkeypatch
+    tmp_path, quick, monkeypatch, correction
 ):
-    """As confusion matrices and replaced labels follow from the epochs before."""
+    """As confusion matrices, limits and replaced labels follow from the epochs before."""
     monkeypatch.setattr(EarlyLearning, "bent_classes", lambda self, counts: [len(counts) > 0] * 2)
     for method in (EarlyLearning, ForwardCorrection):
         monkeypatch.setattr(method, "CONFIDENT", 0.5)
-    noisy = {**quick, "loss": "forward_correction", "label_correction": "early_learning"}
+    limits = CoTeaching.limits  # of views that have hardly learned
+    monkeypatch.setattr(CoTeaching, "limits", lambda self, counts: limits(counts) - any(counts) / 2)
+    pixel_views((PATCH, PATCH, 9)).save(tmp_path / "views.keras")
+    network = "pixel" if correction == "early_learning" else str(tmp_path / "views.keras")
+    noisy = {
+        **quick, "loss": "forward_correction", "label_correction": correction, "network": network
+    }  # fmt: skip
     whole = start(tmp_path / "whole", noisy).folder
     shares = [float(row["labels_replaced"]) for row in rows(whole / "history.csv")]
     assert shares[0] == 0 and all(share > 0 for share in shares[1:])
     folder = stop(tmp_path, noisy, in_step("train_step", N_STEPS + 3))
     assert resume(folder) == 0
     assert_same_outcome(folder, whole)
+    for path in (folder / "masks").glob("*.h5"):
+        with h5py.File(path) as file:
+            assert ("uncertainty" in file) == (correction == "co_teaching")
 
 
 def test_signal_between_epochs_loses_no_epoch(tmp_path, quick, monkeypatch):

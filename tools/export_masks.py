@@ -5,12 +5,13 @@ r"""Export the masks of a run as NetCDF, GeoTIFF or PNG.
     python tools/export_masks.py RUN_DIR --format png -o figures
 
 netcdf   <scene>.nc with the conventions CF-1.10: `cloud_mask`, `data_available`,
-         `cloud_probability` if the run kept it, latitude, longitude and time if they are known.
-geotiff  <scene>.tif, 0 clear and 1 cloud with a palette, and <scene>_probability.tif. A swath has
-         no map projection: the files have ground control points (EPSG:4326) every 64 pixels, which
-         `gdalwarp -tps -t_srs EPSG:4326` uses to make a map; none if positions are unknown.
-         Pixels without data are 255 or NaN, and on a map also those outside the swath; the mask of
-         valid pixels in each file marks them too.
+         `cloud_probability` and `cloud_uncertainty` if the run kept them, latitude, longitude and
+         time if they are known.
+geotiff  <scene>.tif, 0 clear and 1 cloud with a palette; <scene>_probability.tif and
+         <scene>_uncertainty.tif. A swath has no map projection: the files have ground control
+         points (EPSG:4326) every 64 pixels, which `gdalwarp -tps -t_srs EPSG:4326` uses to make a
+         map; none if positions are unknown. Pixels without data are 255 or NaN, and on a map also
+         those outside the swath; the mask of valid pixels in each file marks them too.
 png      <scene>.png, one pixel for each pixel: cloud white, clear dark blue, no data grey.
 
 Positions are the datasets `latitude` and `longitude`, (H, W), of the scene file, or with --geodetic
@@ -47,6 +48,10 @@ from tools.lib.options import add_mask_arguments, command_parser
 
 MEANINGS = "clear cloud"  # of 0 and 1
 COLOURS = (CLEAR, CLOUD, (140, 140, 140))  # and no data; they differ in brightness
+NUMBERS = {  # of pixels, beside the mask: what they are
+    "probability": "probability of cloud by the network",
+    "uncertainty": "difference of the probabilities of cloud by two views",
+}
 FILL = np.uint8(255)  # in a mask, where there are no data
 GCP_STEP = 64  # pixels between ground control points
 
@@ -64,16 +69,18 @@ class MaskedScene:
     positions: dict  # latitude and longitude, float32 (H, W) [degrees], NaN where missing
     about: dict  # origin of the mask, texts by name of a global NetCDF attribute
     times: tuple[datetime, datetime] | None  # start and end of the measurement, UTC
+    uncertainty: np.ndarray | None = None  # float32 (H, W), NaN where it is unknown
 
     def filled(self):
         """The same with the fill value where there are no data, as far as this is known."""
         if self.valid is None:
             return self
-        probability = self.probability
-        if probability is not None:
-            probability = np.where(self.valid, probability, np.float32(np.nan))
-        mask = np.where(self.valid, self.mask, FILL)
-        return replace(self, mask=mask, probability=probability)
+        filled = {
+            name: np.where(self.valid, values, np.float32(np.nan))
+            for name in NUMBERS
+            if (values := getattr(self, name)) is not None
+        }
+        return replace(self, mask=np.where(self.valid, self.mask, FILL), **filled)
 
 
 # --- reading --------------------------------------------------------------------------------
@@ -113,8 +120,8 @@ def read_masked_scene(path, scenes, geodetic, about_run):
     with open_hdf5(path) as file:
         mask = read_mask(file)
         valid = read_valid(file, mask.shape)
-        probability = open_numbers(file, "probability", mask.shape, optional=True)
-        probability = None if probability is None else read_all(probability)
+        numbers = {name: open_numbers(file, name, mask.shape, optional=True) for name in NUMBERS}
+        numbers = {name: read_all(each) for name, each in numbers.items() if each is not None}
         keys = ("scene", "threshold", "model", "model_sha256")
         about = {key: read_attribute(file, key) for key in keys}
     if scene_file := scenes.get(about["scene"]):
@@ -128,11 +135,12 @@ def read_masked_scene(path, scenes, geodetic, about_run):
     return MaskedScene(
         path.stem,
         mask,
-        probability,
+        numbers.get("probability"),
         valid,
         {name: degrees.astype(np.float32) for name, degrees in positions.items()},
         {key: printable(str(value)) for key, value in (about_run | about).items()},
         product_times(path.stem),
+        numbers.get("uncertainty"),
     )
 
 
@@ -144,10 +152,11 @@ def netcdf_variables(scene):
     flags = {"flag_values": np.array([0, 1], np.uint8)}
     mask = dict(standard_name="cloud_binary_mask", long_name="cloud mask", units="1", **flags)
     grids = {"cloud_mask": (scene.mask, mask | {"flag_meanings": MEANINGS})}
-    if scene.probability is not None:
-        attributes = dict(long_name="probability of cloud by the network", units="1")
-        attributes["valid_range"] = np.array([0, 1], np.float32)
-        grids["cloud_probability"] = scene.probability, attributes
+    for name, meaning in NUMBERS.items():
+        if (values := getattr(scene, name)) is not None:
+            attributes = dict(long_name=meaning, units="1")
+            attributes["valid_range"] = np.array([0, 1], np.float32)
+            grids[f"cloud_{name}"] = values, attributes
     if scene.valid is not None:
         name = "whether all brightness temperatures were measured"
         attributes = dict(long_name=name, flag_meanings="missing measured", **flags)
@@ -202,19 +211,21 @@ def _netcdf_attributes(attributes):
 
 
 def write_geotiff(scene, folder):
-    """Write <scene>.tif, and <scene>_probability.tif if the run kept the probability."""
-    _write_raster(scene, folder / f"{scene.name}.tif", scene.mask, is_mask=True)
-    probability_file = folder / f"{scene.name}_probability.tif"
-    if scene.probability is None:
-        probability_file.unlink(missing_ok=True)  # from an earlier export
-    else:
-        _write_raster(scene, probability_file, scene.probability, is_mask=False)
+    """Write <scene>.tif, <scene>_probability.tif and <scene>_uncertainty.tif."""
+    _write_raster(scene, folder / f"{scene.name}.tif", scene.mask, "cloud mask")
+    for name, meaning in NUMBERS.items():
+        path = folder / f"{scene.name}_{name}.tif"
+        if (values := getattr(scene, name)) is None:
+            path.unlink(missing_ok=True)  # from an earlier export
+        else:
+            _write_raster(scene, path, values, meaning)
 
 
-def _write_raster(scene, path, values, is_mask):
+def _write_raster(scene, path, values, meaning):
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning
 
+    is_mask = values is scene.mask
     options = {"nodata": FILL} if is_mask else {"nodata": np.nan, "predictor": 3}
     if scene.positions:
         options |= {"gcps": control_points(**scene.positions), "crs": "EPSG:4326"}
@@ -232,7 +243,7 @@ def _write_raster(scene, path, values, is_mask):
             file.write(values, 1)
             if scene.valid is not None:
                 file.write_mask(scene.valid)
-            file.set_band_description(1, "cloud mask" if is_mask else "probability of cloud")
+            file.set_band_description(1, meaning)
             file.update_tags(**scene.about, **tags)
 
 
@@ -320,7 +331,7 @@ def main(argv=None):
     add("-o", "--output", type=Path, help="folder for the files (default: RUN_DIR/export)")
     add(
         "--keep-mask", action="store_true",
-        help="keep the mask and the probability where there are no data, without fill value",
+        help="keep mask, probability and uncertainty where there are no data, without fill value",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     log_to_screen(arguments.verbose)

@@ -66,7 +66,7 @@ class MaskFolder:
         """Let the devices of this process take no more scenes."""
         self._stopped.set()
 
-    def write(self, path, mask, valid, probability, row):
+    def write(self, path, mask, valid, probability, uncertainty, row):
         """Write the mask of a scene, by the rule `no_data`, completely or not at all.
 
         Args:
@@ -74,6 +74,7 @@ class MaskFolder:
             mask: uint8 (H, W), the network's in all pixels; 1 is cloud.
             valid: bool (H, W), False where a brightness temperature is missing.
             probability: float32 (H, W), the network's in all pixels; or None to omit it.
+            uncertainty: float32 (H, W), the same of Predictor; or None.
             row: Dictionary of scenes.csv; the seconds of writing, without fsync, are added.
         """
         if self._made_by["no_data"] == "clear":
@@ -83,8 +84,10 @@ class MaskFolder:
             with h5py.File(temporary, "w") as file:
                 for name, values in {"mask": mask, "valid": valid.astype(np.uint8)}.items():
                     file.create_dataset(name, data=values, compression="gzip", compression_opts=1)
-                if probability is not None:
-                    file.create_dataset("probability", data=probability)
+                kept = {"probability": probability, "uncertainty": uncertainty}
+                for name, values in kept.items():
+                    if values is not None:
+                        file.create_dataset(name, data=values)
                 file.attrs.update(scene=path.name, model=self._model_file, **self._made_from(path))
                 seconds = active_seconds() - begin
                 row = {**row, "write_seconds": seconds, "seconds": row["seconds"] + seconds}

@@ -15,7 +15,8 @@ from harness.errors import UserError
 from harness.inference.windows import StripGrid
 from harness.networks.fused_upsampling import fuse_upsampling
 from harness.networks.geometry import geometry
-from harness.networks.model_files import cast_model
+from harness.networks.model_files import cast_model, with_views
+from model import has_reflectance
 
 MAX_SIZES = 16  # of scenes, whose predictors are kept; SLSTR has 1199 to 1202 rows and two views
 STRIPS_TRIED = (1, 2, 4, 8)  # of a scene, until they fit the memory; 8 predict most rows twice
@@ -45,7 +46,8 @@ class Predictor:
         self.device, self.grid = device, grid
         self._batch = min(batch, len(grid.corners))
         with tf.device(device):
-            network = fuse_upsampling(cast_model(model, policy, grid.window))
+            network = fuse_upsampling(with_views(cast_model(model, policy, grid.window)))
+            self._n_maps = network.output_shape[-1]  # probability, and uncertainty of two views
             self._network = tf.function(
                 lambda x: network(x, training=False), jit_compile=xla or None
             )
@@ -61,21 +63,24 @@ class Predictor:
             scene: float32 (H, W, C), normalised, with the zeros around it that `grid.padding` says.
 
         Returns:
-            The probability of cloud, float32 of the scene's shape without padding, and the seconds
-            that the network took.
+            The probability of cloud, float32 of the scene's shape without padding; the seconds that
+            the network took; and the uncertainty, like the probability: the difference of those by
+            two views, NaN where a pixel has only one. It is None for a network of one view.
         """
         begin = active_seconds()
         with tf.device(self.device):
             windows = self._predict(tf.constant(scene)).numpy()
         seconds = active_seconds() - begin
-        return self.grid.stitch(windows[: len(self.grid.corners)]), seconds
+        maps = np.moveaxis(windows[: len(self.grid.corners)], -1, 0)
+        probability, *uncertainty = map(self.grid.stitch, maps)
+        return probability, seconds, uncertainty[0] if uncertainty else None
 
     @tf.function
     def _predict(self, scene):
         # The windows are cut on the device, since 63 patches hold twice the pixels of their scene.
         corners = tf.constant(self._corners, tf.int32)
         n_batches = len(self._corners) // self._batch
-        shape = (self._batch, *self.grid.window)
+        shape = (self._batch, *self.grid.window, self._n_maps)
         parts = tf.TensorArray(tf.float32, n_batches, element_shape=shape)
         for i in tf.range(n_batches):
             tf.autograph.experimental.set_loop_options(parallel_iterations=1)  # memory of one
@@ -87,9 +92,18 @@ class Predictor:
                 )
                 for j in range(self._batch)
             ]
-            parts = parts.write(i, self._network(tf.stack(windows))[..., 0])
+            parts = parts.write(i, self._maps(tf.stack(windows)))
         # parts.concat() would wait for numbers from the device.
-        return tf.reshape(parts.stack(), (-1, *self.grid.window))
+        return tf.reshape(parts.stack(), (-1, *shape[1:]))
+
+    def _maps(self, windows):
+        """Probability, and uncertainty if there are two views: (batch, rows, cols, 1 or 2)."""
+        views = self._network(windows)
+        if views.shape[-1] == 1:
+            return views
+        spread = tf.reduce_max(views, -1, keepdims=True) - tf.reduce_min(views, -1, keepdims=True)
+        spread = tf.where(has_reflectance(windows), spread, float("nan"))
+        return tf.concat([tf.reduce_mean(views, -1, keepdims=True), spread], axis=-1)
 
 
 class ScenePredictor:

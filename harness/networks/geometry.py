@@ -25,7 +25,8 @@ POINTWISE = {
     "SpatialDropout2D", "GaussianDropout", "GaussianNoise", "ActivityRegularization", "Rescaling",
     "Normalization", "BatchNormalization", "LayerNormalization", "UnitNormalization",
 }  # fmt: skip
-KNOWN = CONVOLUTIONS | POOLS | RESIZING | JOINS | POINTWISE | {"Concatenate", "Dense"}
+OPERATIONS = {"Any", "Greater", "Mean", "Split", "Where"}  # of keras.ops, pixel by pixel
+KNOWN = CONVOLUTIONS | POOLS | RESIZING | JOINS | POINTWISE | OPERATIONS | {"Concatenate", "Dense"}
 IN_PLACE = JOINS | POINTWISE  # TensorFlow writes the result over an input that has no other use
 FLOAT_BYTES = 4  # of float32; half precision takes less
 
@@ -94,6 +95,8 @@ def geometry(model):
 def _calls(model, size):
     """The calls of a model's layers in order, on images of a size: (layer, inputs, output).
 
+    A layer of several outputs has a call for each.
+
     Raises:
         ValueError: If the effect of a layer on rows and columns is unknown.
     """
@@ -107,7 +110,8 @@ def _calls(model, size):
             )
         output = layer(*args, **kwargs)
         inputs = keras.tree.flatten((args, kwargs))
-        calls.append((layer, [x for x in inputs if isinstance(x, keras.KerasTensor)], output))
+        inputs = [x for x in inputs if isinstance(x, keras.KerasTensor)]
+        calls.extend((layer, inputs, each) for each in keras.tree.flatten(output))
         return output
 
     keras.models.clone_model(

@@ -190,6 +190,16 @@ def cast_model(model, policy, window=None):
     return copy
 
 
+def with_views(model):
+    """A network that gives the probability by each of its views, (batch, rows, cols, views).
+
+    Those are the outputs of the layer `views`, if there is one; most networks have a single view,
+    which is their output. The weights are shared.
+    """
+    views = [layer.output for layer in model.layers if layer.name == "views"]
+    return keras.Model(model.inputs[0], views[0], name=model.name) if views else model
+
+
 def save_model(model, path):
     """Save a model for images of all sizes that its layers allow, whatever it was trained on.
 

@@ -15,6 +15,7 @@ import tensorflow as tf
 from harness.errors import UserError
 from harness.inference.scores import THRESHOLD
 from harness.networks.fused_upsampling import fuse_upsampling
+from harness.networks.model_files import with_views
 from harness.parallel.devices import on_replicas
 
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
@@ -29,6 +30,7 @@ class Trainer:
 
     Loss and accuracy are means over the pixels that `clip_offset` leaves of all patches of weight
     1, whatever the numbers of replicas and patches: sums are kept on the devices, in float64.
+    A network of several views is trained by the mean of their losses, and validated by its output.
 
     Patches of weight 0 have no influence on training, and neither have the numbers of replicas and
     of patches in a micro-batch. A layer with a state of its own breaks this: BatchNormalization
@@ -71,7 +73,7 @@ class Trainer:
         with strategy.scope():
             self.model = build_model()
             check_trainable(self.model)
-            self._network = fuse_upsampling(self.model)
+            self._network = fuse_upsampling(with_views(self.model))
             self.optimizer = keras.optimizers.Adam(learning_rate)
             if loss_scaling:
                 self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
@@ -129,11 +131,11 @@ class Trainer:
         gradients = [tf.zeros_like(v.value) for v in self.model.trainable_variables]
         sums = tf.zeros(self._train_sums.shape, tf.float64)
         # An argument, since compiled code on a GPU cannot read a variable in host memory.
-        replaces = self._label_correction and self._label_correction.replaces.value()
+        state = self._label_correction and self._label_correction.state.value()
         for i in self._micro_batches(weight):
             tf.autograph.experimental.set_loop_options(parallel_iterations=1)  # memory of one
             arrays = self._cut(i, channels, cloud, weight)
-            part, part_sums = self._gradients_of(*arrays, replaces)
+            part, part_sums = self._gradients_of(*arrays, state)
             gradients = [total + g for total, g in zip(gradients, part, strict=True)]
             sums += part_sums
         return gradients, sums
@@ -155,10 +157,10 @@ class Trainer:
 
     # --- one micro-batch --------------------------------------------------------------------
 
-    def _gradients(self, channels, cloud, weight, replaces):
+    def _gradients(self, channels, cloud, weight, state):
         variables = self.model.trainable_variables
         with tf.GradientTape() as tape:
-            sums, objective = self._forward(channels, cloud, weight, True, replaces)
+            sums, objective = self._forward(channels, cloud, weight, True, state)
             if self._loss_scaling:
                 objective = self.optimizer.scale_loss(objective)
         return tape.gradient(objective, [v.value for v in variables]), sums
@@ -171,28 +173,29 @@ class Trainer:
         )  # (m,), exact
         return tf.concat([sums, [tf.reduce_sum(cloudy)]], axis=0)
 
-    def _forward(self, channels, cloud, weight, training, replaces=None):
+    def _forward(self, channels, cloud, weight, training, state=None):
         """Return float64 (3,) sums over pixels, and the float32 loss per patch of a full batch."""
-        probability = self._clipped(self._network(channels, training=training))
+        views = self._clipped(self._network(channels, training=training))  # (m, p, p, V)
+        probability = tf.reduce_mean(views, axis=-1, keepdims=True)  # (m, p, p, 1)
+        if not training:
+            views = probability  # what the model is used for
         label = self._label(cloud)
-        target, expected, counts = label, probability, []
+        given = tf.broadcast_to(label, views.shape)  # to each view
+        target, expected, counts = given, views, []
         if self._label_correction and training:
             target = self._label_correction.corrected(
-                label,
-                probability,
+                given,
+                views,
                 lambda: self._clipped(_turned(self._network(_turned(channels)))),
-                replaces,
+                state,
             )
             target = tf.stop_gradient(target)
         if self._forward_correction:
-            expected = self._forward_correction.probability_of_label(
-                probability, self._clipped(channels)
-            )
+            expected = self._forward_correction.probability_of_label(views, self._clipped(channels))
         if training:
-            facts = self._clipped(channels), label, probability, target, weight
+            facts = self._clipped(channels), given, views, target, weight
             counts = [counter.count(*facts) for counter in self._counters]
-        loss = self._loss(target, expected)  # (m, p, p)
-        loss *= 1 + (self._cloud_weight - 1) * target[..., 0]
+        loss = self._loss_of_views(target, expected)  # (m, p, p)
         patch_loss = weight * tf.reduce_mean(loss, axis=(1, 2))  # (m,)
         correct = tf.reduce_sum(
             tf.cast((probability > THRESHOLD) == (label > THRESHOLD), tf.float32), axis=(1, 2, 3)
@@ -202,6 +205,16 @@ class Trainer:
         objective = tf.reduce_sum(patch_loss) / self.batch_size
         sums = tf.reduce_sum(tf.cast(sums, tf.float64), axis=1)
         return tf.concat([sums, *counts], axis=0) if counts else sums, objective
+
+    def _loss_of_views(self, target, probability):
+        """Mean loss (m, p, p) of the views, with targets of their own; both (m, p, p, V)."""
+        n_views = probability.shape[-1]
+        parts = (tf.split(each, n_views, axis=-1) for each in (target, probability))
+        losses = [
+            self._loss(one, p) * (1 + (self._cloud_weight - 1) * one[..., 0])
+            for one, p in zip(*parts, strict=True)
+        ]
+        return tf.add_n(losses) / n_views
 
     def _label(self, cloud):
         """Label of each pixel that counts: float32 (m, p, p, 1), 0 to 1."""

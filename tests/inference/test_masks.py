@@ -39,7 +39,7 @@ def make_row(path, **changes):
 
 def write_all(masks, paths):
     for path in masks.take(paths):
-        masks.write(path, MASK, VALID, None, make_row(path, seconds=2.0))
+        masks.write(path, MASK, VALID, None, None, make_row(path, seconds=2.0))
 
 
 def test_rows_are_sorted_by_scene_and_contain_the_seconds_of_writing(tmp_path, paths):
@@ -124,13 +124,14 @@ def test_mask_that_leads_to_another_file_is_made_again(tmp_path, paths):
 @pytest.mark.parametrize("no_data", ["network", "clear"])
 def test_mask_follows_no_data_and_probability_is_that_of_the_network(tmp_path, paths, no_data):
     masks, row = open_masks(tmp_path, no_data=no_data), make_row(paths[0])
-    masks.write(paths[0], MASK, VALID, MASK / np.float32(3), row)
+    masks.write(paths[0], MASK, VALID, MASK / np.float32(3), MASK / np.float32(5), row)
     with h5py.File(tmp_path / "masks/S3A_b.h5") as file:
         expected = MASK if no_data == "network" else np.where(VALID, MASK, 0)
         np.testing.assert_array_equal(file["mask"], expected)
         np.testing.assert_array_equal(file["valid"], VALID)
         assert file["mask"].dtype == file["valid"].dtype == np.uint8
         np.testing.assert_array_equal(file["probability"], MASK / np.float32(3))
+        np.testing.assert_array_equal(file["uncertainty"], MASK / np.float32(5))
         assert (file.attrs["scene"], file.attrs["no_data"]) == ("S3A_b.hdf", no_data)
         assert file.attrs["model"] == str(tmp_path / "model.keras")
 

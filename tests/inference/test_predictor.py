@@ -38,7 +38,7 @@ def test_patches_equal_a_plain_loop_over_the_model(batch):
             patch = padded[24 * row : 24 * row + 32, 24 * col : 24 * col + 32]
             inner = model(patch[None]).numpy()[0, 4:28, 4:28, 0]
             expected[24 * row : 24 * row + 24, 24 * col : 24 * col + 24] = inner
-    probability, seconds = Predictor(model, "/CPU:1", grid, batch)(padded)
+    probability, seconds, _ = Predictor(model, "/CPU:1", grid, batch)(padded)
     np.testing.assert_allclose(probability, expected[11:61, 1:71], atol=1e-4)
     assert seconds > 0
 
@@ -48,7 +48,7 @@ def test_one_pass_equals_the_model_on_the_padded_scene():
     grid = StripGrid(50, 70, ((19, 0), (9, 0)), 1, 56, 8)
     assert grid.window == (56, 72) and grid.padding == ((3, 3), (1, 1))
     padded = padded_scene(grid, 50, 70)
-    probability, _ = Predictor(model, "/CPU:0", grid, 1)(padded)
+    probability, *_ = Predictor(model, "/CPU:0", grid, 1)(padded)
     np.testing.assert_allclose(probability, model(padded[None])[0, 3:53, 1:71, 0], atol=1e-4)
 
 
@@ -70,7 +70,7 @@ def test_normalisation_uses_its_moving_averages():
     model = with_strong_weights(keras.Model(inputs, x))
     grid = PatchGrid(40, 40, 32, 8)
     padded = padded_scene(grid, 40, 40)
-    probability, _ = Predictor(model, "/CPU:0", grid, 4)(padded)
+    probability, *_ = Predictor(model, "/CPU:0", grid, 4)(padded)
     (above, below), (left, right) = grid.padding
     expected = model(padded[None], training=False)[0, above:-below, left:-right, 0]
     np.testing.assert_allclose(probability, expected, atol=1e-4)
@@ -93,19 +93,38 @@ def test_strips_agree_with_the_whole_scene(build, monkeypatch):
     monkeypatch.setattr(prediction, "free_memory", lambda: 1e9)
     whole = predictor_that_fits(model, "/CPU:0", height, width, EVEN)
     padded = padded_scene(whole.grid, height, width)
-    expected, _ = whole(padded)
+    expected, *_ = whole(padded)
     for n in (2, 3):
         grid = StripGrid(height, width, EVEN, n, size.margin, size.multiple)
         assert len(grid.corners) == n and grid.window[0] < 0.7 * height
-        probability, _ = Predictor(model, "/CPU:0", grid, 1)(padded)
+        probability, *_ = Predictor(model, "/CPU:0", grid, 1)(padded)
         np.testing.assert_allclose(probability, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("grid", [StripGrid(50, 70, EVEN, 1, 56, 8), PatchGrid(50, 70, 64, 8)])
+def test_uncertainty_is_the_difference_of_two_views(grid):
+    model = with_strong_weights(NETWORKS["two_views"]((None, None, 9)))
+    padded = padded_scene(grid, 50, 70)
+    first = 30 + grid.padding[1][0]
+    padded[..., :6] = np.abs(padded[..., :6])
+    padded[:, first:, :6] = -0.5  # no reflectance: one view
+    probability, _, uncertainty = Predictor(model, "/CPU:0", grid, 1)(padded)
+    views = keras.Model(model.input, model.get_layer("views").output)
+    windows = np.array([
+        views(padded[None, row : row + grid.window[0], col : col + grid.window[1]])[0]
+        for row, col in grid.corners
+    ])  # fmt: skip
+    visible, thermal = (grid.stitch(windows[..., i]) for i in (0, 1))
+    np.testing.assert_allclose(uncertainty[:, :30], abs(visible - thermal)[:, :30], atol=1e-5)
+    assert np.isnan(uncertainty[:, 30:]).all() and uncertainty[:, :30].max() > 1e-3
+    np.testing.assert_allclose(probability, (visible + thermal) / 2, atol=1e-5)
 
 
 def test_smaller_overlap_than_the_margin_would_show():
     model = with_strong_weights(unet((None, None, 9)))
     whole, short = (StripGrid(400, 30, EVEN, *n, 8) for n in ((1, 56), (2, 16)))
     padded = padded_scene(whole, 400, 30)
-    expected, _ = Predictor(model, "/CPU:0", whole, 1)(padded)
+    expected, *_ = Predictor(model, "/CPU:0", whole, 1)(padded)
     assert np.abs(Predictor(model, "/CPU:0", short, 1)(padded)[0] - expected).max() > 1e-3
 
 

@@ -94,6 +94,7 @@ SMALL = {
         ), None, 2,
     ),
 }  # fmt: skip
+N_CHANNELS = 4  # one reflectance and three brightness temperatures: the fewest
 CASES = SMALL | {name: (build, None, None) for name, build in NETWORKS.items()}
 
 
@@ -112,12 +113,12 @@ def reach(build, size):
     first = n // 2 // size.multiple * size.multiple
     distances = [0]
     for axis, shape in enumerate(((n, short), (short, n))):
-        model = keras.models.clone_model(build((*shape, 2)), clone_function=average)
+        model = keras.models.clone_model(build((*shape, N_CHANNELS)), clone_function=average)
         model.set_weights([np.abs(w) + 1e-2 for w in model.get_weights()])
         final = model.layers[-1]
-        if isinstance(final, layers.Conv2D):
+        if hasattr(final, "activation"):
             final.activation = keras.activations.linear  # a sigmoid of large values has no gradient
-        x = tf.Variable(np.random.default_rng(0).random((1, *shape, 2), np.float32) + 1)
+        x = tf.Variable(np.random.default_rng(0).random((1, *shape, N_CHANNELS), np.float32) + 1)
         for pixel in range(first, first + size.multiple):
             with tf.GradientTape() as tape:
                 value = tf.reduce_sum(tf.gather(model(x)[0], pixel, axis=axis))
@@ -129,7 +130,7 @@ def reach(build, size):
 @pytest.mark.parametrize("name", CASES)
 def test_radius_is_that_of_gradients(name):
     build, radius, multiple = CASES[name]
-    size = geometry(build((None, None, 2)))
+    size = geometry(build((None, None, N_CHANNELS)))
     assert size.radius == reach(build, size)
     assert radius in (None, size.radius) and multiple in (None, size.multiple)
     assert size.margin % size.multiple == 0 and 0 <= size.margin - size.radius < size.multiple
@@ -138,12 +139,13 @@ def test_radius_is_that_of_gradients(name):
 @pytest.mark.parametrize("name", CASES)
 def test_crop_agrees_with_the_whole_image_beyond_the_margin(name):
     build, _, _ = CASES[name]
-    model = build((None, None, 2))
+    model = build((None, None, N_CHANNELS))
     rng = np.random.default_rng(1)
     model.set_weights([w + rng.normal(scale=0.05, size=w.shape) for w in model.get_weights()])
     size = geometry(model)
     m, margin = size.multiple, size.margin
-    image = rng.normal(size=(1, 2 * margin + 6 * m, 2 * margin + 4 * m, 2)).astype(np.float32)
+    shape = 1, 2 * margin + 6 * m, 2 * margin + 4 * m, N_CHANNELS
+    image = rng.normal(size=shape).astype(np.float32)
     whole = model(image).numpy()
     assert whole.shape[1:3] == image.shape[1:3]
     # The lowest rows, from a multiple of m on: all but the margin agree.
@@ -213,9 +215,15 @@ def squeeze(shape):
     return keras.Model(inputs, layers.Multiply()([x, scale]))
 
 
+def mean_of_image(shape):
+    inputs = keras.Input(shape)
+    return keras.Model(inputs, inputs - keras.ops.mean(inputs, axis=(1, 2), keepdims=True))
+
+
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
+        (mean_of_image, r"layer mean\S* \(Mean\)"),
         (squeeze, r"layer mean \(GlobalAveragePooling2D\)"),
         (chain(lambda: Own(name="own")), r"layer own \(Own\)"),
         (chain(lambda: Rescaling(name="own")), r"layer own \(Rescaling\)"),

@@ -322,6 +322,15 @@ def test_pictures_show_classes_and_values_and_are_transparent_without_data():
     assert f"{np.mean((mask != label)[measured]):.1%}" in notes["Differences"]
 
 
+def test_uncertainty_is_dark_where_views_differ_and_hatched_where_there_is_one():
+    uncertainty = np.tile(np.linspace(0, 1, 50), (40, 1))
+    uncertainty[20:] = np.nan
+    _, colours, _ = draw(uncertainty=uncertainty)
+    np.testing.assert_array_equal(colours["Uncertainty"][..., 3] > 0, np.isfinite(uncertainty))
+    grey = colours["Uncertainty"][0, :, 0].astype(int)
+    assert (np.diff(grey) < 0).all() and (grey[0], grey[-1]) == (255, 0)
+
+
 def test_planes_keep_values_to_half_a_step():
     rng = np.random.default_rng(0)
     temperatures = rng.uniform(200, 310, (40, 50, 3)).astype(np.float32)

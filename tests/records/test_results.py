@@ -59,13 +59,13 @@ def test_time_of_a_scene_is_split_into_its_parts(clock, settings):
         padding, device = ((0, 0), (0, 0)), "CPU:0"
 
         def __call__(self, scene):
-            return clock(5.0, (np.zeros((HEIGHT, WIDTH), np.float32), 4.0))
+            return clock(5.0, (np.zeros((HEIGHT, WIDTH), np.float32), 4.0, None))
 
     slstr_cloud.mask_scenes(
         Config.model_validate({**settings, "IMAGE_H": HEIGHT, "IMAGE_W": WIDTH}),
         SimpleNamespace(rank=0),
         SimpleNamespace(mode="benchmark", part=0, model_file="model.keras"),
-        SimpleNamespace(take=iter, write=lambda path, mask, valid, kept, row: rows.append(row)),
+        SimpleNamespace(take=iter, write=lambda *written: rows.append(written[-1])),
         None,
         [path],
         Predictor(),
@@ -128,8 +128,8 @@ def test_progress_of_a_batch_job_gives_the_remaining_time(monkeypatch, caplog):
     assert caplog.messages == ["Masking: 1 of 3, 400 s left", "Masking: 2 of 3, 150 s left"]
 
 
-def test_probabilities_need_four_bytes_per_pixel():
+def test_probability_and_uncertainty_need_four_bytes_each_per_pixel():
     pixels = 100 * 1200 * 1500
     masks, both = (results_bytes((1200, 1500, 9), 100, keep) for keep in (False, True))
-    assert both - masks == pytest.approx(4 * pixels, rel=1e-6)
+    assert both - masks == pytest.approx(8 * pixels, rel=1e-6)
     assert masks - results_bytes((1200, 1500, 9), 0, False) == pytest.approx(pixels / 7, rel=1e-5)

@@ -51,6 +51,10 @@ def run(finished, tmp_path):
     """The folder of a run that a test may change."""
     folder = tmp_path / "run"
     shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("checkpoints", "*.keras"))
+    for path in (folder / "masks").iterdir():
+        with h5py.File(path, "a") as file:  # as a network of two views
+            file["uncertainty"] = np.abs(2 * file["probability"][:] - 1)
+            file["uncertainty"][:20] = np.nan
     return folder
 
 
@@ -79,6 +83,11 @@ def stored(run, name):
         return file["mask"][:], file["probability"][:]
 
 
+def stored_uncertainty(run, name):
+    with h5py.File(run / "masks" / f"{name}.h5") as file:
+        return file["uncertainty"][:]
+
+
 def measured(scene):
     with h5py.File(scene) as file:
         return (np.nan_to_num(file["bts"][:]) != 0).all(axis=-1)
@@ -99,6 +108,8 @@ def test_netcdf_holds_mask_probability_positions_and_time(run, scenes):
             assert opened.cloud_mask.encoding["_FillValue"] == 255
             expected = np.where(valid, probability, np.float32(np.nan))
             np.testing.assert_array_equal(opened.cloud_probability, expected)
+            expected = np.where(valid, stored_uncertainty(run, scene.stem), np.float32(np.nan))
+            np.testing.assert_array_equal(opened.cloud_uncertainty, expected)
             np.testing.assert_array_equal(opened.data_available, measured(scene))
             assert 0 < measured(scene).mean() < 1
             np.testing.assert_array_equal(opened.latitude, latitude.astype(np.float32))
@@ -130,10 +141,11 @@ def test_mask_of_the_network_is_kept_on_demand(run, scenes, kind):
     else:
         with pytest.warns(rasterio.errors.NotGeoreferencedWarning):
             files = [rasterio.open(folder / f"{scenes[0].stem}{end}.tif")
-                     for end in ("", "_probability")]  # fmt: skip
-        with files[0], files[1]:
+                     for end in ("", "_probability", "_uncertainty")]  # fmt: skip
+        with files[0], files[1], files[2]:
+            np.testing.assert_array_equal(files[2].read(1), stored_uncertainty(run, scenes[0].stem))
             np.testing.assert_array_equal(files[0].dataset_mask() == 255, measured(scenes[0]))
-            found, likely = (file.read(1) for file in files)
+            found, likely, _ = (file.read(1) for file in files)
     assert found.dtype == np.uint8
     np.testing.assert_array_equal(found, mask)
     np.testing.assert_array_equal(likely, probability)
@@ -157,7 +169,7 @@ def test_netcdf_follows_the_cf_conventions(run, scenes, tmp_path):
     (run / "masks" / f"{name}.h5").rename(run / "masks/S3A_unnamed.h5")
     with h5py.File(run / "masks/S3A_unnamed.h5", "a") as file:
         file.attrs["scene"] = "S3A_unnamed.hdf"
-        del file["probability"], file["valid"]
+        del file["probability"], file["uncertainty"], file["valid"]
     export(run, "netcdf", *data, "--scene", "S3A_unnamed")  # nothing is known about it
     paths = sorted((run / "export").iterdir())
     with h5netcdf.File(paths[2]) as file:

@@ -3,13 +3,16 @@ import itertools
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import pixel_views
 from test_trainer import P, batch_of, small
 
+from harness.networks.model_files import with_views
 from harness.parallel.devices import open_devices
 from harness.parallel.rendezvous import SingleRank
 from harness.training.label_noise import (
     LABEL_CORRECTIONS,
     N_REGIMES,
+    CoTeaching,
     EarlyLearning,
     ForwardCorrection,
     has_bent,
@@ -101,7 +104,7 @@ def test_labels_are_replaced_where_both_views_contradict_them(monkeypatch, repla
     label = rng.choice([0.0, 1.0], (2, 8, 8, 1)).astype(np.float32)
     one, two = rng.choice([0.02, 0.2, 0.5, 0.8, 0.98], (2, *label.shape)).astype(np.float32)
     ours = correction.corrected(
-        tf.constant(label), tf.constant(one), lambda: tf.constant(two), correction.replaces
+        tf.constant(label), tf.constant(one), lambda: tf.constant(two), correction.state
     )
     expected = label.copy()
     if replaces[0]:
@@ -112,11 +115,11 @@ def test_labels_are_replaced_where_both_views_contradict_them(monkeypatch, repla
     assert (expected != label).any() == any(replaces)
 
 
-def trainer_with(n_replicas=1, **options):
+def trainer_with(n_replicas=1, build=small, learning_rate=1e-3, **options):
     devices = open_devices(SingleRank(), cpu_devices=n_replicas, seed=5)
     return Trainer(
-        devices.strategy, lambda: small((P, P, 9)), cross_entropy, 1e-3, 4, 2, clip_offset=2,
-        **options,
+        devices.strategy, lambda: build((P, P, 9)), cross_entropy, learning_rate, 4, 2,
+        clip_offset=2, **options,
     )  # fmt: skip
 
 
@@ -166,3 +169,91 @@ def test_trainer_counts_labels_and_predictions_like_numpy(monkeypatch):
         for is_cloud, says_cloud in np.ndindex(2, 2)
     ]
     assert np.reshape(of_regimes, (N_REGIMES, 2, 2)).sum(axis=0).ravel().tolist() == confident
+
+
+def limits(**values):
+    """Counts of an epoch in which views gave these mean probabilities to labels of a class."""
+    mean = [values["clear"], values["cloud"]]  # by view
+    return [*[1e6] * 4, *np.ravel(mean) * 1e6, 0, 4e6]
+
+
+def test_limits_are_mean_probabilities_of_labels_and_views_without_a_clue_do_not_teach():
+    found = CoTeaching.limits(limits(clear=(0.8, 0.45), cloud=(0.9, 0.99)))
+    np.testing.assert_allclose(found, [[0.8, 1], [0.9, 1]])
+    np.testing.assert_array_equal(CoTeaching.limits(np.zeros(CoTeaching.n_counts)), 1)
+
+
+def test_views_replace_labels_of_each_other_like_numpy():
+    rng = np.random.default_rng(0)
+    label = np.repeat(rng.choice([0.0, 0.3, 1.0], (2, 8, 8, 1)), 2, axis=-1).astype(np.float32)
+    views = rng.choice([0.02, 0.15, 0.4, 0.5, 0.6, 0.85, 0.98], (2, 8, 8, 2)).astype(np.float32)
+    views[1, 4:] = views[1, 4:, :, 1:]  # by night: both are the thermal one
+    correction = CoTeaching()
+    np.testing.assert_array_equal(correction.corrected(label, views, None, correction.state), label)
+    clear, cloud = (0.9, 0.8), (0.7, 0.95)
+    correction.begin_epoch([limits(clear=(1, 1), cloud=(1, 1)), limits(clear=clear, cloud=cloud)])
+    ours = correction.corrected(tf.constant(label), tf.constant(views), None, correction.state)
+    expected = label.copy()
+    for *place, taught in np.ndindex(label.shape):
+        p, teacher = views[(*place, taught)], views[(*place, 1 - taught)]
+        if teacher != p > 0.5 and teacher > cloud[1 - taught]:
+            expected[(*place, taught)] = 1
+        if teacher != p < 0.5 and 1 - teacher > clear[1 - taught]:
+            expected[(*place, taught)] = 0
+    np.testing.assert_array_equal(ours, expected)
+    assert (expected != label)[0].any(axis=(0, 1)).all()  # of both views
+    np.testing.assert_array_equal(expected[1, 4:], label[1, 4:])
+
+
+def test_trainer_counts_and_weighs_two_views_like_numpy():
+    trainer = trainer_with(build=pixel_views, label_correction=CoTeaching, cloud_weight=3.0)
+    trainer.begin_epoch([{"label_counts": [limits(clear=(0.51, 0.51), cloud=(0.51, 0.51))]}])
+    channels, cloud, weight = map(np.array, batch_of((1, 1, 0, 0)))
+    channels[1, ..., :6] = -0.5  # a night
+    views = with_views(trainer.model)(channels).numpy()
+    cut = np.s_[:2, 2:-2, 2:-2]
+    views, label = views[cut], np.repeat(cloud[cut], 2, axis=-1).astype(np.float32)
+    correction = trainer._label_correction
+    target = correction.corrected(label, views, None, correction.state).numpy()
+    trainer.train_step((channels, cloud, weight))
+    metrics = trainer.pop_train_metrics()
+    of_class = np.where(label == 1, views, 1 - views)[0]  # by day
+    sums = [[((label[0] == c) * x).sum(axis=(0, 1)) for c in (0, 1)] for x in (1, of_class)]
+    replaced = (target != label).sum()
+    np.testing.assert_allclose(
+        metrics["label_counts"][0], [*np.ravel(sums), replaced, label.size], rtol=1e-5
+    )
+    assert metrics["labels_replaced"] == replaced / label.size and replaced
+    loss = -(target * np.log(views) + (1 - target) * np.log(1 - views)) * (1 + 2 * target)
+    assert metrics["loss"] == pytest.approx(loss.mean(), rel=1e-5)
+    is_right = (views.mean(axis=-1) > 0.5) == (label[..., 0] == 1)
+    assert metrics["accuracy"] == pytest.approx(is_right.mean())
+    trainer.eval_step((channels, cloud, weight))  # validation is that of the output
+    p, y = trainer.model(channels).numpy()[cut], cloud[cut]
+    loss = -(y * np.log(p) + (1 - y) * np.log(1 - p)) * (1 + 2 * y)
+    assert trainer.pop_eval_metrics()["loss"] == pytest.approx(loss.mean(), rel=1e-5)
+
+
+def test_labels_that_views_replace_agree_with_the_truth_more_often():
+    """A fifth of the labels is wrong at random; by night none is replaced."""
+    rng = np.random.default_rng(0)
+    truth = rng.random((4, P, P, 1)) < 0.6
+    channels = (2.0 * truth - 1 + 0.7 * rng.normal(size=(4, P, P, 9))).astype(np.float32)
+    channels[3, ..., :6] = -0.5
+    label = (truth ^ (rng.random(truth.shape) < 0.2)).astype(np.uint8)
+    trainer = trainer_with(build=pixel_views, learning_rate=0.02, label_correction=CoTeaching)
+    history = []
+    for _ in range(3):
+        trainer.begin_epoch(history)
+        for _ in range(30):
+            trainer.train_step((channels, label, np.ones(4, np.float32)))
+        history.append(trainer.pop_train_metrics())
+    assert history[0]["labels_replaced"] == 0 < history[2]["labels_replaced"]
+    correction = CoTeaching()
+    correction.begin_epoch([row["label_counts"][0] for row in history])
+    given = np.repeat(label, 2, axis=-1).astype(np.float32)
+    views = with_views(trainer.model)(channels)
+    corrected = correction.corrected(given, views, None, correction.state).numpy()
+    wrong, wrong_before = ((each != truth).mean(axis=(0, 1, 2)) for each in (corrected, given))
+    assert (wrong < 0.8 * wrong_before).all()
+    np.testing.assert_array_equal(corrected[3], given[3])

@@ -70,7 +70,7 @@ def changed_shares(model_file, config, paths):
 
     def mask(channels):
         predict = predictor(*channels.shape[:2])
-        probability, _ = predict(np.pad(channels, (*predict.grid.padding, (0, 0))))
+        probability, *_ = predict(np.pad(channels, (*predict.grid.padding, (0, 0))))
         return probability > THRESHOLD
 
     changed, n_pixels = dict.fromkeys(CHANGES, 0), dict.fromkeys(CHANGES, 0)

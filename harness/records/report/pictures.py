@@ -46,6 +46,7 @@ class MaskedScene:
     temperatures: np.ndarray  # float32 (H, W, 3), S7 to S9 [K]; NaN if missing
     probability: np.ndarray | None = None  # float, of cloud; None if the run did not keep it
     positions: dict = field(default_factory=dict)  # of `read_positions`
+    uncertainty: np.ndarray | None = None  # float, 0 to 1; NaN where unknown, None if everywhere
 
 
 @dataclass(frozen=True)
@@ -150,10 +151,17 @@ def read_masked_scene(mask_path, scene_path):
         refs = nan_where_missing(read_all(refs)[::fold, ::fold, 2::-1]) if is_day else None
         is_day = is_day and (refs > 0).mean() > 0.01
     with open_hdf5(mask_path) as file:
-        probability = open_numbers(file, "probability", mask.shape, optional=True)
-        probability = None if probability is None else read_all(probability)
+        kept = {
+            name: read_all(values)
+            for name in ("probability", "uncertainty")
+            if (values := open_numbers(file, name, mask.shape, optional=True)) is not None
+        }
+    if not np.isfinite(kept.get("uncertainty", np.nan)).any():
+        kept.pop("uncertainty", None)  # by night
     positions = read_positions(scene_path, None, scene_path.stem, mask.shape)
-    return MaskedScene(mask, label, refs if is_day else None, temperatures, probability, positions)
+    return MaskedScene(
+        mask, label, refs if is_day else None, temperatures, positions=positions, **kept
+    )
 
 
 def read_label_and_probability(mask_path, scene_path):
@@ -206,9 +214,10 @@ def draw(scene):
         "S9": quantise("S9", bt_12um, (150, 350), 0.5, 1, " K"),
         "S8-S9": quantise("S8−S9", temperatures[..., 1] - bt_12um, (-5, 20), 0.1, 1, " K"),
     }
-    if scene.probability is not None:
-        known = np.where(measured, scene.probability, np.nan)
-        planes["probability"] = quantise("probability", known, (0, 1), 0.01, 2)
+    for name in ("probability", "uncertainty"):
+        if (values := getattr(scene, name)) is not None:
+            known = np.where(measured, values, np.nan)
+            planes[name] = quantise(name, known, (0, 1), 0.01, 2)
     for name, degrees in scene.positions.items():
         planes[name] = quantise(name, degrees, (-180, 360), 0.01, 2, "°", np.uint16)
 
@@ -237,6 +246,10 @@ def draw(scene):
         share = np.clip(planes["probability"].values(codes), 0, 1)
         note = "of cloud; white: 1"
         pictures.append(of_numbers("Probability", note, "probability", share, CLEAR, CLOUD))
+    if scene.uncertainty is not None:
+        share = np.clip(planes["uncertainty"].values(codes), 0, 1)
+        note = "difference of the probabilities by two views; black: 1"
+        pictures.append(of_numbers("Uncertainty", note, "uncertainty", share, CLOUD, (0, 0, 0)))
     if label is not None:
         share = np.mean((mask != label)[measured]) if measured.any() else 0.0
         note = f"mask and label differ in {share:.1%} of the pixels with data"
@@ -343,10 +356,12 @@ def write_png(path, name, facts, planes, pictures):
 
     name, facts = (text.encode("ascii", "backslashreplace").decode() for text in (name, facts))
     height, width = planes["classes"].codes.shape
-    figure = Figure((10.8, 2 * (3.6 * height / width + 0.45) + 0.8), layout="constrained")
+    n_cols = max(3, -(-len(pictures) // 2))
+    size = 3.6 * n_cols, 2 * (3.6 * height / width + 0.45) + 0.8  # [inches]
+    figure = Figure(size, layout="constrained")
     figure.suptitle(f"{name}\n{facts}", fontsize=9, parse_math=False)
     hatch = {"facecolor": HATCH[1], "edgecolor": HATCH[0], "hatch": "/////"}
-    for axes in (cells := figure.subplots(2, 3).ravel()):
+    for axes in (cells := figure.subplots(2, n_cols).ravel()):
         axes.set_axis_off()
     for axes, picture in zip(cells, pictures, strict=False):
         colours = picture.colours
