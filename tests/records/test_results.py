@@ -65,7 +65,11 @@ def test_time_of_a_scene_is_split_into_its_parts(clock, settings):
         Config.model_validate({**settings, "IMAGE_H": HEIGHT, "IMAGE_W": WIDTH}),
         SimpleNamespace(rank=0),
         SimpleNamespace(mode="benchmark", part=0, model_file="model.keras"),
-        SimpleNamespace(take=iter, write=lambda path, mask, valid, kept, row: rows.append(row)),
+        SimpleNamespace(
+            take=iter,
+            check_finite=lambda path, probability: None,
+            write=lambda path, mask, valid, kept, row: rows.append(row),
+        ),
         None,
         [path],
         Predictor(),
@@ -97,7 +101,8 @@ def test_line_of_an_epoch_ends_with_the_time_of_the_remaining_ones():
 def test_summary_has_lines_of_80_columns_and_plurals_that_agree():
     inference = dict.fromkeys(MEAN_SCORES, 0.5) | {
         "scenes": 2, "scenes_labelled": 1, "synthetic": False, "seconds_per_scene": 1.0,
-        "seconds_per_scene_parts": {"network": 0.5},
+        "seconds_per_scene_parts": {"network": 0.5}, "shares": {"network": 0.5},
+        "limited_by": "network",
     }  # fmt: skip
     lines = results.summary({
         "training": None, "inference": inference, "bad_scenes": [{}], "warnings": ["a b " * 40],
