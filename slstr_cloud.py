@@ -231,15 +231,14 @@ def mask_scenes(config, devices, run, masks, on_bad_scene, paths, predictor):
         row |= seconds | {
             "scene": path.stem,
             "day_night": data_loader.day_or_night(path),
-            "seconds": scored - last,  # since the scene before was written
+            "seconds": scored - last,  # since the scene before; `write` adds its own
             "score_seconds": scored - begin,
             "out_of_range": scene.out_of_range,
             "device": f"rank {devices.rank}, {predictor.device}",
             "part": run.part,
         }
         kept = probability if config.keep_probability else None
-        masks.write(path, mask, scene.valid, kept, row)  # which applies no_data
-        last = active_seconds()
+        last = scored + masks.write(path, mask, scene.valid, kept, row)  # which applies no_data
 
     last = active_seconds()
     with ReaderPool(1, config.read_timeout) as reader, BackgroundThread() as writer:

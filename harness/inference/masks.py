@@ -90,6 +90,9 @@ class MaskFolder:
             valid: bool (H, W), False where a brightness temperature is missing.
             probability: float32 (H, W), the network's in all pixels; or None to omit it.
             row: Dictionary of scenes.csv; the seconds of writing, without fsync, are added.
+
+        Returns:
+            These seconds.
         """
         if self._made_by["no_data"] == "clear":
             mask = mask * valid
@@ -104,6 +107,7 @@ class MaskFolder:
                 seconds = active_seconds() - begin
                 row = {**row, "write_seconds": seconds, "seconds": row["seconds"] + seconds}
                 file.attrs["row"] = json.dumps(row)
+        return seconds
 
     def collect(self, paths):
         """Return the rows of all scenes, sorted by scene, after all have been masked.
