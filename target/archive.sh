@@ -9,8 +9,11 @@
 #SBATCH --mem=16G
 set -e
 model=$1 scenes=$2 n=$3 output=${4-outputs/archive}
-venv=${CLOUDMASK_VENV-.venv}    # empty: python is on the PATH
-if [ -n "$venv" ]; then
+venv=${CLOUDMASK_VENV-.venv}    # empty: python is on the PATH; or CLOUDMASK_CONDA, an environment
+if [ -n "$CLOUDMASK_CONDA" ]; then
+    eval "$(conda shell.bash hook)"
+    conda activate "$CLOUDMASK_CONDA"
+elif [ -n "$venv" ]; then
     # shellcheck source=/dev/null
     source "$venv/bin/activate"
 fi
