@@ -10,6 +10,7 @@ import logging
 import sys
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 sys.path.insert(0, __file__.rpartition("/")[0])  # python -P and -I omit it
 import harness.startup  # noqa: F401, isort: skip  (before all packages)
@@ -24,10 +25,11 @@ from harness.console import log_to_screen, progress
 from harness.data.prefetch import ReaderPool, exit_process
 from harness.errors import is_user_error, one_line
 from harness.inference import scores
-from harness.inference.masks import MaskFolder, compare_masks
+from harness.inference.background import BackgroundThread
+from harness.inference.masks import compare_masks
 from harness.parallel.launchers import detect_launch
 from harness.parallel.rendezvous import open_rendezvous
-from harness.preflight import FoundScenes, choose_skipped
+from harness.preflight import choose_skipped
 from harness.records import mlperf_log, results
 from harness.signals import Interrupted, check_signals, deferred, install_handlers
 
@@ -70,13 +72,12 @@ def main(argv=None):
 def run_benchmark(task, ranks):
     """Make one run, from the scenes on disk to the results; or the rest of it if it is resumed."""
     config, mode, is_chief = task.config, task.mode, ranks.launch.rank == 0
-    found = FoundScenes.find(config.train_dir, config.inference_dir, mode)
-    skipped = choose_skipped(config, mode, found, task.folder) if is_chief else {}
-    with build.open_run(task, ranks, found, skipped) as (run, devices, scenes):
+    skipped = choose_skipped(config, mode, task.found, task.folder) if is_chief else {}
+    with build.open_run(task, ranks, task.found, skipped) as (run, devices, scenes):
         log.info("Run %s", run.folder)
         for line in results.plan(config, mode, scenes, devices):
             log.info("  %s", line)
-        run.begin(build.clear_file_cache(config, devices, found.all))
+        run.begin(build.clear_file_cache(config, devices, task.found.all))
         if mode != "inference":
             train(config, devices, run, scenes)
         if mode != "train":
@@ -184,7 +185,7 @@ def infer(config, devices, run, paths):
             facts["differs"] = compare_masks(predictors[0], reference, paths[0], config.n_channels)
     if run.mode == "inference":
         run.start_inference(model, paths)
-    masks = MaskFolder(run.path("masks"), devices.check, run.model_file, config.no_data)
+    masks = build.open_masks(config, devices, run)
     if devices.is_chief:
         masks.remove_locks()
         run.bad_scenes.forget("inference")
@@ -207,7 +208,7 @@ def infer(config, devices, run, paths):
 
 
 def mask_scenes(config, devices, run, masks, on_bad_scene, paths, predictor):
-    """Mask scenes with one device; the next scene is read while the current one is masked."""
+    """Mask scenes with one device, while the next one is read and the one before is written."""
 
     def read(path):
         begin = active_seconds()
@@ -220,8 +221,27 @@ def mask_scenes(config, devices, run, masks, on_bad_scene, paths, predictor):
             scene = None
         return path, scene, active_seconds() - begin
 
+    def write(path, scene, probability, uncertainty, seconds):
+        nonlocal last
+        begin = active_seconds()
+        mask = (probability > scores.THRESHOLD).astype(np.uint8)
+        label = None if scene.cloud is None else scene.cloud[..., 0]
+        row = scores.score_scene(mask, label, scene.valid, scene.bt_12um, config.min_sst)
+        scored = active_seconds()
+        row |= seconds | {
+            "scene": path.stem,
+            "day_night": data_loader.day_or_night(path),
+            "seconds": scored - last,  # since the scene before; `write` adds its own
+            "score_seconds": scored - begin,
+            "out_of_range": scene.out_of_range,
+            "device": f"rank {devices.rank}, {predictor.device}",
+            "part": run.part,
+        }
+        kept = (probability, uncertainty) if config.keep_probability else (None, None)
+        last = scored + masks.write(path, mask, scene.valid, *kept, row)  # which applies no_data
+
     last = active_seconds()
-    with ReaderPool(1, config.read_timeout) as reader:
+    with ReaderPool(1, config.read_timeout) as reader, BackgroundThread() as writer:
         for path, scene, read_seconds in reader.prefetch(read, masks.take(paths), 1):
             if scene is None:
                 continue
@@ -229,31 +249,11 @@ def mask_scenes(config, devices, run, masks, on_bad_scene, paths, predictor):
                 log.warning(data_loader.OUT_OF_RANGE_MESSAGE, path, scene.out_of_range)
             begin = active_seconds()
             probability, network_seconds, uncertainty = predictor(scene)
-            if not np.isfinite(probability).all():
-                raise FloatingPointError(
-                    f"{run.model_file} gives probabilities that are not finite for {path}. Use "
-                    "another model, or precision: float32."
-                )
-            mask = (probability > scores.THRESHOLD).astype(np.uint8)
-            stitched = active_seconds()
-            label = None if scene.cloud is None else scene.cloud[..., 0]
-            row = scores.score_scene(mask, label, scene.valid, scene.bt_12um, config.min_sst)
-            scored = active_seconds()
-            row |= {
-                "scene": path.stem,
-                "day_night": data_loader.day_or_night(path),
-                "seconds": scored - last,
-                "read_seconds": read_seconds,
-                "network_seconds": network_seconds,
-                "stitch_seconds": stitched - begin - network_seconds,
-                "score_seconds": scored - stitched,
-                "out_of_range": scene.out_of_range,
-                "device": f"rank {devices.rank}, {predictor.device}",
-                "part": run.part,
-            }
-            kept = (probability, uncertainty) if config.keep_probability else (None, None)
-            masks.write(path, mask, scene.valid, *kept, row)  # which applies no_data
-            last = active_seconds()
+            masks.check_finite(path, probability)
+            seconds = {"read_seconds": read_seconds, "network_seconds": network_seconds}
+            seconds["stitch_seconds"] = active_seconds() - begin - network_seconds
+            scene = replace(scene, channels=None)
+            writer.submit(write, path, scene, probability, uncertainty, seconds)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from harness.data.cache import cached
 from harness.data.page_cache import evict
 from harness.errors import UserError
 from harness.files import json_sha256, lock, walk_files
+from harness.inference.masks import MaskFolder
 from harness.labels.label_files import ONE, make_labels, with_labels
 from harness.records.run import Run
 from harness.records.run_folder import make_folder
@@ -47,10 +48,9 @@ def open_run(task, ranks, found, skipped):
         UserError: If the devices, the folder or the scenes cannot be used.
     """
     config, mode, is_chief = task.config, task.mode, ranks.launch.rank == 0
-    names = [path.name for path in found.all]
     folder = task.folder or (make_folder(config, mode) if is_chief else None)
     try:
-        work = json_sha256([mode, repr(config), names, str(task.folder)])
+        work = json_sha256([mode, repr(config), found.sha256, str(task.folder)])
         devices = open_devices(config, ranks, folder=str(folder), skipped=skipped, work=work)
         check_network(config, mode)
         if mode != "inference":
@@ -68,12 +68,12 @@ def open_run(task, ranks, found, skipped):
     in_use = f"{folder} is in use by another process. Wait for it to finish, or stop it."
     with (
         lock(folder, in_use) if is_chief else contextlib.nullcontext(),
-        Run(
-            config, devices, mode, folder, task.earlier, json_sha256(names), scenes.synthetic
-        ) as run,
+        Run(config, devices, mode, folder, task.earlier, found.sha256, scenes.synthetic) as run,
         ranks.translated_errors(),
     ):
         if is_chief:
+            if mode == "inference":  # they have been checked again
+                run.bad_scenes.forget(START)
             for path, reason in skipped.items():
                 run.bad_scenes.record(path, reason, START)
         yield run, devices, scenes
@@ -296,6 +296,13 @@ def open_reference_predictor(config, devices, model, device):
     """The model in overlapping patches and float32, with which `inference_mode: scene` compares."""
     reference = {"inference_mode": "patches", "precision": "float32", "xla": False}
     return open_scene_predictor(config.model_copy(update=reference), devices, model, device)
+
+
+def open_masks(config, devices, run):
+    """The folder of the run's masks, see MaskFolder."""
+    return MaskFolder(
+        run.path("masks"), devices.check, run.model_file, config.no_data, run.was_complete
+    )
 
 
 def board_patches(config, path):

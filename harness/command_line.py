@@ -1,13 +1,14 @@
 """The command line: what the program is asked to do."""
 
 import argparse
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.config import FILE_KEYS, MODEL_SUFFIXES, Config, load_config
 from harness.errors import UserError
-from harness.preflight import check_model
+from harness.preflight import FoundScenes, check_model
 from harness.records.resume import INPUT, MODES, find_requeued, load_resumed
 
 
@@ -27,10 +28,18 @@ class Task:
     folder: Path | None = None
     earlier: dict | None = None
 
-    @property
+    @functools.cached_property
+    def found(self):
+        """The scenes on disk, FoundScenes."""
+        config = self.config
+        return FoundScenes.find(config.train_dir, config.inference_dir, self.mode, config.shard)
+
+    @functools.cached_property
     def is_finished(self):
-        """Whether nothing is left to do."""
-        return self.earlier is not None and self.earlier["status"] == "success"
+        """Whether nothing is left to do; --mode inference also masks scenes that are new."""
+        if self.earlier is None or self.earlier["status"] != "success":
+            return False
+        return self.mode != "inference" or self.earlier.get("scenes_sha256") == self.found.sha256
 
 
 def parse_arguments(argv=None):

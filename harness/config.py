@@ -99,6 +99,17 @@ def _network(value):
     return os.path.abspath(_expand(str(value)))
 
 
+def _shard(value):
+    """K/N with K from 0 to N; N is the same shard as 0, for arrays that count from 1."""
+    text = str(_expand(value))
+    if not (match := re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)):
+        raise ValueError("should be two whole numbers K/N, such as 3/10")
+    k, n = map(int, match.groups())
+    if not 0 <= k <= n or n == 0:
+        raise ValueError("should be K/N with K from 0 to N-1, or from 1 to N")
+    return text
+
+
 Number = BeforeValidator(_number)
 Count = Annotated[int, Number, Field(ge=1, le=MAX_COUNT)]
 FilePath = Annotated[Path, BeforeValidator(_expand)]
@@ -185,6 +196,7 @@ class Config(BaseModel):
     checkpoint_every: Count = 1
 
     # Inference
+    shard: Annotated[str, BeforeValidator(_shard)] | None = None
     inference_mode: Literal["patches", "scene"] = "patches"
     no_data: Literal["network", "clear"] = "network"
     keep_probability: bool = False

@@ -5,7 +5,6 @@ import csv
 import errno
 import fcntl
 import hashlib
-import io
 import json
 import math
 import os
@@ -112,12 +111,11 @@ def write_csv(path, columns, rows):
 
     Texts cannot forge a line, and no formula: spreadsheets calculate what begins with = + - @.
     """
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: _cell(value) for key, value in row.items()})
-    write_text(path, text.getvalue())
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: _cell(value) for key, value in row.items()})
 
 
 def _cell(value):
@@ -135,11 +133,16 @@ def write_json(path, value):
 
 
 def jsonable(value):
-    """Copy nested dictionaries and lists for JSON; NaN and infinity become null."""
+    """Copy nested dictionaries and lists for JSON; NaN and infinity become null.
+
+    Numbers of numpy become those of Python.
+    """
     if isinstance(value, dict):
         return {key: jsonable(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
         return [jsonable(v) for v in value]
+    if hasattr(value, "item"):
+        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value

@@ -13,14 +13,17 @@ from data_loader import SceneError, check_scene, find_scenes, split_scenes
 from harness.config import LABELS
 from harness.console import counted, format_bytes, progress
 from harness.data.bad_scenes import START, BadScenes
+from harness.data.mask_files import mask_files
 from harness.data.prefetch import ReaderPool
 from harness.data.scene_files import day_or_night
 from harness.data.scene_rows import is_synthetic
 from harness.errors import UserError
+from harness.files import json_sha256
 from harness.labels.label_files import check_labels
 from harness.networks.names import network_file, network_names
 
 THREADS = 16
+MOST_SYNTHETIC = 1000  # scenes of a set that are asked whether they are synthetic
 HEADER_BYTES = 1 << 16  # of a file; contains most of its headers
 # Three checkpoints, each with 24 MB of weights and Adam's moments and an 8 MB model file.
 CHECKPOINT_BYTES = 100_000_000
@@ -46,13 +49,14 @@ class Scenes:
     synthetic: frozenset = frozenset()
 
     def find_synthetic(self, read_timeout):
-        """The same Scenes with `synthetic`; reads an attribute of each file."""
+        """The same Scenes with `synthetic`; reads an attribute of up to MOST_SYNTHETIC files."""
         sets = {"training": [*self.train, *self.validation], "inference": self.inference}
         with ReaderPool(THREADS, read_timeout) as readers:
             found = frozenset(
                 name
                 for name, paths in sets.items()
-                if any(readers.prefetch(is_synthetic, paths, THREADS))
+                for step in [-(-len(paths) // MOST_SYNTHETIC) or 1]
+                if any(readers.prefetch(is_synthetic, paths[::step], THREADS))
             )
         return replace(self, synthetic=found)
 
@@ -70,17 +74,38 @@ class FoundScenes:
     inference: list
 
     @classmethod
-    def find(cls, train_dir, inference_dir, mode):
+    def find(cls, train_dir, inference_dir, mode, shard=None):
         """Find the scenes that a mode needs.
+
+        Args:
+            train_dir: Directory or list of scenes.
+            inference_dir: Another one.
+            mode: 'benchmark', 'train' or 'inference'.
+            shard: Which part of the scenes to mask, 'K/N'; None for all.
 
         Raises:
             FileNotFoundError: If a directory is missing or has no scenes.
-            SceneError: If two scenes have the same name.
+            SceneError: If two scenes have the same name, or the shard has none.
+            UserError: If there is a shard in another mode than 'inference'.
         """
-        return cls(
-            find_scenes(train_dir) if mode != "inference" else [],
-            find_scenes(inference_dir) if mode != "train" else [],
-        )
+        if shard and mode != "inference":
+            raise UserError(
+                f"shard: {shard} divides the scenes of --mode inference, found --mode {mode}. "
+                "Remove shard."
+            )
+        train = find_scenes(train_dir) if mode != "inference" else []
+        inference = every = find_scenes(inference_dir) if mode != "train" else []
+        if shard and not (inference := [path for path in every if is_in_shard(path.name, shard)]):
+            raise SceneError(
+                f"None of {counted(len(every), 'scene')} in {inference_dir} is in shard {shard}. "
+                "Choose a smaller number of shards."
+            )
+        return cls(train, inference)
+
+    @property
+    def sha256(self):
+        """Digest of the names of all scenes."""
+        return json_sha256([path.name for path in self.all])
 
     @property
     def all(self):
@@ -134,6 +159,20 @@ class FoundScenes:
         return Scenes(train, validation, inference)
 
 
+def is_in_shard(name, shard):
+    """Whether a scene is in a part of all scenes, which depends on nothing but its name.
+
+    So jobs that start at different times agree, also while the folder grows; no job needs to know
+    of another.
+
+    Args:
+        name: Name of the scene file.
+        shard: 'K/N'.
+    """
+    k, n = map(int, shard.split("/"))
+    return int(json_sha256(name), 16) % n == k % n
+
+
 def check_model(config, mode):
     """Check the network or the model file of a run, as far as that needs no TensorFlow.
 
@@ -164,15 +203,20 @@ def choose_skipped(config, mode, found, folder=None):
 
     Raises:
         SceneError: If scenes are bad and must not be skipped, or too few remain.
-        UserError: If the disk is too small.
+        UserError: If the disk is too small, or scenes of the resumed run are gone.
     """
     if config.labels not in LABELS:
         check_labels(config.labels, found.train)
-    skipped = BadScenes(folder, config.on_bad_scene).reasons(START) if folder else {}
-    if folder and config.on_bad_scene == "skip":
-        return skipped  # scenes that turned bad later are met, and skipped, where they are read
     shape = config.shape_in(mode)
     labelled = bool(found.train) and config.labels == "bayes"
+    skipped = BadScenes(folder, config.on_bad_scene).reasons(START) if folder else {}
+    if folder and mode == "inference":  # its scenes may become more
+        check_nothing_is_gone(folder, found.inference)
+        again = [path for path in found.inference if str(path) in skipped]
+        bad = check_scenes(again, shape, labelled, config.read_timeout)[1]
+        skipped = {str(path): reason for path, reason in bad.items()}
+    if folder and config.on_bad_scene == "skip":
+        return skipped  # scenes that turned bad later are met, and skipped, where they are read
     skipped = found.check(shape, config.read_timeout, config.on_bad_scene, labelled, skipped)
     found.split(config.train_split, skipped)
     if not folder:
@@ -181,6 +225,17 @@ def choose_skipped(config, mode, found, folder=None):
             config.output_dir, results_bytes(config.scene_shape, n_masks, config.keep_probability)
         )
     return skipped
+
+
+def check_nothing_is_gone(folder, paths):
+    """Raise UserError if a run has a mask of a scene that is not among its scenes any more."""
+    names = {path.stem for path in paths}
+    if gone := [name for name in mask_files(folder) if name not in names]:
+        raise UserError(
+            f"{folder} cannot be resumed: {counted(len(gone), 'scene')} that it has masked "
+            f"{'is' if len(gone) == 1 else 'are'} not in inference_dir any more, for example "
+            f"{gone[0]}. Restore what is missing, or start a new run."
+        )
 
 
 def check_scenes(paths, shape, labelled=True, read_timeout=None):

@@ -18,8 +18,9 @@ from data_loader import SceneError
 from harness import REPOSITORY, check
 from harness.console import format_bytes, format_duration, table
 from harness.data.bad_scenes import BadScenes
+from harness.errors import UserError
 from harness.networks.names import network_names
-from harness.preflight import Scenes, check_free_space, check_scenes
+from harness.preflight import FoundScenes, Scenes, check_free_space, check_scenes
 from model import NETWORKS
 
 SHAPE = (HEIGHT, WIDTH, 9)
@@ -40,6 +41,44 @@ def copy(tmp_path, dataset, settings):
         "train_dir": str(tmp_path / "data/one-day"),
         "inference_dir": str(tmp_path / "data/ssts"),
     }
+
+
+def shards(folder, n):
+    """The names of the scenes in each of n shards of a folder; those without scenes are empty."""
+    found = []
+    for k in range(1, n + 1):
+        try:
+            paths = FoundScenes.find(None, folder, "inference", f"{k}/{n}").inference
+        except SceneError:
+            paths = []
+        found.append({path.name for path in paths})
+    return found
+
+
+def test_each_scene_is_in_one_shard_also_when_the_folder_grows(tmp_path):
+    names = [f"S3A_{i:03}.hdf" for i in range(400)]
+    for name in names[:200]:
+        (tmp_path / name).touch()
+    before = shards(tmp_path, 4)
+    for name in names[200:]:
+        (tmp_path / name).touch()
+    after = shards(tmp_path, 4)
+    assert sorted(itertools.chain(*after)) == names
+    assert all(old <= new for old, new in zip(before, after, strict=True))
+    assert min(map(len, after)) > 70  # 100 +- 9 is the standard deviation of a fair draw
+    assert FoundScenes.find(None, tmp_path, "inference", "0/4").all == [
+        tmp_path / name for name in sorted(after[-1])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mode", "shard", "message"),
+    [("benchmark", "1/2", "--mode benchmark. Remove shard"), ("inference", "1/999", "None of 1")],
+)
+def test_shard_without_use_is_an_error(tmp_path, mode, shard, message):
+    (tmp_path / "S3A_a.hdf").touch()
+    with pytest.raises(UserError, match=message):
+        FoundScenes.find(tmp_path, tmp_path, mode, shard)
 
 
 def train_scenes(copy):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harness.console import counted
 from harness.errors import UserError
-from harness.files import walk_folders
+from harness.files import read_text, walk_folders
 
 SCENE_NAME = "S3[A-D]*.hdf"  # for messages; all published scenes are of Sentinel-3A
 SCENE = re.compile(r"S3[A-D][\w.-]*\.hdf")
@@ -25,27 +25,30 @@ class SceneError(UserError):
 
 
 def find_scenes(directory):
-    """List the scene files below a directory, in the same order on every file system.
+    """List the scene files below a directory or in a list, in the same order on every file system.
 
     Hidden folders are skipped. What is ignored although it looks like a scene is printed, one line
     for each reason.
 
+    Args:
+        directory: Path of a directory, or of a text file with one path per line, see `walk_scenes`.
+
     Raises:
         FileNotFoundError: If the directory is missing or contains no scene.
-        SceneError: If two scenes have the same name.
+        SceneError: If two scenes have the same name, or a list contains something else.
     """
     directory = Path(directory)
-    is_folder = directory.is_dir()
+    exists = directory.is_dir() or directory.is_file()
     ignored = defaultdict(list)
-    found = walk_scenes(directory, ignored) if is_folder else ()
-    paths = sorted(found, key=lambda path: path.relative_to(directory).parts)
+    found = walk_scenes(directory, ignored) if exists else ()
+    paths = sorted(found, key=lambda path: path.parts)
     for reason, names in ignored.items():  # not a warning: each rank would print it
         log.info(
             "Ignored below %s: %s, for example %r: %s",
             *(directory, counted(len(names), "name"), min(names), reason),
         )
     if not paths:
-        missing = f"scenes matching '{SCENE_NAME}' under" if is_folder else "directory"
+        missing = f"scenes matching '{SCENE_NAME}' under" if exists else "directory"
         raise FileNotFoundError(
             f"No {missing} {directory}. Set train_dir and inference_dir in the configuration; see "
             "docs/data.md."
@@ -56,8 +59,11 @@ def find_scenes(directory):
             f"{counted(len(duplicates), 'duplicate scene name')} under {directory}, for example "
             f"{duplicates[0]}. Masks are named after their scenes: remove the duplicates."
         )
-    versions = Counter(filter(None, map(_product_of, paths)))
-    if twice := [path.name for path in paths if versions[_product_of(path)] > 1]:
+    products = list(map(_product_of, paths))
+    versions = Counter(filter(None, products))
+    if twice := [
+        path.name for path, product in zip(paths, products, strict=True) if versions[product] > 1
+    ]:
         log.info(
             "%s below %s are versions of the same products, for example %s and %s. Remove one of "
             "each: validation would use what training has seen.",
@@ -70,9 +76,16 @@ def walk_scenes(directory, ignored=None):
     """Yield the scene files below a directory, through linked folders too, each folder once.
 
     Args:
-        directory: Path.
+        directory: Path; or that of a text file that lists scene files, one path per line, relative
+            to the folder of the list. Empty lines count for nothing.
         ignored: Dictionary that receives names that only look like scenes, by the reason.
+
+    Raises:
+        SceneError: If a list cannot be read, or contains the path of something else.
     """
+    if Path(directory).is_file():
+        yield from _listed_scenes(Path(directory))
+        return
     for folder, subfolders, files in walk_folders(directory, hidden=False):
         for name in subfolders:
             if ignored is not None and (reason := _near_miss(name, is_folder=True)):
@@ -82,6 +95,21 @@ def walk_scenes(directory, ignored=None):
                 yield folder / name
             elif reason and ignored is not None:
                 ignored[reason].append(name)
+
+
+def _listed_scenes(file):
+    try:
+        lines = read_text(file).split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SceneError(f"{file} should be a directory, or a list of scenes: {error}.") from None
+    for number, line in enumerate(filter(None, map(str.strip, lines)), 1):
+        path = file.parent / line
+        if not SCENE.fullmatch(path.name) or _near_miss(path.name):
+            raise SceneError(
+                f"{file} should list scene files, {SCENE_NAME}, one path per line; entry {number} "
+                f"is {line[:200]!r}. Remove it from the list."
+            )
+        yield path
 
 
 def _near_miss(name, is_folder=False):

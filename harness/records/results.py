@@ -14,6 +14,8 @@ HISTORY_COLUMNS = (
     "epoch", "loss", "accuracy", "val_loss", "val_accuracy", "seconds", "patches_per_second",
     "labels_replaced",  # share of all; empty without label_correction
 )  # fmt: skip
+# Three threads mask scenes, each with another scene: the slowest one is the limit.
+STAGES = {"reading": ("read",), "network": ("network", "stitch"), "writing": ("score", "write")}
 TRAINING_RESULT = ("val_loss", "val_accuracy", "target_accuracy", "seconds_to_target")
 EPOCH_FORMAT = "{:>9} {:>8} {:>9} {:>9} {:>13} {:>8} {:>10}  {}"
 
@@ -69,14 +71,20 @@ def training_results(state, facts, target_accuracy=None):
 
 def inference_results(rows, seconds):
     """The dictionary `inference` of results.json."""
+    parts = {
+        part: float(np.mean([row[f"{part}_seconds"] for row in rows]))
+        for part in ("read", "network", "stitch", "score", "write")
+    }
+    of_device = float(np.mean([row["seconds"] for row in rows]))
+    shares = {part: scores.ratio(part_seconds, of_device) for part, part_seconds in parts.items()}
+    stages = {name: sum(map(shares.get, members)) for name, members in STAGES.items()}
     return {
         **scene_results(rows),
         "seconds": seconds,
         "seconds_per_scene": seconds / len(rows),
-        "seconds_per_scene_parts": {
-            part: float(np.mean([row[f"{part}_seconds"] for row in rows]))
-            for part in ("read", "network", "stitch", "score", "write")
-        },
+        "seconds_per_scene_parts": parts,
+        "shares": shares,
+        "limited_by": max(stages, key=stages.get),
         "devices": [
             {
                 "device": device,
@@ -159,7 +167,9 @@ def inference_line(config, devices, results):
         f"no_data_clear_accuracy={results['no_data_clear_accuracy']:.3f}, "
         f"valid_accuracy={results['valid_accuracy']:.3f}, "
         f"valid_all_cloud_accuracy={results['valid_all_cloud_accuracy']:.3f}, "
-        f"valid_threshold_accuracy={results['valid_threshold_accuracy']:.3f}"
+        f"valid_threshold_accuracy={results['valid_threshold_accuracy']:.3f}, "
+        f"limited_by={results['limited_by']}, "
+        + ", ".join(f"{part}_share={share:.2f}" for part, share in results["shares"].items())
     )
 
 
@@ -266,6 +276,8 @@ def summary(results):
             f"inference   {inference['seconds_per_scene']:.2f} s per scene, "
             f"{counted(inference['scenes'], 'scene')}; the network {parts['network']:.2f} s"
         )
+        shares = (f"{part} {share:.0%}" for part, share in inference["shares"].items())
+        lines.append(f"            limited by {inference['limited_by']}: {', '.join(shares)}")
     if bad := results["bad_scenes"]:
         lines.append(f"skipped     {counted(len(bad), 'bad scene')}, listed in results.json")
     total = f"total       {format_duration(results['seconds'])}, "

@@ -61,6 +61,7 @@ class Run:
         bad_scenes: BadScenes of the run.
         board: TensorBoard of the run; it shows nothing until `open_tensorboard`.
         part: How often the run has been resumed.
+        was_complete: Whether it had finished before it was resumed.
         continues: Whether this part continues from a checkpoint, inside the timed run.
 
     Raises:
@@ -72,9 +73,11 @@ class Run:
     ):
         self._config, self._devices, self.is_chief = config, devices, devices.is_chief
         self.folder, self.mode, self.board = folder, mode, NoBoard()
+        self.was_complete = earlier is not None and earlier["status"] in ("success", "extended")
         self._synthetic = synthetic
         parts = earlier["parts"] if earlier else []
-        if earlier and earlier.get("scenes_sha256", scenes_sha256) != scenes_sha256:
+        has_changed = earlier and earlier.get("scenes_sha256", scenes_sha256) != scenes_sha256
+        if has_changed and mode != "inference":  # whose scenes may become more
             raise UserError(
                 f"{folder} cannot be resumed: the scenes have changed. Restore the files in "
                 "train_dir and inference_dir, or start a new run."
@@ -325,9 +328,10 @@ class Run:
             seconds: Time of this part's inference [s].
             facts: What results.json says about the inference besides.
         """
-        skipped = self.bad_scenes.paths("inference")
+        skipped = set(self.bad_scenes.paths("inference"))
         rows = masks.collect([path for path in paths if str(path) not in skipped])
-        write_csv(self.path("scenes.csv"), SCENE_COLUMNS, rows)
+        dictionaries = (dict(zip(rows.dtype.names, row.item(), strict=True)) for row in rows)
+        write_csv(self.path("scenes.csv"), SCENE_COLUMNS, dictionaries)
         # The devices needed this long for the scenes of earlier parts, if they were equally busy.
         earlier = sum(row["seconds"] for row in rows if row["part"] != self.part)
         seconds += earlier / self._devices.n_replicas

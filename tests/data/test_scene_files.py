@@ -28,6 +28,27 @@ def test_missing_data_names_the_directory(tmp_path, name):
         find_scenes(tmp_path / name)
 
 
+def test_list_of_scenes_is_read_like_their_folder(tmp_path):
+    make(tmp_path, "night/S3A_b.hdf", "day/S3A_c.hdf")
+    lines = ["night/S3A_b.hdf", "", f"{tmp_path}/day/S3A_c.hdf\r", "  "]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    assert find_scenes(tmp_path / "list.txt") == find_scenes(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"S3A_a.hdf\nS3A_b.SEN3\n", "entry 2 is 'S3A_b.SEN3'"),
+        (b"S3A_a.hdf\nx/S3A_a.hdf\n", "1 duplicate scene name"),
+        (b"\x89HDF\r\n", "should be a directory, or a list of scenes"),
+    ],
+)
+def test_file_that_lists_something_else_is_an_error(tmp_path, content, message):
+    (tmp_path / "list.txt").write_bytes(content)
+    with pytest.raises(SceneError, match=message):
+        find_scenes(tmp_path / "list.txt")
+
+
 def test_linked_folders_are_searched_and_circles_end(tmp_path):
     make(tmp_path, "elsewhere/S3A_a.hdf", "data/x")
     (tmp_path / "data/night").symlink_to(tmp_path / "elsewhere")

@@ -151,7 +151,7 @@ def _first_step(config, devices, paths, weights=None):
         POLICIES[config.precision],
     )  # fmt: skip
     scene = read_scene(paths[0], config.scene_shape)
-    probability, _ = predictor(scene.channels[:size, :size])
+    probability, *_ = predictor(scene.channels[:size, :size])
     with open_batches(config, devices, paths) as batches:
         batch = next(devices.distribute(batches.batches()))
     trainer.eval_step(batch)

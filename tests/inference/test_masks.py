@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import h5py
 import numpy as np
 import pytest
+from conftest import damage_chunk
 
 from data_loader import PatchGrid
 from harness.inference.masks import TIMES, MaskFolder, compare_masks
@@ -25,9 +26,9 @@ def paths(tmp_path):
     return paths
 
 
-def open_masks(tmp_path, model="a", no_data="network"):
+def open_masks(tmp_path, model="a", no_data="network", check=lambda: None, complete=False):
     (tmp_path / "model.keras").write_text(model)
-    masks = MaskFolder(tmp_path / "masks", lambda: None, tmp_path / "model.keras", no_data)
+    masks = MaskFolder(tmp_path / "masks", check, tmp_path / "model.keras", no_data, complete)
     masks.remove_locks()
     return masks
 
@@ -58,6 +59,23 @@ def test_scene_is_taken_once(tmp_path, paths):
     assert list(other.take(paths)) == [paths[1]]
     masks.stop()
     assert list(masks.take([tmp_path / "S3A_c.hdf"])) == []
+
+
+def test_other_ranks_are_checked_once_per_own_scene(tmp_path, paths):
+    # A check reads a file of each rank: for all scenes of all ranks that would be quadratic.
+    checks = []
+    masks, other = open_masks(tmp_path), open_masks(tmp_path, check=lambda: checks.append(1))
+    assert next(masks.take(paths)) == paths[0]
+    assert list(other.take(3 * paths)) == [paths[1]] and len(checks) == 1
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_masks_of_a_complete_run_are_not_read_again(tmp_path, paths, complete):
+    write_all(open_masks(tmp_path), paths)
+    damage_chunk(tmp_path / "masks/S3A_b.h5", "mask")
+    (tmp_path / "masks/S3A_a.h5").unlink()
+    masks = open_masks(tmp_path, complete=complete)
+    assert list(masks.take(paths)) == (paths[1:] if complete else paths)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +114,7 @@ def test_mask_is_made_again_if_anything_has_changed(tmp_path, paths, caplog, cha
 
 
 ROWS = {  # how somebody else has written the row of a mask
+    "fraction as count": lambda row: {**row, "tp": 0.5},
     "number as text": lambda row: {**row, "accuracy": "0.9"},
     "text as number": lambda row: {**row, "day_night": 1},
     "too large": lambda row: {**row, "seconds": 10**400},

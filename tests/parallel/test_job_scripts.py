@@ -92,6 +92,41 @@ class TestEveryScript:
         assert not list(site.glob("*run.arguments"))  # srun, jsrun
 
 
+def test_archive_task_masks_its_shard_and_resumes_it_later(site, tmp_path):
+    stub(site / "python", f"printf '%s\\n' \"$@\" > '{site}/python.arguments'")
+    arguments = ["m.keras", "list.txt", "10", str(tmp_path / "out")]
+    task = {"SLURM_ARRAY_TASK_ID": "3", "CLOUDMASK_VENV": "", "CLOUDMASK_CONDA": ""}
+    assert run_script("archive.sh", *arguments, site=site, **task).returncode == 0
+    assert arguments_of("python", site) == [
+        "slstr_cloud.py", "--mode", "inference", "--model", "m.keras", "--set",
+        "inference_dir=list.txt", "shard=3/10", f"output_dir={tmp_path}/out", "run_name=shard-3",
+        "on_bad_scene=skip",
+    ]  # fmt: skip
+    (tmp_path / "out/shard-3").mkdir(parents=True)
+    assert run_script("archive.sh", *arguments, site=site, **task).returncode == 0
+    resumed = ["slstr_cloud.py", "--resume", f"{tmp_path}/out/shard-3"]
+    assert arguments_of("python", site) == resumed
+
+
+@pytest.mark.parametrize(
+    ("array", "job"),
+    [({}, "7"), ({"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}, "7_3")],
+)
+def test_time_limit_of_one_task_leaves_the_rest_of_its_array_alone(site, array, job):
+    stub(site / "scancel", f"echo $2 > '{site}/scancel.arguments'; touch '{site}/stopped'")
+    stub(site / "scontrol", f"echo $2 > '{site}/scontrol.arguments'")
+    # The step signals its job script, then waits until the script has signalled the step.
+    step = f"kill -USR1 $PPID; until [ -e '{site}/stopped' ]; do sleep 0.01; done; exit 143"
+    path = os.pathsep.join([str(site), os.environ["PATH"]])
+    script = f"source target/requeue.bash; requeue_unless_done sh -c {shlex.quote(step)}"
+    ended = subprocess.run(
+        ["bash", "-c", script], cwd=REPOSITORY, timeout=60, check=False,
+        env={**os.environ, "PATH": path, "SLURM_JOB_ID": "7", **array},
+    )  # fmt: skip
+    assert ended.returncode == 143
+    assert arguments_of("scancel", site) == arguments_of("scontrol", site) == [job]
+
+
 @pytest.mark.parametrize("script", ["rivanna.sh", "pearl.sh", "slurm.sh"])
 class TestSlurmScripts:
     def test_start_the_program_with_srun_and_pass_arguments_on(self, script, site):

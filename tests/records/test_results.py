@@ -1,5 +1,6 @@
 """The numbers that a run reports, from rows and clocks with known values."""
 
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ import data_loader
 import slstr_cloud
 from harness.config import Config
 from harness.console import progress
-from harness.inference.scores import MEAN_SCORES
+from harness.inference.scores import MEAN_SCORES, SCENE_COLUMNS
 from harness.preflight import results_bytes
 from harness.records import results
 from harness.training.state import TrainingState
@@ -51,31 +52,97 @@ def test_times_of_an_epoch_add_up_over_its_steps_and_parts(clock):
     assert firsts == [2 * 5 + 2 + 1]  # the next step of the training, counted from 1
 
 
-def test_time_of_a_scene_is_split_into_its_parts(clock, settings):
-    (path, *_) = data_loader.find_scenes(settings["inference_dir"])
-    rows = []
+NO_CLOUD = np.zeros((HEIGHT, WIDTH), np.float32)
+
+
+def mask_scenes(settings, predict, write, n_scenes=2):
+    """Mask scenes with one device; functions take the place of its network and of the masks."""
 
     class Predictor:
         padding, device = ((0, 0), (0, 0)), "CPU:0"
 
         def __call__(self, scene):
-            return clock(5.0, (np.zeros((HEIGHT, WIDTH), np.float32), 4.0, None))
+            return predict()
 
     slstr_cloud.mask_scenes(
-        Config.model_validate({**settings, "IMAGE_H": HEIGHT, "IMAGE_W": WIDTH}),
+        Config.model_validate(settings),
         SimpleNamespace(rank=0),
-        SimpleNamespace(mode="benchmark", part=0, model_file="model.keras"),
-        SimpleNamespace(take=iter, write=lambda *written: rows.append(written[-1])),
+        SimpleNamespace(mode="benchmark", part=0),
+        SimpleNamespace(
+            take=iter, check_finite=lambda path, probability: None,
+            write=lambda *written: write(written[-1]) or 0.0,
+        ),
         None,
-        [path],
+        data_loader.find_scenes(settings["inference_dir"])[:n_scenes],
         Predictor(),
-    )
+    )  # fmt: skip
+
+
+def test_time_of_a_scene_is_split_into_its_parts(clock, settings):
+    rows = []
+    mask_scenes(settings, lambda: clock(5.0, (NO_CLOUD, 4.0, None)), rows.append, n_scenes=1)
     (row,) = rows
     seconds = {key: value for key, value in row.items() if key.endswith("seconds")}
     assert seconds == {
         "seconds": 5, "read_seconds": 0, "network_seconds": 4, "stitch_seconds": 1,
         "score_seconds": 0,
     }  # fmt: skip
+
+
+def test_scene_is_written_while_the_network_has_the_next_one(settings):
+    calls, second = [], threading.Event()
+
+    def predict():
+        calls.append("network")
+        if len(calls) == 2:
+            second.set()
+        return NO_CLOUD, 1.0, None
+
+    def write(row):
+        calls.append("write" if second.wait(60) else "nobody came")
+
+    mask_scenes(settings, predict, write)
+    assert calls == ["network", "network", "write", "write"]
+
+
+def test_scene_is_written_although_the_next_one_fails(settings):
+    rows = []
+
+    def predict():
+        if started.is_set():
+            second.set()
+            raise MemoryError("the second scene")
+        started.set()
+        return NO_CLOUD, 1.0, None
+
+    started, second = threading.Event(), threading.Event()
+    with pytest.raises(MemoryError, match="the second scene"):
+        mask_scenes(settings, predict, lambda row: second.wait(60) and rows.append(row))
+    assert len(rows) == 1
+
+
+@pytest.mark.parametrize("n_scenes", [1, 2])
+def test_error_while_a_mask_is_written_ends_the_masking(settings, n_scenes):
+    def write(row):
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        mask_scenes(settings, lambda: (NO_CLOUD, 1.0, None), write, n_scenes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "limit"),
+    [({}, "network"), ({"read": 9.0}, "reading"), ({"score": 3.0, "write": 4.0}, "writing")],
+)
+def test_slowest_of_the_three_stages_is_the_limit(changes, limit):
+    seconds = {"read": 2.0, "network": 5.0, "stitch": 1.0, "score": 1.0, "write": 2.0} | changes
+    rows = [
+        {f"{part}_seconds": s for part, s in seconds.items()}
+        | dict.fromkeys(SCENE_COLUMNS, 1.0) | {"seconds": 8.0, "device": "0", "day_night": "day"}
+    ]  # fmt: skip
+    found = results.inference_results(rows, 8.0)
+    assert found["limited_by"] == limit
+    assert found["shares"] == {part: s / 8 for part, s in seconds.items()}
 
 
 @pytest.mark.parametrize(("seconds", "speed"), [((10.0, 2.0, 3.0), 24), ((10.0,), 6)])
@@ -97,7 +164,8 @@ def test_line_of_an_epoch_ends_with_the_time_of_the_remaining_ones():
 def test_summary_has_lines_of_80_columns_and_plurals_that_agree():
     inference = dict.fromkeys(MEAN_SCORES, 0.5) | {
         "scenes": 2, "scenes_labelled": 1, "synthetic": False, "seconds_per_scene": 1.0,
-        "seconds_per_scene_parts": {"network": 0.5},
+        "seconds_per_scene_parts": {"network": 0.5}, "shares": {"network": 0.5},
+        "limited_by": "network",
     }  # fmt: skip
     lines = results.summary({
         "training": None, "inference": inference, "bad_scenes": [{}], "warnings": ["a b " * 40],

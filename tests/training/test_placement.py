@@ -60,7 +60,8 @@ COMBINATIONS = [
 def test_steps_stay_on_a_gpu(loss, precision, label_correction):
     build = NETWORKS["two_views"] if label_correction == "co_teaching" else small
     trainer, _, feed = trainer_and_feed(
-        1, policy=POLICIES[precision], build=build, loss=LOSSES[loss], loss_scaling=precision == "float16",
+        1, policy=POLICIES[precision], build=build, loss=LOSSES[loss],
+        loss_scaling=precision == "float16",
         forward_correction=ForwardCorrection if loss == "forward_correction" else None,
         label_correction=LABEL_CORRECTIONS[label_correction],
     )  # fmt: skip

@@ -40,6 +40,15 @@ MEASURES = {
         "s/scene", "{:.3f}".format, "Masking a scene, from its file to its mask [s]."
     ),
     "masking_speed": Measure("masking", "{:.2f} x".format, "Scenes per second over the first row."),
+    **{
+        f"{part}_share": Measure(
+            word,
+            "{:.0%}".format,
+            "Share of the seconds per scene; reading, network with stitching, and scoring with "
+            "writing run at the same time.",
+        )
+        for part, word in one_run.SCENE_PARTS.items()
+    },
     "patches_per_second": Measure(
         "patches/s", "{:.1f}".format, "Training without the first epoch, all replicas."
     ),
@@ -96,6 +105,7 @@ def measure(case, folder):
     values = {
         **{key: network.get(key) for key in ("parameters", "multiplications_per_pixel")},
         "seconds_per_scene": inference.get("seconds_per_scene"),
+        **{f"{part}_share": inference.get("shares", {}).get(part) for part in one_run.SCENE_PARTS},
         "patches_per_second": training.get("patches_per_second"),
         "training_seconds": training.get("seconds"),
         "epochs": training.get("epochs_run"),

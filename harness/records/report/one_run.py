@@ -22,6 +22,8 @@ RELIABILITY_BINS = 20
 MIN_PIXELS = 100  # of a point in the reliability diagram
 MAX_GAP = 30.0  # [s] between two samples in a chart; a resumed run may have waited for days
 PAGE_BYTES = 12_000_000  # of pictures in the page; more scenes get a page of their own
+MAX_ROWS = 1000  # of the table of scenes, and points of their chart; 1.1 kB each
+MAX_CALIBRATED = 200  # scenes whose probabilities are read, 50 ms each
 MAX_SCENES = 21  # drawn unless all are asked for; one of 1200 x 1500 takes 0.5 to 1.1 s
 COMPARED_MASKS = ("mask", "all cloud", "threshold")  # in the order of COMPARED
 # Of long tables, which are as wide as the page; "Mask and baselines" has the others.
@@ -31,8 +33,8 @@ LONG_SCORES = {
 }  # fmt: skip
 SCORE_COLUMNS = {score.label: score.meaning for score in LONG_SCORES.values()}
 SCENE_PARTS = {
-    "read": "reading, in parallel with the network", "network": "network", "stitch": "stitching",
-    "score": "scoring", "write": "writing",
+    "read": "reading", "network": "network", "stitch": "stitching", "score": "scoring",
+    "write": "writing",
 }  # fmt: skip
 
 
@@ -55,6 +57,13 @@ def column(rows, key):
 def cell(value, show):
     """A number in a table: its value, by which rows are sorted, and its text."""
     return (None, "–") if is_missing(value) else (value, show(value))
+
+
+def evenly_spaced(items, most):
+    """At most so many of a list, its first and last among them."""
+    if len(items) <= most:
+        return items
+    return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]
 
 
 def table(name, columns, rows, sort=None, is_long=False):
@@ -132,6 +141,11 @@ def describe_run(run, write_scene, data=None, all_scenes=False):
     if results["config"].get("keep_probability") is False:
         text += "This run kept no probabilities: set keep_probability: true for pictures of them."
     scene_columns = {"scene": "", "kind": "", **SCORE_COLUMNS, "seconds": "Inference."}
+    table_of_scenes = scene_rows(rows, drawn)
+    scenes_title = "Scenes"
+    if len(table_of_scenes) < len(rows):
+        scenes_title = f"Scenes: the {MAX_ROWS} with the lowest accuracy, and those with pictures, "
+        scenes_title += f"of {len(rows)}; scenes.csv has all"
     bad_scenes = [
         [str(bad.get(key, "")) for key in ("path", "reason", "during")]
         for bad in results.get("bad_scenes", [])
@@ -152,7 +166,7 @@ def describe_run(run, write_scene, data=None, all_scenes=False):
                     "Means over scenes", {"scenes": "", "number": ""} | SCORE_COLUMNS, means(rows),
                     is_long=True,
                 ) + table(
-                    "Scenes", scene_columns, scene_rows(rows, drawn), "accuracy", is_long=True
+                    scenes_title, scene_columns, table_of_scenes, "accuracy", is_long=True
                 ),
             },
             "What ran where": {
@@ -179,7 +193,7 @@ def scene_folder(run, data=None):
         UserError: If `data` is no folder.
     """
     if data is not None:
-        if not Path(data).is_dir():
+        if not Path(data).exists():
             raise UserError(f"No directory {data}. Name the folder of the scene files with --data.")
         return data
     try:
@@ -341,18 +355,27 @@ def times(run):
     rest = (results.get("seconds") or 0) - sum(s or 0 for s in of_run.values())
     if any(of_run.values()) and rest > 0:
         of_run["other: start, scene checks, writing"] = rest
-    of_scene = inference.get("seconds_per_scene_parts", {})
-    of_scene = {word: of_scene.get(key) for key, word in SCENE_PARTS.items()}
-    return times_table("The run", of_run) + times_table("One scene, on average", of_scene)
+    of_scene, shares = (inference.get(k, {}) for k in ("seconds_per_scene_parts", "shares"))
+    columns = {
+        "part": "", "time": "",
+        "share": "Of the time per scene on a device. Reading, network with stitching, and scoring "
+        "with writing run at the same time, each for another scene.",
+    }  # fmt: skip
+    parts_of_scene = [
+        [word, cell(of_scene[key], show_seconds), cell(shares.get(key), "{:.0%}".format)]
+        for key, word in SCENE_PARTS.items()
+        if of_scene.get(key)
+    ]
+    limit = inference.get("limited_by")
+    title = "One scene, on average" + (f": limited by {limit}" if limit else "")
+    return table(
+        "The run", ("part", "time"), [[k, cell(s, show_seconds)] for k, s in of_run.items() if s]
+    ) + table(title, columns, parts_of_scene)
 
 
-def times_table(title, seconds):
-    """A table of durations, in a list; without those that are 0 or unknown."""
-
-    def show(s):
-        return format_duration(s) if s >= 10 else f"{s:.3g} s"
-
-    return table(title, ("part", "time"), [[k, cell(s, show)] for k, s in seconds.items() if s])
+def show_seconds(s):
+    """A duration in a table."""
+    return format_duration(s) if s >= 10 else f"{s:.3g} s"
 
 
 # --- scenes ---------------------------------------------------------------------------------
@@ -370,18 +393,24 @@ def short_name(scene):
 
 
 def scene_rows(rows, drawn):
-    """Rows of the table of scenes, those with the lowest accuracy first, with links to `drawn`."""
+    """Rows of the table of scenes, those with the lowest accuracy first, with links to `drawn`.
+
+    Of more than MAX_ROWS scenes the first ones, and those that are drawn.
+    """
     links = {scene["name"]: scene for scene in drawn}
-    shown = [
+    rows = sorted(
+        rows, key=lambda row: math.inf if is_missing(row.get("accuracy")) else row["accuracy"]
+    )
+    return [
         [
             {"text": short_name(name := row.get("scene", "")), "name": name} | links.get(name, {}),
             row.get("day_night", ""),
             *score_cells(row),
         ]
         + [cell(row.get("seconds"), "{:.2f}".format)]
-        for row in rows
+        for place, row in enumerate(rows)
+        if place < MAX_ROWS or row.get("scene") in links
     ]
-    return sorted(shown, key=lambda row: math.inf if row[2][0] is None else row[2][0])
 
 
 def by_kind(rows):
@@ -413,12 +442,15 @@ def scene_chart(rows):
     ]  # fmt: skip
     if not known:
         return []
+    note = "A mask above the dotted line is better than calling every pixel cloud."
+    if len(known) > MAX_ROWS:
+        note += f" {MAX_ROWS} of {len(known)} scenes, evenly spaced."
+        known = evenly_spaced(known, MAX_ROWS)
     points = {kind: [column(group, key) for key in keys] for kind, group in by_kind(known).items()}
     return [
         chart(
             "Accuracy of each scene", "share of cloud in the label", "accuracy", points,
-            points=True, diagonal="all cloud", height=3.2,
-            note="A mask above the dotted line is better than calling every pixel cloud.",
+            points=True, diagonal="all cloud", height=3.2, note=note,
         )
     ]  # fmt: skip
 
@@ -434,7 +466,8 @@ def calibration(pairs, problems):
         Two charts; none without such pixels of both classes.
     """
     counts, n_scenes = np.zeros((2, BINS), np.int64), 0  # of clear and cloud, by probability
-    for name, paths in progress(pairs.items(), "Reading probabilities", len(pairs)):
+    chosen = evenly_spaced([*pairs.items()], MAX_CALIBRATED)
+    for name, paths in progress(chosen, "Reading probabilities", len(chosen)):
         try:
             found = pictures.read_label_and_probability(*paths)
         except UserError as error:

@@ -90,8 +90,8 @@ class Picture:
 
 
 def scenes_by_name(folder):
-    """Scene files below a folder by name of scene; an empty dictionary if there are none."""
-    return {path.stem: path for path in walk_scenes(folder)} if Path(folder).is_dir() else {}
+    """Scene files below a folder, or in a list, by name of scene; empty if there are none."""
+    return {path.stem: path for path in walk_scenes(folder)} if Path(folder).exists() else {}
 
 
 def read_row(mask_path):

@@ -1,0 +1,109 @@
+"""Runs of --mode inference on many scenes, and on lists that become longer."""
+
+import os
+import shutil
+import sys
+from collections import Counter
+
+import h5py
+from conftest import results, rows, start
+
+import slstr_cloud
+from data_loader import find_scenes
+from harness.networks.model_files import build_network, save_model
+from tools.make_scenes import make_dataset
+
+EVENTS = ("open", "os.listdir", "os.scandir", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
+
+_counts = []
+sys.addaudithook(  # it cannot be removed
+    lambda event, arguments: [count.update([event]) for count in _counts if event in EVENTS]
+)
+
+
+def test_resumed_run_masks_what_is_new_in_its_list(finished, settings, tmp_path, capfd):
+    first, second = (path.name for path in find_scenes(settings["inference_dir"]))
+    for path in find_scenes(settings["inference_dir"]):
+        shutil.copy(path, tmp_path)
+    os.truncate(tmp_path / second, 1000)  # its transfer has not finished
+    changed = {**settings, "inference_dir": str(tmp_path / "list.txt"), "on_bad_scene": "skip"}
+    (tmp_path / "list.txt").write_text(f"{first}\n{second}\n")
+    run = start(tmp_path, changed, "--mode", "inference", "--model", str(finished / "model.keras"))
+    assert run.status == 0 and results(run.folder)["inference"]["scenes"] == 1
+    mask = (run.folder / "masks" / first).with_suffix(".h5").stat()
+
+    resume = ["--resume", str(run.folder)]
+    assert slstr_cloud.main(resume) == 0 and "nothing is left to do" in capfd.readouterr().err
+    for path in find_scenes(settings["inference_dir"]):
+        shutil.copy2(path, tmp_path / path.name.replace("S3A", "S3B"))
+    shutil.copy(
+        next(p for p in find_scenes(settings["inference_dir"]) if p.name == second), tmp_path
+    )
+    names = [name.replace("S3A", kind) for kind in ("S3A", "S3B") for name in (first, second)]
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    assert slstr_cloud.main(resume) == 0
+    found = results(run.folder)
+    assert (found["status"], found["bad_scenes"], found["inference"]["scenes"]) == (
+        "success",
+        [],
+        4,
+    )
+    assert {row["scene"] for row in rows(run.folder / "scenes.csv")} == {n[:-4] for n in names}
+    kept = (run.folder / "masks" / first).with_suffix(".h5").stat()
+    assert (kept.st_ino, kept.st_mtime_ns) == (mask.st_ino, mask.st_mtime_ns)
+
+    (tmp_path / "list.txt").write_text("\n".join(names[1:]))
+    capfd.readouterr()
+    assert slstr_cloud.main(resume) == 2
+    assert "1 scene that it has masked is not in inference_dir" in capfd.readouterr().err
+    assert results(run.folder) == found
+
+
+def test_one_scene_more_costs_the_same_however_many_there_are(tmp_path, monkeypatch):
+    make_dataset(tmp_path / "made", train=0, inference=1, height=32, width=40, seed=1)
+    (scene,) = find_scenes(tmp_path / "made")
+    with h5py.File(scene, "a") as file:  # the search for a synthetic scene ends at the first one
+        del file.attrs["synthetic"]
+    model = tmp_path / "pixel.keras"
+    save_model(build_network("pixel", (32, 32, 9)), model)
+    scenes, count = tmp_path / "scenes", Counter()
+    scenes.mkdir()
+    settings = {
+        "inference_dir": str(scenes), "IMAGE_H": 32, "IMAGE_W": 40, "PATCH_SIZE": 32,
+        "CROP_SIZE": 8, "clip_offset": 3, "report": False,
+        "sampling": False,  # it opens files each second
+    }  # fmt: skip
+
+    def counted(owner, name):
+        function = getattr(owner, name)
+
+        def counting(*arguments, **options):
+            count[name] += 1
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    counted(os, "stat")
+    counted(os, "lstat")
+    counted(h5py._hl.files, "make_fid")  # opens and creates HDF5 files
+    costs = []
+    _counts.append(count)
+    try:
+        for n in (2, 20, 40, 60):  # the first run imports modules
+            for i in range(n):
+                (scenes / f"S3A_{i:03}.hdf").unlink(missing_ok=True)
+                (scenes / f"S3A_{i:03}.hdf").hardlink_to(scene)
+            count.clear()
+            folder = tmp_path / str(n)
+            assert start(folder, settings, "--mode", "inference", "--model", str(model)).status == 0
+            costs.append(Counter(count))
+    finally:
+        _counts.remove(count)
+    _, first, second, third = costs
+    assert third - second == second - first
+    more = {name: (second - first)[name] / 20 for name in first}
+    # The mask gets its name; its temporary name and its lock go. No scene needs a folder's list.
+    assert more["os.rename"] == 1 and more["os.remove"] == 2
+    assert more["os.listdir"] == more["os.scandir"] == 0
+    # Header, whether it is synthetic, the scene, its mask, and the row of the mask.
+    assert more["make_fid"] == 5 and more["stat"] < 25, more
