@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from harness.console import counted
-from harness.data.batches import Batch, as_dataset, fill_batches, raise_error
+from harness.data.batches import Batch, fill_batches, raise_error
 from harness.data.hdf5_rows import storage
 from harness.data.patch_order import epoch_steps, replica_slots
 from harness.data.prefetch import ReaderPool
@@ -241,6 +241,8 @@ class PatchBatches:
         channels: float32 (S, P, P, 9), normalised.
         cloud: uint8 (S, P, P, 1).
         weight: float32 (S,), 1 for a patch and 0 for padding, which comes last.
+        n_used: int32 (), slots up to the last one of weight 1; known here, so that no step waits
+            for its device to tell.
     S is the same in all steps: the largest share of the global batch, rounded up to `multiple`.
 
     Threads read ahead, scene after scene in the order in which steps need them, each patch
@@ -292,7 +294,6 @@ class PatchBatches:
         self.replica_batch = -(-largest // self.multiple) * self.multiple
         self.n_patches = len(self.paths) * self.patches_per_scene
         self.n_steps = -(-self.n_patches // self.batch_size)
-        self.error = None  # what ended the reading: tf.data would keep only its text
         self._warned = set()  # scenes with numbers out of range
         self._pool = ReaderPool(self.n_threads, self.read_timeout)
 
@@ -303,37 +304,26 @@ class PatchBatches:
         self.close()
 
     def close(self):
-        """Stop reading, and wait for what is being read: tf.data reads on after it is dropped."""
+        """Stop reading, and wait for what is being read."""
         self._pool.close()
 
-    def dataset(self, start_epoch=0, start_step=0):
-        """The batches of all epochs, without end, as a prefetching tf.data.Dataset.
+    def batches(self, start_epoch=0, start_step=0):
+        """Yield the elements of all epochs, without end, as arrays.
 
         Args:
             start_epoch: First epoch, from 0.
             start_step: First step of that epoch, from 0.
         """
-        s, p = self.replica_batch, self.patch_size
-        shapes = (s, p, p, self.n_channels), (s, p, p, 1), (s,)
-        dtypes = "float32", "uint8", "float32"
-        return as_dataset(lambda: self.batches(start_epoch, start_step), shapes, dtypes)
-
-    def batches(self, start_epoch=0, start_step=0):
-        """Yield the elements of `dataset` as arrays."""
         epochs = (
             (epoch, self._shares(epoch, start_step if epoch == start_epoch else 0))
             for epoch in itertools.count(start_epoch)
         )
-        try:
-            batches = fill_batches(
-                epochs, self._empty_batch, self._read, self._pool, lambda job: self.paths[job.scene]
-            )
-            for batch in batches:
-                yield batch.channels, batch.cloud, batch.weight
-                del batch
-        except Exception as error:
-            self.error = error
-            raise
+        batches = fill_batches(
+            epochs, self._empty_batch, self._read, self._pool, lambda job: self.paths[job.scene]
+        )
+        for batch in batches:
+            yield batch.element
+            del batch
 
     def scenes_of(self, epoch, step):
         """The scenes of a global batch, of all replicas."""

@@ -390,8 +390,9 @@ def global_batches(n_replicas, per_process=1, start=(0, 0), n_steps=12, **option
         replicas = range(first, first + per_process)
         with make_batches(replicas, n_replicas, **options) as source:
             elements = itertools.islice(source.batches(*start), n_steps * per_process)
-            for i, (channels, cloud, weight) in enumerate(elements):
+            for i, (channels, cloud, weight, n_used) in enumerate(elements):
                 n = int(weight.sum())
+                assert n_used == n and n_used.dtype == np.int32
                 assert (weight[:n] == 1).all() and (weight[n:] == 0).all()
                 assert not channels[n:].any() and not cloud[n:].any()
                 assert channels.shape[0] == source.replica_batch
@@ -468,8 +469,9 @@ def test_patches_of_a_bad_scene_get_weight_0_and_others_stay():
     with make_batches(**options) as good, make_batches(read=read, **options, **handler) as bad:
         pairs = list(itertools.islice(zip(good.batches(), bad.batches(), strict=True), 4))
     n_zero = 0
-    for (channels, cloud, weight), (found_channels, found_cloud, found_weight) in pairs:
+    for (channels, cloud, weight, _), (found_channels, found_cloud, found_weight, n_used) in pairs:
         used = found_weight == 1
+        assert not used[n_used:].any() and (n_used == 0 or used[n_used - 1])
         n_zero += np.sum(weight) - np.sum(used)
         np.testing.assert_array_equal(found_channels[used], channels[used])
         np.testing.assert_array_equal(found_cloud[used], cloud[used])
@@ -477,13 +479,12 @@ def test_patches_of_a_bad_scene_get_weight_0_and_others_stay():
     assert n_zero == 6 and set(reported) == {(2, "scene 2 is bad")}
 
 
-def test_bad_scene_ends_the_reading_by_default_and_the_error_is_kept():
+def test_bad_scene_ends_the_reading_by_default():
     def read(path, patches):
         raise SceneError("scene 3 is bad")
 
-    with make_batches(read=read) as source, pytest.raises(Exception, match="scene 3 is bad"):
-        next(iter(source.dataset()))
-    assert isinstance(source.error, SceneError)
+    with make_batches(read=read) as source, pytest.raises(SceneError, match="scene 3 is bad"):
+        next(source.batches())
 
 
 def test_scenes_out_of_range_are_logged_once_each(caplog):
@@ -517,23 +518,6 @@ def test_scenes_of_a_step_are_those_of_its_patches():
     ]
 
 
-def test_tf_dataset_gives_the_batches_without_end_and_starts_again():
-    with make_batches(multiple=4) as source, make_batches(multiple=4) as other:
-        dataset = source.dataset(1, 2)
-        for _ in range(2):
-            arrays = itertools.islice(other.batches(1, 2), 10)
-            for tensors, expected in zip(dataset.take(10), arrays, strict=True):
-                assert tensors[0].shape == (12, 8, 8, 1)  # 11, rounded up to a multiple of 4
-                for a, b in zip(tensors, expected, strict=True):
-                    np.testing.assert_array_equal(a, b)
-
-
-def test_dataset_has_two_threads_of_its_own_and_none_that_tunes():
-    """TensorFlow's pool has one thread in a deterministic run; dropping waits for the tuning."""
-    options = make_batches().dataset().options()
-    assert options.threading.private_threadpool_size == 2 and options.autotune.enabled is False
-
-
 @pytest.mark.parametrize("n_scenes", [20, 80])
 def test_memory_does_not_grow_with_the_scenes(n_scenes):
     options = {"patch_size": 64, "n_mixed_scenes": 4, "paths": range(n_scenes)}
@@ -552,7 +536,7 @@ def test_memory_does_not_grow_with_the_scenes(n_scenes):
 
 
 def test_batches_are_aligned_to_64_bytes():
-    for channels, cloud, _ in itertools.islice(make_batches(batch_size=5).batches(), 3):
+    for channels, cloud, *_ in itertools.islice(make_batches(batch_size=5).batches(), 3):
         assert channels.ctypes.data % 64 == 0 and cloud.ctypes.data % 64 == 0
 
 
@@ -566,7 +550,7 @@ def test_closing_waits_for_what_is_read_and_reads_no_more():
         done.append(path)
 
     with make_batches(read=read) as source:
-        next(iter(source.dataset()))
+        next(source.batches())
     assert len(begun) == len(done) < 7 * 3
 
 

@@ -27,6 +27,13 @@ class Batch:
         channels[n_patches:], cloud[n_patches:] = 0, 0
         return cls(channels, cloud, (np.arange(size) < n_patches).astype(np.float32), n_patches)
 
+    @property
+    def element(self):
+        """What a step takes, see `data_loader.PatchBatches`."""
+        used = np.flatnonzero(self.weight)
+        n_used = np.int32(used[-1] + 1 if used.size else 0)
+        return self.channels, self.cloud, self.weight, n_used
+
 
 @dataclass(frozen=True)
 class SceneJob:
@@ -105,41 +112,8 @@ def raise_error(path, error):
     raise error
 
 
-def as_dataset(batches, shapes, dtypes):
-    """A prefetching tf.data.Dataset, without end, of batches that are made in Python.
-
-    It is a mapped counter, not `from_generator`, which sets the C library's M_TRIM_THRESHOLD for
-    the whole process: every large array is then new memory from the system, 120 instead of 50 page
-    faults per patch.
-
-    Args:
-        batches: Function that returns an iterator over tuples of arrays, without end.
-        shapes: Shape of each array of a tuple.
-        dtypes: Their dtypes, as texts.
-    """
-    import tensorflow as tf
-
-    elements = iter(())
-
-    def element(number):
-        nonlocal elements
-        if number == 0:  # the dataset is iterated from the start
-            elements = batches()
-        return next(elements)
-
-    def tensors(number):
-        return tuple(map(tf.ensure_shape, tf.numpy_function(element, [number], dtypes), shapes))
-
-    options = tf.data.Options()
-    # Its own threads: `deterministic` leaves a single one in TensorFlow's common pool.
-    options.threading.private_threadpool_size = 2
-    # There is nothing to tune, and dropping an iterator waits for that thread, up to a minute.
-    options.autotune.enabled = False
-    return tf.data.Dataset.counter().map(tensors).with_options(options).prefetch(1)
-
-
 def aligned(shape, dtype):
-    """An empty array at a multiple of 64 bytes: TensorFlow copies all others."""
+    """An empty array at a multiple of 64 bytes, which TensorFlow can use without a copy."""
     n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     space = np.empty(n_bytes + 63, np.uint8)
     return space[-space.ctypes.data % 64 :][:n_bytes].view(dtype).reshape(shape)

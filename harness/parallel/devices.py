@@ -1,18 +1,22 @@
 """Which devices a run uses, and the distribution strategy over them."""
 
 import contextlib
+import itertools
 import json
 import logging
 import os
 import socket
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import keras
+import numpy as np
 import tensorflow as tf
 from tensorflow.python.eager import context as eager  # see _many_workers
 
 from harness.console import counted
+from harness.data.prefetch import ReaderPool
 from harness.errors import UserError
 from harness.parallel.rendezvous import Rendezvous, SingleRank, reserve_port
 from harness.signals import check_signals
@@ -20,6 +24,9 @@ from harness.signals import check_signals
 log = logging.getLogger("cloudmask")
 
 SERVICE_SECONDS = 30 * 86400  # [s] suspended ranks may be silent for TensorFlow's service
+# Steps whose batches are on the devices early. A copy to a GPU waits for the steps that have been
+# sent to it: only that of the step after next runs beside a step.
+STEPS_AHEAD = 2
 CPU_MICRO_BATCH = 4  # patches; at 256 x 256 more took 1 GB more and were no faster on two cores
 
 
@@ -131,10 +138,18 @@ class Devices:
         return min(wanted, share)
 
     def distribute(self, elements):
-        """Yield tuples of one element per replica of this process, each on its device."""
+        """Yield tuples of one element per replica of this process, each on its device.
+
+        While a step runs, a thread takes the elements of the next STEPS_AHEAD steps, and a thread
+        for each replica copies them.
+        """
         elements = iter(elements)
-        while True:
-            yield on_replicas(self.strategy, elements)
+        with ReaderPool(1) as feeder, ThreadPoolExecutor(len(self.local)) as copiers:
+
+            def take(_):
+                return on_replicas(self.strategy, elements, copiers.map)
+
+            yield from feeder.prefetch(take, itertools.count(), STEPS_AHEAD)
 
     def summary(self):
         """The dictionary `devices` of results.json."""
@@ -156,7 +171,7 @@ class Devices:
         return f"{words} ({_hardware_name(self.kind)})"
 
 
-def on_replicas(strategy, elements):
+def on_replicas(strategy, elements, map_over=map):
     """Take one element for each replica of this process and copy it to the replica's device.
 
     `distribute_datasets_from_function` would do this with datasets of its own, each with a tuning
@@ -164,18 +179,27 @@ def on_replicas(strategy, elements):
 
     Args:
         strategy: tf.distribute.Strategy.
-        elements: Iterator over nested tuples of tensors.
+        elements: Iterator over tuples of tensors or arrays.
+        map_over: Function like `map`, such as that of a pool of threads.
 
     Returns:
         Such a tuple with the per-replica values that `strategy.run` takes.
     """
-    devices = iter(strategy.extended.worker_devices)
+    devices = strategy.extended.worker_devices
+    copies = map_over(_copy_to, devices, list(itertools.islice(elements, len(devices))))
+    return strategy.experimental_distribute_values_from_function(lambda context: next(copies))
 
-    def next_element(context):
-        with tf.device(next(devices)):
-            return tf.nest.map_structure(tf.identity, next(elements))
 
-    return strategy.experimental_distribute_values_from_function(next_element)
+def _copy_to(device, element):
+    with tf.device(device):
+        return tuple(tf.identity(_as_tensor(part)) for part in element)
+
+
+def _as_tensor(array):
+    """An array as a tensor in the memory of the host, without a copy where TensorFlow allows it."""
+    if isinstance(array, np.ndarray) and array.ctypes.data % 64 == 0:
+        return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+    return array
 
 
 def open_devices(

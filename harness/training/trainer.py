@@ -24,8 +24,8 @@ class Trainer:
     """A model, its optimizer, and the steps that train and evaluate it.
 
     Every step gets, per replica, the elements of `data_loader.PatchBatches`: channels
-    (S, P, P, 9), cloud (S, P, P, 1) and weight (S,), which is 0 for padding at the end and for
-    patches of scenes that cannot be read.
+    (S, P, P, 9), cloud (S, P, P, 1), weight (S,), which is 0 for padding at the end and for
+    patches of scenes that cannot be read, and n_used (), the slots up to the last one of weight 1.
 
     Loss and accuracy are means over the pixels that `clip_offset` leaves of all patches of weight
     1, whatever the numbers of replicas and patches: sums are kept on the devices, in float64.
@@ -104,8 +104,8 @@ class Trainer:
 
     # --- one replica ------------------------------------------------------------------------
 
-    def _train_replica(self, channels, cloud, weight):
-        gradients, sums = self._sum_over_micro_batches(channels, cloud, weight)
+    def _train_replica(self, channels, cloud, weight, n_used):
+        gradients, sums = self._sum_over_micro_batches(channels, cloud, weight, n_used)
         self._train_sums.assign_add(sums)
         context = tf.distribute.get_replica_context()
         share = tf.stack([tf.reduce_sum(weight), tf.cast(sums[0], tf.float32)])
@@ -119,26 +119,29 @@ class Trainer:
             gradients = _share_overflow(gradients, context)
         self.optimizer.apply(gradients, self.model.trainable_variables)  # adds up all replicas
 
-    def _eval_replica(self, channels, cloud, weight):
-        for i in self._micro_batches(weight):
+    def _eval_replica(self, channels, cloud, weight, n_used):
+        for i in self._micro_batches(n_used):
             tf.autograph.experimental.set_loop_options(parallel_iterations=1)  # memory of one
             self._eval_sums.assign_add(self._sums_of(*self._cut(i, channels, cloud, weight)))
 
-    def _sum_over_micro_batches(self, channels, cloud, weight):
+    def _sum_over_micro_batches(self, channels, cloud, weight, n_used):
         """Gradients of the objective, and float64 (3,) sums over pixels, of a replica's share."""
         gradients = [tf.zeros_like(v.value) for v in self.model.trainable_variables]
         sums = tf.zeros(self._train_sums.shape, tf.float64)
-        for i in self._micro_batches(weight):
+        for i in self._micro_batches(n_used):
             tf.autograph.experimental.set_loop_options(parallel_iterations=1)  # memory of one
             part, part_sums = self._gradients_of(*self._cut(i, channels, cloud, weight))
             gradients = [total + g for total, g in zip(gradients, part, strict=True)]
             sums += part_sums
         return gradients, sums
 
-    def _micro_batches(self, weight):
-        """Numbers of the micro-batches up to the last patch of weight 1."""
-        n_used = tf.reduce_max(tf.where(weight > 0, tf.range(1, weight.shape[0] + 1), 0))
-        return tf.range(-(-n_used // self.micro_batch))
+    def _micro_batches(self, n_used):
+        """Numbers of the micro-batches up to the last patch of weight 1.
+
+        TensorFlow keeps int32 in the memory of the host, also beside a GPU: the loop waits for no
+        copy from the device.
+        """
+        return tf.range((n_used + self.micro_batch - 1) // self.micro_batch)
 
     def _cut(self, i, *arrays):
         first, m = i * self.micro_batch, self.micro_batch
@@ -288,6 +291,7 @@ class Trainer:
             np.zeros((n_patches, p, p, n_channels), np.float32),
             np.zeros((n_patches, p, p, 1), np.uint8),
             weight,
+            np.int32(1),
         )
         return on_replicas(self.strategy, itertools.repeat(arrays))
 
@@ -347,11 +351,10 @@ def _share_overflow(gradients, context):
 
 
 @contextlib.contextmanager
-def replace_tensorflow_errors(batches, trainer):
-    """Replace TensorFlow's errors during a step by the reader's own error, or by advice on memory.
+def replace_tensorflow_errors(trainer):
+    """Replace TensorFlow's error about memory by advice.
 
     Args:
-        batches: PatchBatches that the step reads; `error` is what ended the reading, or None.
         trainer: Trainer.
 
     Raises:
@@ -369,7 +372,3 @@ def replace_tensorflow_errors(batches, trainer):
             f"{precision}. Set {' or '.join(advice) or 'a smaller PATCH_SIZE'}; the results do not "
             f"depend on micro_batch."
         ) from None
-    except tf.errors.OpError:
-        if batches.error is not None:
-            raise batches.error from None
-        raise

@@ -1,5 +1,8 @@
+import itertools
+import threading
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -112,3 +115,38 @@ def test_devices_of_all_ranks_are_counted(kind, n_gpus, per_node):
 def test_micro_batch_is_a_share_at_most(wanted, batch, replicas, found):
     devices = open_devices(SingleRank(), cpu_devices=3)
     assert devices.micro_batch(wanted, batch, replicas) == found
+
+
+def test_batches_of_the_next_two_steps_are_taken_and_the_others_wait():
+    devices = open_devices(SingleRank(), cpu_devices=2, seed=5)
+    taken, enough = [], threading.Event()
+
+    def elements():
+        for i in itertools.count():
+            taken.append(i)
+            if i == 5:  # two replicas: the step in use and the next two
+                enough.set()
+            yield np.full(3, i, np.float32), np.int32(i)
+
+    feed = devices.distribute(elements())
+    first = next(feed)
+    assert enough.wait(60) and len(taken) == 6
+    for n, batch in enumerate([first, next(feed)]):
+        for part in batch:
+            values = devices.strategy.experimental_local_results(part)
+            assert [int(tf.reduce_max(value)) for value in values] == [2 * n, 2 * n + 1]
+            assert [value.device[-5:] for value in values] == ["CPU:0", "CPU:1"]
+    feed.close()
+
+
+def test_error_of_the_reader_is_that_of_the_step():
+    devices = open_devices(SingleRank(), seed=5)
+
+    def elements():
+        yield (np.zeros(3, np.float32),)
+        raise OSError("disk gone")
+
+    feed = devices.distribute(elements())
+    next(feed)
+    with pytest.raises(OSError, match="disk gone"):
+        next(feed)

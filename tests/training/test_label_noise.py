@@ -146,12 +146,13 @@ def test_trainer_counts_labels_and_predictions_like_numpy(monkeypatch):
     monkeypatch.setattr(ForwardCorrection, "CONFIDENT", 0.55)
     trainer = trainer_with(forward_correction=ForwardCorrection, label_correction=EarlyLearning)
     trainer.begin_epoch([])
-    channels, cloud, weight = batch_of((1, 1, 0, 0))
+    batch = batch_of((1, 1, 0, 0))
+    channels, cloud = batch[:2]
     cut = np.s_[:2, 2:-2, 2:-2]
     p = trainer.model(channels).numpy()
     turned = trainer.model(channels[:, ::-1, ::-1]).numpy()[:, ::-1, ::-1]
     p, turned, label = p[cut], turned[cut], cloud.numpy()[cut].astype(bool)
-    trainer.train_step((channels, cloud, weight))
+    trainer.train_step(batch)
     metrics = trainer.pop_train_metrics()
     of_regimes, of_classes = metrics["label_counts"]
     agreement = [((label == a) & ((p > 0.5) == b)).sum() for a, b in np.ndindex(2, 2)]
