@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data_loader import MIXED_SCENES, PatchBatches, PatchGrid, SceneError, read_patches
-from harness.console import format_bytes
+from harness.console import counted, format_bytes
 from harness.data.bad_scenes import START
 from harness.data.cache import cached
 from harness.data.page_cache import evict
@@ -26,6 +26,9 @@ from harness.signals import install_handlers
 from harness.training.augmentation import AUGMENTATIONS, patch_rng
 
 BOARD_PATCHES = 4  # whose masks TensorBoard shows
+# Threads of `reader_threads: auto`, at most. They decode 10,000 patches/s, which eight GPUs can
+# take; each of them needs memory for a scene ahead.
+MAX_READER_THREADS = 16
 
 log = logging.getLogger(__name__)
 
@@ -192,6 +195,7 @@ def open_trainer(config, devices):
         label_one=1 if config.labels == "bayes" else ONE,
         forward_correction=ForwardCorrection if config.loss == "forward_correction" else None,
         label_correction=choose(LABEL_CORRECTIONS, "label_correction", config.label_correction),
+        patch_dtype=config.patch_dtype,
     )
 
 
@@ -225,15 +229,19 @@ def open_batches(config, devices, paths, labels=None, validate=False, **options)
     )  # fmt: skip
     if config.cache_dir:
         label = "" if config.labels == "bayes" else " unlabelled"
+        label += "" if config.patch_dtype == "float32" else f" {config.patch_dtype}"
         read = cached(read, config.cache_dir, f"{config.scene_shape} {config.patch_size}{label}")
     if labels:
         read = with_labels(read, labels, config.scene_shape, config.patch_size)
     mixed_scenes = config.shuffle_scenes
     if mixed_scenes == "auto":
         mixed_scenes = max(MIXED_SCENES, devices.n_ranks)
+    n_threads = config.reader_threads
+    if n_threads == "auto":
+        n_threads = min(devices.n_cores, MAX_READER_THREADS)
     # The sums of validation are the same for any batch; a small one leaves memory to training.
     small_batch = micro_batch * devices.n_replicas
-    return PatchBatches(
+    batches = PatchBatches(
         paths,
         read,
         patch_size=config.patch_size,
@@ -247,9 +255,17 @@ def open_batches(config, devices, paths, labels=None, validate=False, **options)
         shuffle=not validate,
         multiple=micro_batch,
         read_timeout=config.read_timeout,
+        n_threads=n_threads,
         augment=patch_augmentation(config.augment),
+        dtype=config.patch_dtype,
         **options,
     )
+    if not validate:
+        log.info(
+            "  input       %s, %s patches, batches of at most %s in memory",
+            counted(n_threads, "reader thread"), batches.dtype, format_bytes(batches.max_bytes),
+        )  # fmt: skip
+    return batches
 
 
 def patch_augmentation(name):

@@ -152,6 +152,7 @@ class Config(BaseModel):
     mlperf_logfile: FilePath = Path("mlperf_cloudmask.log")
     cache_dir: FilePath | None = None
     no_cache: bool | None = None
+    reader_threads: Count | Literal["auto"] = "auto"
     clear_file_cache: bool = False
     on_bad_scene: Literal["stop", "skip"] = "stop"
     read_timeout: Annotated[float, Number, Field(gt=0, le=1e6)] = 600.0
@@ -211,6 +212,11 @@ class Config(BaseModel):
     def shape_in(self, mode):
         """The `scene_shape` that a mode demands; `inference` takes any rows and columns, None."""
         return (None, None, self.n_channels) if mode == "inference" else self.scene_shape
+
+    @property
+    def patch_dtype(self):
+        """The form in which training patches are kept and copied to devices."""
+        return "float32" if self.precision == "float32" else "float16"
 
     @property
     def patch_shape(self):

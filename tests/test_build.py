@@ -18,7 +18,7 @@ from harness.training.augmentation import AUGMENTATIONS
 from model import unet
 
 DEVICES = SimpleNamespace(
-    n_replicas=1, n_ranks=1, replicas=range(1), micro_batch=lambda wanted, batch_size: 4
+    n_replicas=1, n_ranks=1, n_cores=3, replicas=range(1), micro_batch=lambda wanted, batch_size: 4
 )
 
 

@@ -14,6 +14,7 @@ from sklearn.model_selection import train_test_split
 import data_loader
 from data_loader import PatchBatches, SceneError
 from harness import REPOSITORY
+from harness.data.half_precision import ToFloat16
 from tools.make_scenes import make_scene, write_scene
 
 SHAPE = (100, 135, 9)
@@ -34,8 +35,8 @@ def path(tmp_path, arrays):
     return tmp_path / "S3A_x.hdf"
 
 
-def empty_patches(indices=range(12), p=32):
-    return {i: (np.empty((p, p, 9), np.float32), np.empty((p, p, 1), np.uint8)) for i in indices}
+def empty_patches(indices=range(12), p=32, dtype=np.float32):
+    return {i: (np.empty((p, p, 9), dtype), np.empty((p, p, 1), np.uint8)) for i in indices}
 
 
 def normalised(arrays):
@@ -322,6 +323,43 @@ def test_patches_are_the_rectangles_of_a_plain_loop(path, arrays, chunks, indice
             i += 1
 
 
+def test_float16_patches_are_rounded_by_at_most_half_a_digit(path, arrays):
+    """Also in the worst case, it is less than the radiometer's noise, about 0.05 K."""
+    full, half = empty_patches(), empty_patches(dtype=np.float16)
+    arrays = {name: array.copy() for name, array in arrays.items()}
+    arrays["bts"][50, 60], arrays["bts"][50, 61] = 150.0, 349.9  # the limits of what is possible
+    arrays["refs"][50, 60] = 1e6  # beyond float16: the largest number that it has
+    write_scene(path, arrays)
+    for patches in (full, half):
+        data_loader.read_patches(path, patches, SHAPE, 32)
+    exact, rounded = (
+        np.concatenate([patches[i][0] for i in range(12)]).astype(np.float64)
+        for patches in (full, half)
+    )
+    np.testing.assert_array_equal(
+        rounded, np.clip(exact, -65504, 65504).astype(np.float16).astype(np.float64)
+    )
+    error = np.where(exact > 1e5, 0, np.abs(rounded - exact))
+    assert error[..., 6:][exact[..., 6:] > -6].max() * 22 < 0.043  # [K]; missing values are -12.3
+    assert error[..., :6][exact[..., :6] < 0.5].max() < 0.00013
+    for i in range(12):
+        np.testing.assert_array_equal(half[i][1], full[i][1])
+
+
+def test_float16_is_that_of_numpy_for_numbers_of_every_size():
+    bits = np.random.default_rng(0).integers(2**32, size=1_000_000, dtype=np.uint32)
+    numbers = bits.view(np.float32)
+    numbers = numbers[np.abs(numbers) <= 65504]
+    ties = np.arange(2**15, dtype=np.uint16).view(np.float16)[:31743].astype(np.float32)
+    ties = (ties[1:] + ties[:-1]) / 2  # between two neighbours
+    for values in (numbers, ties, -ties):
+        found, expected = ToFloat16()(values), values.astype(np.float16)
+        normal = np.abs(values) >= 2**-14
+        np.testing.assert_array_equal(found[normal].view("u2"), expected[normal].view("u2"))
+        # The others are multiples of 2^-24, and may be rounded twice.
+        assert np.abs(found[~normal].astype("f8") - values[~normal]).max() < 0.5001 * 2**-24
+
+
 # --- batches
 
 
@@ -530,9 +568,10 @@ def test_memory_does_not_grow_with_the_scenes(n_scenes):
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-    # 11 slots of 4 scenes: a scene of 6 patches is spread over 4 batches at most; four scenes that
-    # are read ahead can begin as many batches later; and one is in use.
-    assert peak < (4 + 4 + 1) * batch_bytes + 1_000_000
+    # 11 slots of 4 scenes: a scene of 6 patches is spread over 4 batches at most; scenes that are
+    # read ahead can begin as many batches later; and one is in use.
+    assert source.max_bytes == (4 + 4 + 1) * batch_bytes
+    assert peak < source.max_bytes + 1_000_000
 
 
 def test_batches_are_aligned_to_64_bytes():

@@ -9,6 +9,8 @@ import socket
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -27,6 +29,7 @@ SERVICE_SECONDS = 30 * 86400  # [s] suspended ranks may be silent for TensorFlow
 # Steps whose batches are on the devices early. A copy to a GPU waits for the steps that have been
 # sent to it: only that of the step after next runs beside a step.
 STEPS_AHEAD = 2
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of the container: microseconds per period, or "max"
 CPU_MICRO_BATCH = 4  # patches; at 256 x 256 more took 1 GB more and were no faster on two cores
 
 
@@ -82,6 +85,11 @@ class Devices:
         """Numbers of this process's replicas among those of all processes."""
         first = self.rank * len(self.local)
         return range(first, first + len(self.local))
+
+    @property
+    def n_cores(self):
+        """Cores of the node that are for this process: ranks divide those that they share."""
+        return share_of_cores(self.announcements, self.rank)
 
     @property
     def is_first_on_node(self):
@@ -227,6 +235,7 @@ def open_devices(
     launch = rendezvous.launch
     found = tf.config.list_physical_devices("GPU") if gpu != 0 else []
     facts |= {"node": launch.node, "gpus": len(found), "visible": visible_gpus()}
+    facts["cores"] = usable_cores()
     announcements = [facts]
     if launch.n_ranks > 1:
         with reserve_port(launch) as reserved:  # TensorFlow takes the port over below
@@ -296,6 +305,31 @@ def visible_gpus():
         handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
         ids = sorted(map(pynvml.nvmlDeviceGetUUID, handles))
     return f"{os.environ.get('CUDA_VISIBLE_DEVICES')} {ids}"
+
+
+def usable_cores():
+    """Numbers of the cores that this process may use, as many as its container has at most."""
+    known = hasattr(os, "sched_getaffinity")  # not on macOS
+    cores = sorted(os.sched_getaffinity(0)) if known else list(range(os.cpu_count()))
+    with contextlib.suppress(OSError, ValueError):  # no control group, or "max"
+        quota, period = map(int, CPU_QUOTA.read_text(encoding="utf-8").split())
+        cores = cores[: max(1, quota // period)]
+    return cores
+
+
+def share_of_cores(announcements, rank):
+    """How many cores are for a rank, at least one: ranks that may use the same ones divide them.
+
+    Args:
+        announcements: Dictionaries with `node` and `cores`, the numbers of cores.
+        rank: Number of the rank.
+    """
+    own = announcements[rank]
+    users = Counter()
+    for other in announcements:
+        if other["node"] == own["node"]:
+            users.update(other["cores"])
+    return max(1, int(sum(Fraction(1, users[core]) for core in own["cores"])))
 
 
 def share_of_gpus(announcements, rank, gpu="auto"):

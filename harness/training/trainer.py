@@ -54,6 +54,7 @@ class Trainer:
         label_one: Number in `cloud` that says cloud; smaller ones are probabilities times this.
         forward_correction: Class label_noise.ForwardCorrection, or None.
         label_correction: A class in label_noise.LABEL_CORRECTIONS, or None.
+        patch_dtype: Of the channels in batches, 'float32' or 'float16'.
 
     Raises:
         UserError: If the network cannot be trained this way.
@@ -62,11 +63,12 @@ class Trainer:
     def __init__(
         self, strategy, build_model, loss, learning_rate, batch_size, micro_batch,
         clip_offset=0, cloud_weight=1.0, loss_scaling=False, xla=False,
-        label_one=1, forward_correction=None, label_correction=None,
+        label_one=1, forward_correction=None, label_correction=None, patch_dtype="float32",
     ):  # fmt: skip
         self.strategy, self.batch_size, self.micro_batch = strategy, batch_size, micro_batch
         self._loss, self._clip_offset, self._cloud_weight = loss, clip_offset, cloud_weight
         self._loss_scaling, self._label_one = loss_scaling, float(label_one)
+        self._patch_dtype = patch_dtype
         with strategy.scope():
             self.model = build_model()
             check_trainable(self.model)
@@ -172,6 +174,7 @@ class Trainer:
 
     def _forward(self, channels, cloud, weight, training):
         """Return float64 (3,) sums over pixels, and the float32 loss per patch of a full batch."""
+        channels = tf.cast(channels, tf.float32)
         probability = self._clipped(self._network(channels, training=training))
         label = self._label(cloud)
         target, expected, counts = label, probability, []
@@ -288,7 +291,7 @@ class Trainer:
         p, _, n_channels = self.model.input_shape[1:]
         weight = np.eye(1, n_patches, dtype=np.float32)[0]
         arrays = (
-            np.zeros((n_patches, p, p, n_channels), np.float32),
+            np.zeros((n_patches, p, p, n_channels), self._patch_dtype),
             np.zeros((n_patches, p, p, 1), np.uint8),
             weight,
             np.int32(1),

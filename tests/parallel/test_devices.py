@@ -1,4 +1,5 @@
 import itertools
+import os
 import threading
 from types import SimpleNamespace
 
@@ -7,7 +8,14 @@ import pytest
 import tensorflow as tf
 
 from harness.errors import UserError
-from harness.parallel.devices import Devices, check_requirements, open_devices, share_of_gpus
+from harness.parallel.devices import (
+    Devices,
+    check_requirements,
+    open_devices,
+    share_of_cores,
+    share_of_gpus,
+    usable_cores,
+)
 from harness.parallel.launchers import Launch
 from harness.parallel.rendezvous import SingleRank
 
@@ -50,6 +58,32 @@ def test_unmet_requirements_give_both_numbers(gpu, nodes, others, words):
 )
 def test_met_requirements_are_accepted(gpu, nodes, cards):
     check_requirements(gpu, nodes, cards)
+
+
+def has(node, *cores):
+    return {"node": node, "cores": list(cores)}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "shares"),
+    [
+        ([has("a", 0, 1, 2, 3)], [4]),
+        ([has("a", 0, 1, 2, 3)] * 2 + [has("b", 0, 1, 2, 3)], [2, 2, 4]),
+        ([has("a", 0, 1), has("a", 2, 3, 4)], [2, 3]),  # the scheduler has divided them
+        ([has("a", *range(8))] * 3, [2, 2, 2]),
+        ([has("a", 0)] * 2, [1, 1]),
+    ],
+)
+def test_ranks_divide_the_cores_that_they_share(ranks, shares):
+    assert [share_of_cores(ranks, rank) for rank in range(len(ranks))] == shares
+
+
+@pytest.mark.parametrize(("text", "n"), [("max 100000", 8), ("250000 100000", 2), ("1 100000", 1)])
+def test_quota_of_a_container_limits_the_cores(monkeypatch, tmp_path, text, n):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr("harness.parallel.devices.CPU_QUOTA", tmp_path / "cpu.max")
+    (tmp_path / "cpu.max").write_text(text + "\n")
+    assert usable_cores() == list(range(n))
 
 
 def sees(node, n_gpus, visible="None"):

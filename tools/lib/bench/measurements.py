@@ -21,6 +21,7 @@ import tensorflow as tf
 
 import data_loader
 from harness import REPOSITORY
+from harness.build import MAX_READER_THREADS
 from harness.config import load_config
 from harness.networks.fused_upsampling import fuse_upsampling
 from harness.networks.geometry import geometry
@@ -196,7 +197,7 @@ def measure_gemm(bench):
 
 def measure_loading(bench):
     """Training input alone, compared with h5py and a textbook pipeline."""
-    most = min(n_cores(), data_loader.READER_THREADS)
+    most = min(n_cores(), MAX_READER_THREADS)
     counts = [n for n in (1, 2, 4, 8, 16, 32) if n < most] + [most]
     plans = {"loader_naive": Plan("patches/s", partial(naive_rate, bench))}
     for storage, raw in (("contiguous", "raw_read"), ("gzip", "raw_read/gzip")):
