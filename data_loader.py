@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from harness.console import counted
-from harness.data.batches import Batch, fill_batches, patch_bytes, raise_error
+from harness.data.batches import Batch, fill_batches, kept_batches, patch_bytes, raise_error
 from harness.data.hdf5_rows import storage
 from harness.data.patch_order import epoch_steps, replica_slots, steps_of_scene
 from harness.data.prefetch import ReaderPool
@@ -256,6 +256,7 @@ class PatchBatches:
             on ranks nor on threads nor on resuming.
         dtype: Of the channels, 'float32' or 'float16', which halves memory and copies. It rounds
             brightness temperatures by at most 0.043 K, reflectances below 1 by 0.00013.
+        on_device: Whether each patch is read and copied once, because the devices keep it.
     """
 
     paths: list
@@ -275,6 +276,7 @@ class PatchBatches:
     on_bad_scene: Callable = raise_error
     augment: Callable | None = None
     dtype: str = "float32"
+    on_device: bool = False
 
     def __post_init__(self):
         self.slots = [replica_slots(self.batch_size, self.n_replicas, r) for r in self.replicas]
@@ -296,7 +298,7 @@ class PatchBatches:
         self._pool.close()
 
     def batches(self, start_epoch=0, start_step=0):
-        """Yield the elements of all epochs, without end, as arrays.
+        """Yield the elements of all epochs, without end, as arrays, or KeptBatch if `on_device`.
 
         Args:
             start_epoch: First epoch, from 0.
@@ -306,13 +308,17 @@ class PatchBatches:
             (epoch, self._shares(epoch, start_step if epoch == start_epoch else 0))
             for epoch in itertools.count(start_epoch)
         )
-        batches = fill_batches(
+        if self.on_device:
+            yield from kept_batches(epochs, len(self.slots), self.replica_batch, self._fill)
+        for batch in self._fill(epochs):
+            yield batch.element
+            del batch
+
+    def _fill(self, epochs):
+        return fill_batches(
             epochs, self._empty_batch, self._read, self._pool, self.n_threads + 1,
             lambda job: self.paths[job.scene],
         )  # fmt: skip
-        for batch in batches:
-            yield batch.element
-            del batch
 
     @property
     def max_bytes(self):
@@ -344,9 +350,8 @@ class PatchBatches:
         return [share[share[:, 0] >= 0] for share in shares]
 
     def _empty_batch(self, n_patches):
-        return Batch.empty(
-            self.replica_batch, self.patch_size, self.n_channels, n_patches, self.dtype
-        )
+        size = n_patches if self.on_device else self.replica_batch
+        return Batch.empty(size, self.patch_size, self.n_channels, n_patches, self.dtype)
 
     def _read(self, job):
         """Read the patches of a SceneJob, in one of the threads."""

@@ -153,6 +153,7 @@ class Config(BaseModel):
     cache_dir: FilePath | None = None
     no_cache: bool | None = None
     reader_threads: Count | Literal["auto"] = "auto"
+    cache: Literal["none", "disk", "memory", "device"] = "none"
     clear_file_cache: bool = False
     on_bad_scene: Literal["stop", "skip"] = "stop"
     read_timeout: Annotated[float, Number, Field(gt=0, le=1e6)] = 600.0
@@ -246,6 +247,10 @@ class Config(BaseModel):
             problems.append(
                 f"no_cache: true and cache_dir {self.cache_dir} contradict each other; remove one"
             )
+        if self.no_cache and self.cache != "none":
+            problems.append(f"no_cache: true and cache: {self.cache} contradict each other")
+        if self.cache == "disk" and not self.cache_dir:
+            problems.append("cache: disk needs cache_dir, a folder on a local disk")
         if isinstance(self.gpu, int) and self.gpu > 0 and self.cpu_devices > 1:
             problems.append(
                 f"cpu_devices {self.cpu_devices} simulates devices on the CPU, but gpu is "

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,9 +29,24 @@ class Batch:
     @property
     def element(self):
         """What a step takes, see `data_loader.PatchBatches`."""
-        used = np.flatnonzero(self.weight)
-        n_used = np.int32(used[-1] + 1 if used.size else 0)
-        return self.channels, self.cloud, self.weight, n_used
+        return self.channels, self.cloud, self.weight, used_slots(self.weight)
+
+
+@dataclass(frozen=True)
+class KeptBatch:
+    """A batch of a replica whose device keeps all patches that it got.
+
+    Attributes:
+        new: Batch of the patches that are not on the device yet.
+        rows: Places in `kept` of the patches of the batch, in the order of its slots.
+        kept: List of the replica; whoever copies the new patches appends them.
+        size: Slots of the batch.
+    """
+
+    new: Batch
+    rows: list
+    kept: list
+    size: int
 
 
 @dataclass(frozen=True)
@@ -86,6 +102,39 @@ def fill_batches(epochs, empty_batch, read, pool, n_ahead, name):
                 batch = begun.pop(key)
                 yield batch
                 del batch  # or its memory would be kept until the next one is complete
+
+
+def kept_batches(epochs, n_replicas, size, fill):
+    """Yield a KeptBatch for each share of the epochs: only new patches are read.
+
+    Args:
+        epochs: As of `fill_batches`; the shares of an epoch are those of each replica in turn.
+        n_replicas: Replicas of this process.
+        size: Slots of a batch.
+        fill: Function of epochs that yields their batches.
+    """
+    places, kept = ([make() for _ in range(n_replicas)] for make in (dict, list))
+    picked = deque()  # rows of the batches that are being read
+
+    def without_known():
+        for epoch, shares in epochs:
+            new_shares = []
+            for number, share in enumerate(shares):
+                known, patches = places[number % n_replicas], list(map(tuple, share.tolist()))
+                new = [patch for patch in patches if patch not in known]
+                known.update(zip(new, itertools.count(len(known))))
+                picked.append([known[patch] for patch in patches])
+                new_shares.append(np.array(new, int).reshape(-1, 2))
+            yield epoch, new_shares
+
+    for replica, batch in zip(itertools.cycle(range(n_replicas)), fill(without_known())):
+        yield KeptBatch(batch, picked.popleft(), kept[replica], size)
+
+
+def used_slots(weight):
+    """Number of slots up to the last one of weight 1, int32."""
+    used = np.flatnonzero(weight)
+    return np.int32(used[-1] + 1 if used.size else 0)
 
 
 def _scene_jobs(epoch, shares, begun, empty_batch):

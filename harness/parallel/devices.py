@@ -14,10 +14,13 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import psutil
 import tensorflow as tf
+from tensorflow.python.client import device_lib
 from tensorflow.python.eager import context as eager  # see _many_workers
 
 from harness.console import counted
+from harness.data.batches import KeptBatch, used_slots
 from harness.data.prefetch import ReaderPool
 from harness.errors import UserError
 from harness.parallel.rendezvous import Rendezvous, SingleRank, reserve_port
@@ -112,6 +115,19 @@ class Devices:
         """GPUs per node, as found."""
         return self.n_gpus // self.n_nodes
 
+    @property
+    def n_ranks_on_node(self):
+        """Number of processes on the node of this one."""
+        return sum(facts["node"] == self.launch.node for facts in self.announcements)
+
+    def memory(self):
+        """Memory that TensorFlow may use on each device of this process [bytes]."""
+        if self.kind == "CPU":
+            free = psutil.virtual_memory().available
+            return free // (self.n_ranks_on_node * len(self.local))
+        listed = device_lib.list_local_devices()
+        return min(device.memory_limit for device in listed if device.device_type == "GPU")
+
     def peak_gpu_memory(self):
         """Peak memory of TensorFlow on each GPU of this process [bytes]; empty on CPUs."""
         if self.kind == "CPU":
@@ -187,7 +203,7 @@ def on_replicas(strategy, elements, map_over=map):
 
     Args:
         strategy: tf.distribute.Strategy.
-        elements: Iterator over tuples of tensors or arrays.
+        elements: Iterator over tuples of tensors or arrays, or over KeptBatch.
         map_over: Function like `map`, such as that of a pool of threads.
 
     Returns:
@@ -200,7 +216,23 @@ def on_replicas(strategy, elements, map_over=map):
 
 def _copy_to(device, element):
     with tf.device(device):
+        if isinstance(element, KeptBatch):
+            return _batch_on_device(element)
         return tuple(tf.identity(_as_tensor(part)) for part in element)
+
+
+def _batch_on_device(batch):
+    """Copy the new patches of a KeptBatch to the device, and put the batch together there."""
+    new = [tf.identity(_as_tensor(part)) for part in (batch.new.channels, batch.new.cloud)]
+    for i, weight in enumerate(batch.new.weight):
+        batch.kept.append((*(part[i : i + 1] for part in new), weight))
+    patches = [batch.kept[row] for row in batch.rows]
+    weight = np.zeros(batch.size, np.float32)
+    weight[: len(patches)] = [each[2] for each in patches]
+    n_empty = [batch.size - len(patches)] * (len(patches) < batch.size)
+    empty = [[np.zeros((n, *p.shape[1:]), p.dtype.as_numpy_dtype) for n in n_empty] for p in new]
+    images = (tf.concat([*(each[k] for each in patches), *empty[k]], axis=0) for k in (0, 1))
+    return *images, tf.identity(weight), tf.identity(used_slots(weight))
 
 
 def _as_tensor(array):
