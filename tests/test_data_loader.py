@@ -495,6 +495,19 @@ def test_augmentation_is_applied_after_the_read_and_only_to_training():
     )
 
 
+@pytest.mark.parametrize("n_local", [1, 2])
+def test_patches_kept_on_a_device_are_read_once(n_local):
+    with make_batches(range(n_local), n_local, on_device=True) as source:
+        elements = itertools.islice(source.batches(0, 1), 12 * n_local)
+        n_new = [0] * 12
+        for i, element in enumerate(elements):
+            n_new[i // n_local] += len(element.new.weight)
+    # From the second step of four: 31 patches, then the 11 others of the first step.
+    assert sum(n_new[:3]) == 31
+    assert sum(n_new) == 42 if n_local == 1 else 42 <= sum(n_new) <= 2 * 42
+    assert n_local == 2 or not any(n_new[7:])
+
+
 def test_patches_of_a_bad_scene_get_weight_0_and_others_stay():
     def read(number, patches):
         fake_read(number, patches)

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import math
-from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,21 +113,17 @@ def kept_batches(epochs, n_replicas, size, fill):
         fill: Function of epochs that yields their batches.
     """
     places, kept = ([make() for _ in range(n_replicas)] for make in (dict, list))
-    picked = deque()  # rows of the batches that are being read
-
-    def without_known():
-        for epoch, shares in epochs:
-            new_shares = []
-            for number, share in enumerate(shares):
-                known, patches = places[number % n_replicas], list(map(tuple, share.tolist()))
-                new = [patch for patch in patches if patch not in known]
-                known.update(zip(new, itertools.count(len(known))))
-                picked.append([known[patch] for patch in patches])
-                new_shares.append(np.array(new, int).reshape(-1, 2))
-            yield epoch, new_shares
-
-    for replica, batch in zip(itertools.cycle(range(n_replicas)), fill(without_known())):
-        yield KeptBatch(batch, picked.popleft(), kept[replica], size)
+    for epoch, shares in epochs:
+        new_shares, rows = [], []
+        for number, share in enumerate(shares):
+            known, patches = places[number % n_replicas], list(map(tuple, share.tolist()))
+            new = [patch for patch in patches if patch not in known]
+            known.update(zip(new, itertools.count(len(known))))
+            rows.append([known[patch] for patch in patches])
+            new_shares.append(np.array(new, int).reshape(-1, 2))
+        # One epoch after the other: what reads ahead would look for new patches without end.
+        for number, batch in enumerate(fill([(epoch, new_shares)])):
+            yield KeptBatch(batch, rows[number], kept[number % n_replicas], size)
 
 
 def used_slots(weight):
