@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from harness.console import counted
-from harness.data.batches import Batch, as_dataset, fill_batches, raise_error
+from harness.data.batches import Batch, fill_batches, kept_batches, patch_bytes, raise_error
 from harness.data.hdf5_rows import storage
-from harness.data.patch_order import epoch_steps, replica_slots
+from harness.data.patch_order import epoch_steps, replica_slots, steps_of_scene
 from harness.data.prefetch import ReaderPool
 from harness.data.scene_files import SceneError, day_or_night, find_scenes  # noqa: F401 (for users)
-from harness.data.scene_rows import Tile, copy_to_tiles, open_scene, read_rows
+from harness.data.scene_rows import Tile, copy_to_tiles, normalise, open_scene, read_rows
 
 # Normalised channels: reflectance - 0.5 and (brightness temperature - 270 K) / 22 K.
 REFLECTANCE_OFFSET = 0.5  # [1], mlcommons/science v1.1
@@ -37,7 +37,6 @@ MAX_WARNINGS = 10  # scenes with numbers out of range that training names in the
 MAX_NAME = 200  # bytes of a scene's file name, which becomes part of others
 SPLIT_SEED = 42  # mlcommons/science v1.1; not the run's `seed`, so that all runs have one split
 MIXED_SCENES = 8  # in a batch, at least; 49 MB each at full size
-READER_THREADS = 4
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +146,7 @@ def read_patches(path, patches, shape, patch_size, labelled=True):
     Args:
         path: Scene file.
         patches: Arrays by index of the patch, counted along rows first, (channels, cloud): float32
-            (P, P, C), which receive normalised channels, and uint8 (P, P, 1).
+            or float16 (P, P, C), which receive normalised channels, and uint8 (P, P, 1).
         shape: (H, W, C) that the configuration demands of every scene.
         patch_size: Rows and columns of a patch.
         labelled: Whether the Bayesian mask is read; otherwise the cloud arrays do not change.
@@ -171,19 +170,20 @@ def _read_tiles(datasets, tiles, labelled=True):
     cache; no array of the whole scene is allocated for that.
     """
     refs, bts = datasets["refs"], datasets["bts"]
-    n_refs, n_bts = refs.shape[2], bts.shape[2]
+    n_refs, n_bts, dtype = refs.shape[2], bts.shape[2], tiles[0].channels.dtype
     # Pixels are copied as one item of bytes each, 24 and 12: twice as fast as float by float.
-    pixel = np.dtype([("refs", f"V{4 * n_refs}"), ("bts", f"V{4 * n_bts}")])
+    size = dtype.itemsize
+    pixel = np.dtype([("refs", f"V{size * n_refs}"), ("bts", f"V{size * n_bts}")])
     pixels = [tile.channels.view(pixel)[..., 0] for tile in tiles]  # (h, w)
     out_of_range, fold = 0, refs.shape[0] // bts.shape[0]  # 2 if refs are on the 500 m grid
 
     blocks = read_rows(refs, tiles, REFLECTANCE_RANGE, fold)
-    for first, col, _, n_outside, values in _normalise(blocks, REFLECTANCE_OFFSET):
+    for first, col, _, n_outside, values in normalise(blocks, dtype, REFLECTANCE_OFFSET):
         out_of_range += n_outside
         values = values.view(pixel["refs"])[..., 0]
         copy_to_tiles(first, col, values, tiles, [p["refs"] for p in pixels])
     blocks = read_rows(bts, tiles, BT_RANGE)
-    for first, col, block, n_outside, values in _normalise(blocks, BT_OFFSET, BT_SCALE):
+    for first, col, block, n_outside, values in normalise(blocks, dtype, BT_OFFSET, BT_SCALE):
         out_of_range += n_outside
         values = values.view(pixel["bts"])[..., 0]
         copy_to_tiles(first, col, values, tiles, [p["bts"] for p in pixels])
@@ -196,21 +196,6 @@ def _read_tiles(datasets, tiles, labelled=True):
         for first, col, block, _ in read_rows(datasets["bayes"], tiles, (-np.inf, np.inf)):
             copy_to_tiles(first, col, block[..., 0] != 0, tiles, clouds)
     return out_of_range
-
-
-def _normalise(blocks, offset, scale=1):
-    """Add float32 (block - offset) / scale to `read_rows`; the next block overwrites it."""
-    space = np.empty(0, np.float32)
-    for first, col, block, n_outside in blocks:
-        if space.size < block.size:  # one space for all: new memory costs more than the arithmetic
-            space = np.empty(block.size, np.float32)
-        values = space[: block.size].reshape(block.shape)
-        # The difference has the file's own precision, or that of float32 if this is better.
-        precision = np.result_type(block.dtype, np.float32)
-        np.subtract(block, offset, out=values, dtype=precision, casting="same_kind")
-        if scale != 1:
-            values /= np.float32(scale)
-        yield first, col, block, n_outside, values
 
 
 # --- patches of training -> batches ---------------------------------------------------------
@@ -238,14 +223,16 @@ class PatchBatches:
     """Batches of training patches for the replicas of one process, in the order of `epoch_steps`.
 
     Each element feeds one replica for one step:
-        channels: float32 (S, P, P, 9), normalised.
+        channels: float32 or float16 (S, P, P, 9), normalised.
         cloud: uint8 (S, P, P, 1).
         weight: float32 (S,), 1 for a patch and 0 for padding, which comes last.
+        n_used: int32 (), slots up to the last one of weight 1; known here, so that no step waits
+            for its device to tell.
     S is the same in all steps: the largest share of the global batch, rounded up to `multiple`.
 
     Threads read ahead, scene after scene in the order in which steps need them, each patch
-    directly into its slot. Memory depends on `n_mixed_scenes` and the batch size alone. Leaving
-    the object as a context, or `close`, ends the reading.
+    directly into its slot. Memory does not depend on the number of scenes, see `max_bytes`.
+    Leaving the object as a context, or `close`, ends the reading.
 
     Attributes:
         paths: Scene files.
@@ -261,12 +248,15 @@ class PatchBatches:
         shuffle: Whether each epoch has its own order, as in training; else that of `paths`.
         multiple: S is a multiple of this (the micro-batch).
         read_timeout: Seconds after which reading a scene is an error; None waits without end.
-        n_threads: Threads that read scenes.
+        n_threads: Threads that read scenes; one scene more is read ahead.
         on_bad_scene: Called with the path and the SceneError of a scene that cannot be read. If it
             returns, the scene's patches get weight 0.
         augment: Function (channels, cloud, key) -> (channels, cloud) of one patch, applied if
             `shuffle`. The key (seed, epoch, scene, patch) makes random numbers that depend neither
             on ranks nor on threads nor on resuming.
+        dtype: Of the channels, 'float32' or 'float16', which halves memory and copies. It rounds
+            brightness temperatures by at most 0.043 K, reflectances below 1 by 0.00013.
+        on_device: Whether each patch is read and copied once, because the devices keep it.
     """
 
     paths: list
@@ -282,9 +272,11 @@ class PatchBatches:
     shuffle: bool = True
     multiple: int = 1
     read_timeout: float | None = None
-    n_threads: int = READER_THREADS
+    n_threads: int = 2
     on_bad_scene: Callable = raise_error
     augment: Callable | None = None
+    dtype: str = "float32"
+    on_device: bool = False
 
     def __post_init__(self):
         self.slots = [replica_slots(self.batch_size, self.n_replicas, r) for r in self.replicas]
@@ -292,7 +284,6 @@ class PatchBatches:
         self.replica_batch = -(-largest // self.multiple) * self.multiple
         self.n_patches = len(self.paths) * self.patches_per_scene
         self.n_steps = -(-self.n_patches // self.batch_size)
-        self.error = None  # what ended the reading: tf.data would keep only its text
         self._warned = set()  # scenes with numbers out of range
         self._pool = ReaderPool(self.n_threads, self.read_timeout)
 
@@ -303,37 +294,41 @@ class PatchBatches:
         self.close()
 
     def close(self):
-        """Stop reading, and wait for what is being read: tf.data reads on after it is dropped."""
+        """Stop reading, and wait for what is being read."""
         self._pool.close()
 
-    def dataset(self, start_epoch=0, start_step=0):
-        """The batches of all epochs, without end, as a prefetching tf.data.Dataset.
+    def batches(self, start_epoch=0, start_step=0):
+        """Yield the elements of all epochs, without end, as arrays, or KeptBatch if `on_device`.
 
         Args:
             start_epoch: First epoch, from 0.
             start_step: First step of that epoch, from 0.
         """
-        s, p = self.replica_batch, self.patch_size
-        shapes = (s, p, p, self.n_channels), (s, p, p, 1), (s,)
-        dtypes = "float32", "uint8", "float32"
-        return as_dataset(lambda: self.batches(start_epoch, start_step), shapes, dtypes)
-
-    def batches(self, start_epoch=0, start_step=0):
-        """Yield the elements of `dataset` as arrays."""
         epochs = (
             (epoch, self._shares(epoch, start_step if epoch == start_epoch else 0))
             for epoch in itertools.count(start_epoch)
         )
-        try:
-            batches = fill_batches(
-                epochs, self._empty_batch, self._read, self._pool, lambda job: self.paths[job.scene]
-            )
-            for batch in batches:
-                yield batch.channels, batch.cloud, batch.weight
-                del batch
-        except Exception as error:
-            self.error = error
-            raise
+        if self.on_device:
+            yield from kept_batches(epochs, len(self.slots), self.replica_batch, self._fill)
+        for batch in self._fill(epochs):
+            yield batch.element
+            del batch
+
+    def _fill(self, epochs):
+        return fill_batches(
+            epochs, self._empty_batch, self._read, self._pool, self.n_threads + 1,
+            lambda job: self.paths[job.scene],
+        )  # fmt: skip
+
+    @property
+    def max_bytes(self):
+        """Memory that batches take at most while they are filled, and the one in use [bytes]."""
+        n_lanes = min(self.n_mixed_scenes, self.batch_size)
+        own_lanes = -(-n_lanes * len(self.slots) // self.n_replicas)
+        ahead = -(-(self.n_threads + 1) // own_lanes)  # scenes of a lane, at most
+        n_steps = steps_of_scene(self.patches_per_scene, self.batch_size, n_lanes) * (1 + ahead) + 1
+        patches = n_steps * len(self.slots) * self.replica_batch
+        return patches * patch_bytes(self.patch_size, self.n_channels, self.dtype)
 
     def scenes_of(self, epoch, step):
         """The scenes of a global batch, of all replicas."""
@@ -355,7 +350,8 @@ class PatchBatches:
         return [share[share[:, 0] >= 0] for share in shares]
 
     def _empty_batch(self, n_patches):
-        return Batch.empty(self.replica_batch, self.patch_size, self.n_channels, n_patches)
+        size = n_patches if self.on_device else self.replica_batch
+        return Batch.empty(size, self.patch_size, self.n_channels, n_patches, self.dtype)
 
     def _read(self, job):
         """Read the patches of a SceneJob, in one of the threads."""

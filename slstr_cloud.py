@@ -115,8 +115,8 @@ def train(config, devices, run, scenes):
         state = run.start_training(trainer, facts)
         if config.tensorboard and run.is_chief:
             run.open_tensorboard(*build.board_patches(config, scenes.validation[0]))
-        training_feed = devices.distribute(training.dataset(state.epoch - 1, state.step))
-        validation_feed = devices.distribute(validation.dataset())
+        training_feed = devices.distribute(training.batches(state.epoch - 1, state.step))
+        validation_feed = devices.distribute(validation.batches())
         log.info("%s", results.epoch_header())
         with run.checkpoint_on_interrupt(trainer, state):
             while not (reason := run.stop_reason(state)):
@@ -143,7 +143,7 @@ def train_epoch(run, trainer, training, feed, state):
     first, n_steps = state.step, training.n_steps
     steps = progress(range(first, n_steps), f"Epoch {state.epoch}", n_steps - first)
     for _ in run.board.profiled(steps, (state.epoch - 1) * n_steps + first + 1):
-        with replace_tensorflow_errors(training, trainer), deferred():
+        with replace_tensorflow_errors(trainer), deferred():
             asked = active_seconds()
             batch = next(feed)
             state.input_seconds += active_seconds() - asked
@@ -165,7 +165,7 @@ def evaluate(trainer, validation, feed):
     """Mean loss and accuracy over all validation patches."""
     from harness.training.trainer import replace_tensorflow_errors
 
-    with replace_tensorflow_errors(validation, trainer):
+    with replace_tensorflow_errors(trainer):
         for _ in progress(range(validation.n_steps), "Validation", validation.n_steps):
             trainer.eval_step(next(feed))
         return trainer.pop_eval_metrics()

@@ -11,12 +11,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from data_loader import MIXED_SCENES, PatchBatches, PatchGrid, SceneError, read_patches
-from harness.console import format_bytes
+from harness.console import counted, format_bytes
 from harness.data.bad_scenes import START
-from harness.data.cache import cached
+from harness.data.batches import patch_bytes
+from harness.data.cache import cached, kept_in_memory
 from harness.data.page_cache import evict
+from harness.data.patch_order import replica_slots, share_of_lanes
 from harness.errors import UserError
 from harness.files import json_sha256, lock, walk_files
 from harness.inference.masks import MaskFolder
@@ -27,6 +30,12 @@ from harness.signals import install_handlers
 from harness.training.augmentation import AUGMENTATIONS, patch_rng
 
 BOARD_PATCHES = 4  # whose masks TensorBoard shows
+# Threads of `reader_threads: auto`, at most. They decode 10,000 patches/s, which eight GPUs can
+# take; each of them needs memory for a scene ahead.
+MAX_READER_THREADS = 16
+DEVICE_SHARE = (
+    0.6  # of a device's memory for the patches of `cache: device`; rest: network, batches
+)
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +66,8 @@ def open_run(task, ranks, found, skipped):
             check_training(config, devices)
         chief = devices.announcements[0]
         scenes = found.split(config.train_split, chief["skipped"])
+        if mode != "inference":
+            choose_cache(config, devices, len(scenes.train), len(scenes.validation))
         if is_chief:  # which alone writes results
             scenes = scenes.find_synthetic(config.read_timeout)
     except BaseException:
@@ -204,6 +215,7 @@ def open_trainer(config, devices):
         label_one=1 if config.labels == "bayes" else ONE,
         forward_correction=ForwardCorrection if config.loss == "forward_correction" else None,
         label_correction=choose(LABEL_CORRECTIONS, "label_correction", config.label_correction),
+        patch_dtype=config.patch_dtype,
     )
 
 
@@ -217,6 +229,60 @@ def open_labels(config, devices, run, scenes):
     on_bad_scene = run.bad_scenes.handler("training", paths)
     make_labels(folder, paths, config.scene_shape, config.seed, devices, on_bad_scene)
     return folder
+
+
+def choose_cache(config, devices, n_train, n_validation=0):
+    """Where the patches of training are kept beside `cache_dir`.
+
+    Args:
+        config: Config.
+        devices: Devices.
+        n_train: Scenes to train on.
+        n_validation: Scenes to validate with; their patches are kept in the memory of the host.
+
+    Returns:
+        'none', 'memory' or 'device', and why it is not what `cache` says, or None.
+
+    Raises:
+        UserError: If the memory of the host is too small.
+    """
+    if config.cache not in ("memory", "device"):
+        return "none", None
+    batch_size, n_lanes = config.batch_size, min(mixed_scenes(config, devices), config.batch_size)
+    own = [replica_slots(batch_size, devices.n_replicas, r) for r in devices.replicas]
+    scene_bytes = config.patches_per_scene * patch_bytes(
+        config.patch_size, config.n_channels, config.patch_dtype
+    )
+    reason = None
+    if config.cache == "device":
+        share = max(share_of_lanes(batch_size, n_lanes, slots) for slots in own)
+        needed, limit = int(n_train * share * scene_bytes), int(DEVICE_SHARE * devices.memory())
+        if config.augment != "none":
+            reason = f"augment: {config.augment} changes patches on the host in every epoch"
+        elif needed > limit:
+            reason = (
+                f"the patches of a device take {format_bytes(needed)}, and {DEVICE_SHARE:.0%} of "
+                f"its memory are {format_bytes(limit)}"
+            )
+    cache = "memory" if reason else config.cache
+    share = share_of_lanes(batch_size, n_lanes, slice(own[0].start, own[-1].stop))
+    needed = n_validation / devices.n_ranks + (cache == "memory") * n_train * share
+    needed = int(needed * scene_bytes) * devices.n_ranks_on_node
+    free = psutil.virtual_memory().available
+    if needed > free:
+        why = f" ({reason})" if reason else ""
+        raise UserError(
+            f"cache: {config.cache} keeps {format_bytes(needed)} of patches in the memory of a "
+            f"node{why}, but only {format_bytes(free)} are free. Set cache: none, or cache_dir to "
+            "a local disk; half precision and more nodes need less."
+        )
+    return cache, reason
+
+
+def mixed_scenes(config, devices):
+    """Scenes mixed in a batch of training."""
+    auto = config.shuffle_scenes == "auto"
+    return max(MIXED_SCENES, devices.n_ranks) if auto else config.shuffle_scenes
 
 
 def open_batches(config, devices, paths, labels=None, validate=False, **options):
@@ -237,15 +303,23 @@ def open_batches(config, devices, paths, labels=None, validate=False, **options)
     )  # fmt: skip
     if config.cache_dir:
         label = "" if config.labels == "bayes" else " unlabelled"
+        label += "" if config.patch_dtype == "float32" else f" {config.patch_dtype}"
         read = cached(read, config.cache_dir, f"{config.scene_shape} {config.patch_size}{label}")
     if labels:
         read = with_labels(read, labels, config.scene_shape, config.patch_size)
-    mixed_scenes = config.shuffle_scenes
-    if mixed_scenes == "auto":
-        mixed_scenes = max(MIXED_SCENES, devices.n_ranks)
+    cache, reason = choose_cache(config, devices, len(paths))
+    if cache == "device" and validate:
+        cache = "memory"
+    if cache == "memory":
+        read = kept_in_memory(read)
+    if reason and not validate:
+        log.warning("cache: device is replaced by cache: memory, as %s.", reason)
+    n_threads = config.reader_threads
+    if n_threads == "auto":
+        n_threads = min(devices.n_cores, MAX_READER_THREADS)
     # The sums of validation are the same for any batch; a small one leaves memory to training.
     small_batch = micro_batch * devices.n_replicas
-    return PatchBatches(
+    batches = PatchBatches(
         paths,
         read,
         patch_size=config.patch_size,
@@ -254,14 +328,24 @@ def open_batches(config, devices, paths, labels=None, validate=False, **options)
         batch_size=small_batch if validate else config.batch_size,
         replicas=devices.replicas,
         n_replicas=devices.n_replicas,
-        n_mixed_scenes=devices.n_ranks if validate else mixed_scenes,
+        n_mixed_scenes=devices.n_ranks if validate else mixed_scenes(config, devices),
         seed=config.seed,
         shuffle=not validate,
         multiple=micro_batch,
         read_timeout=config.read_timeout,
+        n_threads=n_threads,
         augment=patch_augmentation(config.augment),
+        dtype=config.patch_dtype,
+        on_device=cache == "device",
         **options,
     )
+    if not validate:
+        log.info(
+            "  input       %s, %s patches, batches of at most %s in memory, cache: %s",
+            counted(n_threads, "reader thread"), batches.dtype, format_bytes(batches.max_bytes),
+            "disk" if cache == "none" and config.cache_dir else cache,
+        )  # fmt: skip
+    return batches
 
 
 def patch_augmentation(name):

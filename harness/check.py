@@ -82,7 +82,7 @@ def measure(config, ranks, scenes):
     seconds = []
     with open_batches(config, devices, scenes.train) as training:
         trainer.warm_up(training.replica_batch, training.replica_batch)
-        feed = devices.distribute(training.dataset())
+        feed = devices.distribute(training.batches())
         for _ in range(1 + STEPS_MEASURED):
             begin = time.perf_counter()
             trainer.train_step(next(feed))

@@ -163,6 +163,8 @@ class Config(BaseModel):
     mlperf_logfile: FilePath = Path("mlperf_cloudmask.log")
     cache_dir: FilePath | None = None
     no_cache: bool | None = None
+    reader_threads: Count | Literal["auto"] = "auto"
+    cache: Literal["none", "disk", "memory", "device"] = "none"
     clear_file_cache: bool = False
     on_bad_scene: Literal["stop", "skip"] = "stop"
     read_timeout: Annotated[float, Number, Field(gt=0, le=1e6)] = 600.0
@@ -225,6 +227,11 @@ class Config(BaseModel):
         return (None, None, self.n_channels) if mode == "inference" else self.scene_shape
 
     @property
+    def patch_dtype(self):
+        """The form in which training patches are kept and copied to devices."""
+        return "float32" if self.precision == "float32" else "float16"
+
+    @property
     def patch_shape(self):
         """(rows, columns, channels) of every patch."""
         return self.patch_size, self.patch_size, self.n_channels
@@ -252,6 +259,10 @@ class Config(BaseModel):
             problems.append(
                 f"no_cache: true and cache_dir {self.cache_dir} contradict each other; remove one"
             )
+        if self.no_cache and self.cache != "none":
+            problems.append(f"no_cache: true and cache: {self.cache} contradict each other")
+        if self.cache == "disk" and not self.cache_dir:
+            problems.append("cache: disk needs cache_dir, a folder on a local disk")
         if isinstance(self.gpu, int) and self.gpu > 0 and self.cpu_devices > 1:
             problems.append(
                 f"cpu_devices {self.cpu_devices} simulates devices on the CPU, but gpu is "

@@ -14,11 +14,13 @@ from harness import build
 from harness.config import load_config
 from harness.errors import UserError
 from harness.networks.model_files import build_network
+from harness.parallel.devices import open_devices
+from harness.parallel.rendezvous import SingleRank
 from harness.training.augmentation import AUGMENTATIONS
 from model import unet
 
 DEVICES = SimpleNamespace(
-    n_replicas=1, n_ranks=1, replicas=range(1), micro_batch=lambda wanted, batch_size: 4
+    n_replicas=1, n_ranks=1, n_cores=3, replicas=range(1), micro_batch=lambda wanted, batch_size: 4
 )
 
 
@@ -58,6 +60,61 @@ def test_cache_keeps_patches_of_each_size(configure, tmp_path):
         cached = first_batch(configure(PATCH_SIZE=size, cache_dir=str(tmp_path / "cache")))
         for ours, plain in zip(cached, first_batch(configure(PATCH_SIZE=size)), strict=True):
             np.testing.assert_array_equal(ours, plain)
+
+
+@pytest.mark.parametrize("augment", ["none", "flips"])
+@pytest.mark.parametrize("cache", ["disk", "memory", "device"])
+def test_batches_with_a_cache_are_those_without(configure, tmp_path, monkeypatch, cache, augment):
+    devices = open_devices(SingleRank(), cpu_devices=2, seed=5)
+    changed = {"augment": augment, "micro_batch": 4, "precision": "float16"}
+    reads = []
+
+    def read(path, *arguments, **options):
+        reads.append(path)
+        return data_loader.read_patches(path, *arguments, **options)
+
+    monkeypatch.setattr(build, "read_patches", read)
+    paths = data_loader.find_scenes(Path(configure().train_dir))
+    found = []
+    for options in ({}, {"cache": cache, "cache_dir": str(tmp_path) if cache == "disk" else None}):
+        with build.open_batches(configure(**changed, **options), devices, paths) as batches:
+            reads.clear()
+            # From the fourth step; then 84 patches in 8 steps of 11. Some change their replica.
+            feed = devices.distribute(batches.batches(0, 3))
+            found.append([next(feed) for _ in range(5 + 3 * 8)])
+            # Epochs of four caches at most: 7 scenes are read for each of the 2 replicas.
+            feed.close()
+    assert len(reads) < 4 * len(paths)
+    for ours, plain in zip(*found, strict=True):
+        for part, other in zip(ours, plain, strict=True):
+            pairs = map(devices.strategy.experimental_local_results, (part, other))
+            for mine, expected in zip(*pairs, strict=True):
+                assert mine.dtype == expected.dtype and mine.device == expected.device
+                np.testing.assert_array_equal(mine, expected)
+
+
+@pytest.mark.parametrize(
+    ("keys", "memory", "expected"),
+    [
+        ({"cache": "device"}, 10**9, ("device", None)),
+        # 7 scenes of 12 patches of 32 x 32 with 9 float32 and a byte: 3.2 MB.
+        ({"cache": "device"}, 10**6, ("memory", "take 3.2 MB, and 60% of its memory are 600.0 kB")),
+        ({"cache": "device", "augment": "flips"}, 10**9, ("memory", "augment: flips changes")),
+        ({"cache": "memory"}, 0, ("memory", None)),
+        ({}, 0, ("none", None)),
+    ],
+)
+def test_cache_on_devices_needs_room_and_unchanging_patches(configure, keys, memory, expected):
+    devices = SimpleNamespace(**vars(DEVICES), memory=lambda: memory, n_ranks_on_node=1)
+    cache, reason = build.choose_cache(configure(**keys), devices, 7, 2)
+    assert cache == expected[0] and (reason == expected[1] or expected[1] in reason)
+
+
+def test_cache_larger_than_the_memory_is_rejected(configure, monkeypatch):
+    monkeypatch.setattr(build.psutil, "virtual_memory", lambda: SimpleNamespace(available=10**6))
+    devices = SimpleNamespace(**vars(DEVICES), n_ranks_on_node=1)
+    with pytest.raises(UserError, match="keeps 4.1 MB of patches .* only 1.0 MB are free"):
+        build.choose_cache(configure(cache="memory"), devices, 7, 2)
 
 
 def test_augment_changes_training_patches_alone(configure):

@@ -255,6 +255,8 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
         ("learning_rate: .nan", "learning_rate: "),
         ("train_split: 1.0", "train_split: "),
         ("no_cache: true\ncache_dir: /tmp/x", "contradict"),
+        ("no_cache: true\ncache: memory", "contradict"),
+        ("cache: disk", "cache: disk needs cache_dir"),
         ("gpu: 1\ncpu_devices: 2", "set gpu: 0"),
         ("tensorboard: true\nprofile_steps: [3, 2]", "[3, 2] should be [first, last]"),
         ("profile_steps: [2, 3]", "needs tensorboard: true"),

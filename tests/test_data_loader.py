@@ -14,6 +14,7 @@ from sklearn.model_selection import train_test_split
 import data_loader
 from data_loader import PatchBatches, SceneError
 from harness import REPOSITORY
+from harness.data.half_precision import ToFloat16
 from tools.make_scenes import make_scene, write_scene
 
 SHAPE = (100, 135, 9)
@@ -34,8 +35,8 @@ def path(tmp_path, arrays):
     return tmp_path / "S3A_x.hdf"
 
 
-def empty_patches(indices=range(12), p=32):
-    return {i: (np.empty((p, p, 9), np.float32), np.empty((p, p, 1), np.uint8)) for i in indices}
+def empty_patches(indices=range(12), p=32, dtype=np.float32):
+    return {i: (np.empty((p, p, 9), dtype), np.empty((p, p, 1), np.uint8)) for i in indices}
 
 
 def normalised(arrays):
@@ -322,6 +323,43 @@ def test_patches_are_the_rectangles_of_a_plain_loop(path, arrays, chunks, indice
             i += 1
 
 
+def test_float16_patches_are_rounded_by_at_most_half_a_digit(path, arrays):
+    """Also in the worst case, it is less than the radiometer's noise, about 0.05 K."""
+    full, half = empty_patches(), empty_patches(dtype=np.float16)
+    arrays = {name: array.copy() for name, array in arrays.items()}
+    arrays["bts"][50, 60], arrays["bts"][50, 61] = 150.0, 349.9  # the limits of what is possible
+    arrays["refs"][50, 60] = 1e6  # beyond float16: the largest number that it has
+    write_scene(path, arrays)
+    for patches in (full, half):
+        data_loader.read_patches(path, patches, SHAPE, 32)
+    exact, rounded = (
+        np.concatenate([patches[i][0] for i in range(12)]).astype(np.float64)
+        for patches in (full, half)
+    )
+    np.testing.assert_array_equal(
+        rounded, np.clip(exact, -65504, 65504).astype(np.float16).astype(np.float64)
+    )
+    error = np.where(exact > 1e5, 0, np.abs(rounded - exact))
+    assert error[..., 6:][exact[..., 6:] > -6].max() * 22 < 0.043  # [K]; missing values are -12.3
+    assert error[..., :6][exact[..., :6] < 0.5].max() < 0.00013
+    for i in range(12):
+        np.testing.assert_array_equal(half[i][1], full[i][1])
+
+
+def test_float16_is_that_of_numpy_for_numbers_of_every_size():
+    bits = np.random.default_rng(0).integers(2**32, size=1_000_000, dtype=np.uint32)
+    numbers = bits.view(np.float32)
+    numbers = numbers[np.abs(numbers) <= 65504]
+    ties = np.arange(2**15, dtype=np.uint16).view(np.float16)[:31743].astype(np.float32)
+    ties = (ties[1:] + ties[:-1]) / 2  # between two neighbours
+    for values in (numbers, ties, -ties):
+        found, expected = ToFloat16()(values), values.astype(np.float16)
+        normal = np.abs(values) >= 2**-14
+        np.testing.assert_array_equal(found[normal].view("u2"), expected[normal].view("u2"))
+        # The others are multiples of 2^-24, and may be rounded twice.
+        assert np.abs(found[~normal].astype("f8") - values[~normal]).max() < 0.5001 * 2**-24
+
+
 # --- batches
 
 
@@ -390,8 +428,9 @@ def global_batches(n_replicas, per_process=1, start=(0, 0), n_steps=12, **option
         replicas = range(first, first + per_process)
         with make_batches(replicas, n_replicas, **options) as source:
             elements = itertools.islice(source.batches(*start), n_steps * per_process)
-            for i, (channels, cloud, weight) in enumerate(elements):
+            for i, (channels, cloud, weight, n_used) in enumerate(elements):
                 n = int(weight.sum())
+                assert n_used == n and n_used.dtype == np.int32
                 assert (weight[:n] == 1).all() and (weight[n:] == 0).all()
                 assert not channels[n:].any() and not cloud[n:].any()
                 assert channels.shape[0] == source.replica_batch
@@ -456,6 +495,19 @@ def test_augmentation_is_applied_after_the_read_and_only_to_training():
     )
 
 
+@pytest.mark.parametrize("n_local", [1, 2])
+def test_patches_kept_on_a_device_are_read_once(n_local):
+    with make_batches(range(n_local), n_local, on_device=True) as source:
+        elements = itertools.islice(source.batches(0, 1), 12 * n_local)
+        n_new = [0] * 12
+        for i, element in enumerate(elements):
+            n_new[i // n_local] += len(element.new.weight)
+    # From the second step of four: 31 patches, then the 11 others of the first step.
+    assert sum(n_new[:3]) == 31
+    assert sum(n_new) == 42 if n_local == 1 else 42 <= sum(n_new) <= 2 * 42
+    assert n_local == 2 or not any(n_new[7:])
+
+
 def test_patches_of_a_bad_scene_get_weight_0_and_others_stay():
     def read(number, patches):
         fake_read(number, patches)
@@ -468,8 +520,9 @@ def test_patches_of_a_bad_scene_get_weight_0_and_others_stay():
     with make_batches(**options) as good, make_batches(read=read, **options, **handler) as bad:
         pairs = list(itertools.islice(zip(good.batches(), bad.batches(), strict=True), 4))
     n_zero = 0
-    for (channels, cloud, weight), (found_channels, found_cloud, found_weight) in pairs:
+    for (channels, cloud, weight, _), (found_channels, found_cloud, found_weight, n_used) in pairs:
         used = found_weight == 1
+        assert not used[n_used:].any() and (n_used == 0 or used[n_used - 1])
         n_zero += np.sum(weight) - np.sum(used)
         np.testing.assert_array_equal(found_channels[used], channels[used])
         np.testing.assert_array_equal(found_cloud[used], cloud[used])
@@ -477,13 +530,12 @@ def test_patches_of_a_bad_scene_get_weight_0_and_others_stay():
     assert n_zero == 6 and set(reported) == {(2, "scene 2 is bad")}
 
 
-def test_bad_scene_ends_the_reading_by_default_and_the_error_is_kept():
+def test_bad_scene_ends_the_reading_by_default():
     def read(path, patches):
         raise SceneError("scene 3 is bad")
 
-    with make_batches(read=read) as source, pytest.raises(Exception, match="scene 3 is bad"):
-        next(iter(source.dataset()))
-    assert isinstance(source.error, SceneError)
+    with make_batches(read=read) as source, pytest.raises(SceneError, match="scene 3 is bad"):
+        next(source.batches())
 
 
 def test_scenes_out_of_range_are_logged_once_each(caplog):
@@ -517,23 +569,6 @@ def test_scenes_of_a_step_are_those_of_its_patches():
     ]
 
 
-def test_tf_dataset_gives_the_batches_without_end_and_starts_again():
-    with make_batches(multiple=4) as source, make_batches(multiple=4) as other:
-        dataset = source.dataset(1, 2)
-        for _ in range(2):
-            arrays = itertools.islice(other.batches(1, 2), 10)
-            for tensors, expected in zip(dataset.take(10), arrays, strict=True):
-                assert tensors[0].shape == (12, 8, 8, 1)  # 11, rounded up to a multiple of 4
-                for a, b in zip(tensors, expected, strict=True):
-                    np.testing.assert_array_equal(a, b)
-
-
-def test_dataset_has_two_threads_of_its_own_and_none_that_tunes():
-    """TensorFlow's pool has one thread in a deterministic run; dropping waits for the tuning."""
-    options = make_batches().dataset().options()
-    assert options.threading.private_threadpool_size == 2 and options.autotune.enabled is False
-
-
 @pytest.mark.parametrize("n_scenes", [20, 80])
 def test_memory_does_not_grow_with_the_scenes(n_scenes):
     options = {"patch_size": 64, "n_mixed_scenes": 4, "paths": range(n_scenes)}
@@ -546,13 +581,14 @@ def test_memory_does_not_grow_with_the_scenes(n_scenes):
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-    # 11 slots of 4 scenes: a scene of 6 patches is spread over 4 batches at most; four scenes that
-    # are read ahead can begin as many batches later; and one is in use.
-    assert peak < (4 + 4 + 1) * batch_bytes + 1_000_000
+    # 11 slots of 4 scenes: a scene of 6 patches is spread over 4 batches at most; scenes that are
+    # read ahead can begin as many batches later; and one is in use.
+    assert source.max_bytes == (4 + 4 + 1) * batch_bytes
+    assert peak < source.max_bytes + 1_000_000
 
 
 def test_batches_are_aligned_to_64_bytes():
-    for channels, cloud, _ in itertools.islice(make_batches(batch_size=5).batches(), 3):
+    for channels, cloud, *_ in itertools.islice(make_batches(batch_size=5).batches(), 3):
         assert channels.ctypes.data % 64 == 0 and cloud.ctypes.data % 64 == 0
 
 
@@ -566,7 +602,7 @@ def test_closing_waits_for_what_is_read_and_reads_no_more():
         done.append(path)
 
     with make_batches(read=read) as source:
-        next(iter(source.dataset()))
+        next(source.batches())
     assert len(begun) == len(done) < 7 * 3
 
 

@@ -399,6 +399,7 @@ def test_loss_scale_of_float16_is_restored(tmp_path):
             rng.normal(size=(2, 16, 16, 9)).astype(np.float32),
             rng.integers(2, size=(2, 16, 16, 1)).astype(np.uint8),
             np.ones(2, np.float32),
+            np.int32(2),
         )
         return tuple(tf.constant(a) for a in arrays)
 

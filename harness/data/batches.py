@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-SCENES_AHEAD = 3  # scenes that are read before they are needed
-
 
 @dataclass
 class Batch:
@@ -20,12 +18,34 @@ class Batch:
     n_missing: int  # patches that are still to be read
 
     @classmethod
-    def empty(cls, size, patch_size, n_channels, n_patches):
+    def empty(cls, size, patch_size, n_channels, n_patches, dtype):
         """A batch of `size` slots, of which the first `n_patches` will be filled."""
-        channels = aligned((size, patch_size, patch_size, n_channels), np.float32)
+        channels = aligned((size, patch_size, patch_size, n_channels), dtype)
         cloud = aligned((size, patch_size, patch_size, 1), np.uint8)
         channels[n_patches:], cloud[n_patches:] = 0, 0
         return cls(channels, cloud, (np.arange(size) < n_patches).astype(np.float32), n_patches)
+
+    @property
+    def element(self):
+        """What a step takes, see `data_loader.PatchBatches`."""
+        return self.channels, self.cloud, self.weight, used_slots(self.weight)
+
+
+@dataclass(frozen=True)
+class KeptBatch:
+    """A batch of a replica whose device keeps all patches that it got.
+
+    Attributes:
+        new: Batch of the patches that are not on the device yet.
+        rows: Places in `kept` of the patches of the batch, in the order of its slots.
+        kept: List of the replica; whoever copies the new patches appends them.
+        size: Slots of the batch.
+    """
+
+    new: Batch
+    rows: list
+    kept: list
+    size: int
 
 
 @dataclass(frozen=True)
@@ -47,7 +67,7 @@ class SceneJob:
     batches: list
 
 
-def fill_batches(epochs, empty_batch, read, pool, name):
+def fill_batches(epochs, empty_batch, read, pool, n_ahead, name):
     """Yield the batches of all epochs in order, complete.
 
     A batch is allocated for its first patch and yielded after its last one, so that memory does
@@ -58,6 +78,7 @@ def fill_batches(epochs, empty_batch, read, pool, name):
         empty_batch: Function of a number of patches that returns a Batch.
         read: Function of a SceneJob that fills its patches; called in the threads.
         pool: ReaderPool.
+        n_ahead: Scenes that are read before they are needed.
         name: Function from a SceneJob to the file's name, for errors.
     """
     epochs, epochs_ahead = itertools.tee(epochs)
@@ -68,7 +89,7 @@ def fill_batches(epochs, empty_batch, read, pool, name):
         return job.batches
 
     jobs = (job for epoch in epochs_ahead for job in _scene_jobs(*epoch, begun, empty_batch))
-    with contextlib.closing(pool.prefetch(read_job, jobs, SCENES_AHEAD, name)) as done:
+    with contextlib.closing(pool.prefetch(read_job, jobs, n_ahead, name)) as done:
         for epoch, shares in epochs:
             for number, share in enumerate(shares):
                 key = epoch, number
@@ -80,6 +101,35 @@ def fill_batches(epochs, empty_batch, read, pool, name):
                 batch = begun.pop(key)
                 yield batch
                 del batch  # or its memory would be kept until the next one is complete
+
+
+def kept_batches(epochs, n_replicas, size, fill):
+    """Yield a KeptBatch for each share of the epochs: only new patches are read.
+
+    Args:
+        epochs: As of `fill_batches`; the shares of an epoch are those of each replica in turn.
+        n_replicas: Replicas of this process.
+        size: Slots of a batch.
+        fill: Function of epochs that yields their batches.
+    """
+    places, kept = ([make() for _ in range(n_replicas)] for make in (dict, list))
+    for epoch, shares in epochs:
+        new_shares, rows = [], []
+        for number, share in enumerate(shares):
+            known, patches = places[number % n_replicas], list(map(tuple, share.tolist()))
+            new = [patch for patch in patches if patch not in known]
+            known.update(zip(new, itertools.count(len(known))))
+            rows.append([known[patch] for patch in patches])
+            new_shares.append(np.array(new, int).reshape(-1, 2))
+        # One epoch after the other: what reads ahead would look for new patches without end.
+        for number, batch in enumerate(fill([(epoch, new_shares)])):
+            yield KeptBatch(batch, rows[number], kept[number % n_replicas], size)
+
+
+def used_slots(weight):
+    """Number of slots up to the last one of weight 1, int32."""
+    used = np.flatnonzero(weight)
+    return np.int32(used[-1] + 1 if used.size else 0)
 
 
 def _scene_jobs(epoch, shares, begun, empty_batch):
@@ -105,41 +155,13 @@ def raise_error(path, error):
     raise error
 
 
-def as_dataset(batches, shapes, dtypes):
-    """A prefetching tf.data.Dataset, without end, of batches that are made in Python.
-
-    It is a mapped counter, not `from_generator`, which sets the C library's M_TRIM_THRESHOLD for
-    the whole process: every large array is then new memory from the system, 120 instead of 50 page
-    faults per patch.
-
-    Args:
-        batches: Function that returns an iterator over tuples of arrays, without end.
-        shapes: Shape of each array of a tuple.
-        dtypes: Their dtypes, as texts.
-    """
-    import tensorflow as tf
-
-    elements = iter(())
-
-    def element(number):
-        nonlocal elements
-        if number == 0:  # the dataset is iterated from the start
-            elements = batches()
-        return next(elements)
-
-    def tensors(number):
-        return tuple(map(tf.ensure_shape, tf.numpy_function(element, [number], dtypes), shapes))
-
-    options = tf.data.Options()
-    # Its own threads: `deterministic` leaves a single one in TensorFlow's common pool.
-    options.threading.private_threadpool_size = 2
-    # There is nothing to tune, and dropping an iterator waits for that thread, up to a minute.
-    options.autotune.enabled = False
-    return tf.data.Dataset.counter().map(tensors).with_options(options).prefetch(1)
-
-
 def aligned(shape, dtype):
-    """An empty array at a multiple of 64 bytes: TensorFlow copies all others."""
+    """An empty array at a multiple of 64 bytes, which TensorFlow can use without a copy."""
     n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     space = np.empty(n_bytes + 63, np.uint8)
     return space[-space.ctypes.data % 64 :][:n_bytes].view(dtype).reshape(shape)
+
+
+def patch_bytes(patch_size, n_channels, dtype):
+    """Memory of a patch and its label [bytes]: 2.4 MB in float32, 1.2 MB in float16."""
+    return patch_size**2 * (n_channels * np.dtype(dtype).itemsize + 1)

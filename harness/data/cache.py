@@ -1,4 +1,4 @@
-"""Keep decoded patches on a local disk."""
+"""Keep decoded patches on a local disk, or in memory."""
 
 import hashlib
 import logging
@@ -48,6 +48,31 @@ def cached(read, cache_dir, key):
         return out_of_range
 
     return read_cached
+
+
+def kept_in_memory(read):
+    """Give a function that reads patches a memory: each patch is read once.
+
+    Args:
+        read: Function of a path and of arrays for patches, such as `data_loader.read_patches`.
+
+    Returns:
+        Function of the same arguments and result as `read`.
+    """
+    kept = {}  # (channels, cloud) by path and index of the patch
+
+    def read_kept(path, patches):
+        absent = {i: patch for i, patch in patches.items() if (path, i) not in kept}
+        out_of_range = read(path, absent) if absent else 0
+        for i, patch in patches.items():
+            if i in absent:
+                kept[path, i] = [array.copy() for array in patch]
+            else:
+                for array, values in zip(patch, kept[path, i], strict=True):
+                    array[:] = values
+        return out_of_range
+
+    return read_kept
 
 
 def _load(path, patch, own):

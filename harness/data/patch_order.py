@@ -60,3 +60,15 @@ def replica_slots(batch_size, n_replicas, replica):
     """The slots of the global batch that belong to one replica, as a slice."""
     ends = np.arange(n_replicas + 1) * batch_size // n_replicas
     return slice(int(ends[replica]), int(ends[replica + 1]))
+
+
+def share_of_lanes(batch_size, n_mixed_scenes, slots):
+    """Share of all patches that slots, a slice, can get in any epoch: those of their lanes."""
+    sizes = _balanced(batch_size, n_mixed_scenes)
+    ends = np.cumsum(sizes)
+    return sizes[(ends - sizes < slots.stop) & (ends > slots.start)].sum() / batch_size
+
+
+def steps_of_scene(patches_per_scene, batch_size, n_mixed_scenes):
+    """In how many steps the patches of a scene are, at most: 20, 4 in a step, are in 5 or 6."""
+    return -(-(patches_per_scene - 1) // (batch_size // n_mixed_scenes)) + 1

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from harness.data.half_precision import ToFloat16
 from harness.data.hdf5 import is_packed, open_hdf5, open_numbers, read_attribute, unpacked
 from harness.data.hdf5_rows import read_blocks
 from harness.data.scene_files import SceneError
@@ -17,7 +18,7 @@ class Tile:
     Attributes:
         row: First row on the 1 km grid.
         col: First column on the 1 km grid.
-        channels: float32 (h, w, C), normalised; the last axis is contiguous.
+        channels: float32 or float16 (h, w, C), normalised; the last axis is contiguous.
         cloud: uint8 (h, w, 1).
         valid: bool (h, w), or None if not needed.
         bt_12um: float32 (h, w), or None if not needed.
@@ -123,6 +124,23 @@ def read_rows(dataset, tiles, limits, fold=1):
         elif not is_complete:
             block = np.where(present, block, 0)
         yield first // fold, col, block, n_outside
+
+
+def normalise(blocks, dtype, offset, scale=1):
+    """Add (block - offset) / scale in a dtype to `read_rows`; the next block overwrites it."""
+    space, to_float16 = np.empty(0, np.float32), ToFloat16()
+    for first, col, block, n_outside in blocks:
+        if space.size < block.size:  # one space for all: new memory costs more than the arithmetic
+            space = np.empty(block.size, np.float32)
+        values = space[: block.size].reshape(block.shape)
+        # The difference has the file's own precision, or that of float32 if this is better.
+        precision = np.result_type(block.dtype, np.float32)
+        np.subtract(block, offset, out=values, dtype=precision, casting="same_kind")
+        if scale != 1:
+            values /= np.float32(scale)
+        if dtype == np.float16:
+            values = to_float16(values, may_be_large=n_outside)
+        yield first, col, block, n_outside, values
 
 
 def _average(block, present, fold):

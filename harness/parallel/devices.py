@@ -1,18 +1,27 @@
 """Which devices a run uses, and the distribution strategy over them."""
 
 import contextlib
+import itertools
 import json
 import logging
 import os
 import socket
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
 
 import keras
+import numpy as np
+import psutil
 import tensorflow as tf
+from tensorflow.python.client import device_lib
 from tensorflow.python.eager import context as eager  # see _many_workers
 
 from harness.console import counted
+from harness.data.batches import KeptBatch, used_slots
+from harness.data.prefetch import ReaderPool
 from harness.errors import UserError
 from harness.parallel.rendezvous import Rendezvous, SingleRank, reserve_port
 from harness.signals import check_signals
@@ -20,6 +29,10 @@ from harness.signals import check_signals
 log = logging.getLogger("cloudmask")
 
 SERVICE_SECONDS = 30 * 86400  # [s] suspended ranks may be silent for TensorFlow's service
+# Steps whose batches are on the devices early. A copy to a GPU waits for the steps that have been
+# sent to it: only that of the step after next runs beside a step.
+STEPS_AHEAD = 2
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of the container: microseconds per period, or "max"
 CPU_MICRO_BATCH = 4  # patches; at 256 x 256 more took 1 GB more and were no faster on two cores
 
 
@@ -77,6 +90,11 @@ class Devices:
         return range(first, first + len(self.local))
 
     @property
+    def n_cores(self):
+        """Cores of the node that are for this process: ranks divide those that they share."""
+        return share_of_cores(self.announcements, self.rank)
+
+    @property
     def is_first_on_node(self):
         """Whether this is the first rank of its node."""
         nodes = [facts["node"] for facts in self.announcements]
@@ -96,6 +114,19 @@ class Devices:
     def accelerators_per_node(self):
         """GPUs per node, as found."""
         return self.n_gpus // self.n_nodes
+
+    @property
+    def n_ranks_on_node(self):
+        """Number of processes on the node of this one."""
+        return sum(facts["node"] == self.launch.node for facts in self.announcements)
+
+    def memory(self):
+        """Memory that TensorFlow may use on each device of this process [bytes]."""
+        if self.kind == "CPU":
+            free = psutil.virtual_memory().available
+            return free // (self.n_ranks_on_node * len(self.local))
+        listed = device_lib.list_local_devices()
+        return min(device.memory_limit for device in listed if device.device_type == "GPU")
 
     def peak_gpu_memory(self):
         """Peak memory of TensorFlow on each GPU of this process [bytes]; empty on CPUs."""
@@ -131,10 +162,18 @@ class Devices:
         return min(wanted, share)
 
     def distribute(self, elements):
-        """Yield tuples of one element per replica of this process, each on its device."""
+        """Yield tuples of one element per replica of this process, each on its device.
+
+        While a step runs, a thread takes the elements of the next STEPS_AHEAD steps, and a thread
+        for each replica copies them.
+        """
         elements = iter(elements)
-        while True:
-            yield on_replicas(self.strategy, elements)
+        with ReaderPool(1) as feeder, ThreadPoolExecutor(len(self.local)) as copiers:
+
+            def take(_):
+                return on_replicas(self.strategy, elements, copiers.map)
+
+            yield from feeder.prefetch(take, itertools.count(), STEPS_AHEAD)
 
     def summary(self):
         """The dictionary `devices` of results.json."""
@@ -156,7 +195,7 @@ class Devices:
         return f"{words} ({_hardware_name(self.kind)})"
 
 
-def on_replicas(strategy, elements):
+def on_replicas(strategy, elements, map_over=map):
     """Take one element for each replica of this process and copy it to the replica's device.
 
     `distribute_datasets_from_function` would do this with datasets of its own, each with a tuning
@@ -164,18 +203,43 @@ def on_replicas(strategy, elements):
 
     Args:
         strategy: tf.distribute.Strategy.
-        elements: Iterator over nested tuples of tensors.
+        elements: Iterator over tuples of tensors or arrays, or over KeptBatch.
+        map_over: Function like `map`, such as that of a pool of threads.
 
     Returns:
         Such a tuple with the per-replica values that `strategy.run` takes.
     """
-    devices = iter(strategy.extended.worker_devices)
+    devices = strategy.extended.worker_devices
+    copies = map_over(_copy_to, devices, list(itertools.islice(elements, len(devices))))
+    return strategy.experimental_distribute_values_from_function(lambda context: next(copies))
 
-    def next_element(context):
-        with tf.device(next(devices)):
-            return tf.nest.map_structure(tf.identity, next(elements))
 
-    return strategy.experimental_distribute_values_from_function(next_element)
+def _copy_to(device, element):
+    with tf.device(device):
+        if isinstance(element, KeptBatch):
+            return _batch_on_device(element)
+        return tuple(tf.identity(_as_tensor(part)) for part in element)
+
+
+def _batch_on_device(batch):
+    """Copy the new patches of a KeptBatch to the device, and put the batch together there."""
+    new = [tf.identity(_as_tensor(part)) for part in (batch.new.channels, batch.new.cloud)]
+    for i, weight in enumerate(batch.new.weight):
+        batch.kept.append((*(part[i : i + 1] for part in new), weight))
+    patches = [batch.kept[row] for row in batch.rows]
+    weight = np.zeros(batch.size, np.float32)
+    weight[: len(patches)] = [each[2] for each in patches]
+    n_empty = [batch.size - len(patches)] * (len(patches) < batch.size)
+    empty = [[np.zeros((n, *p.shape[1:]), p.dtype.as_numpy_dtype) for n in n_empty] for p in new]
+    images = (tf.concat([*(each[k] for each in patches), *empty[k]], axis=0) for k in (0, 1))
+    return *images, tf.identity(weight), tf.identity(used_slots(weight))
+
+
+def _as_tensor(array):
+    """An array as a tensor in the memory of the host, without a copy where TensorFlow allows it."""
+    if isinstance(array, np.ndarray) and array.ctypes.data % 64 == 0:
+        return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+    return array
 
 
 def open_devices(
@@ -203,6 +267,7 @@ def open_devices(
     launch = rendezvous.launch
     found = tf.config.list_physical_devices("GPU") if gpu != 0 else []
     facts |= {"node": launch.node, "gpus": len(found), "visible": visible_gpus()}
+    facts["cores"] = usable_cores()
     announcements = [facts]
     if launch.n_ranks > 1:
         with reserve_port(launch) as reserved:  # TensorFlow takes the port over below
@@ -272,6 +337,31 @@ def visible_gpus():
         handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
         ids = sorted(map(pynvml.nvmlDeviceGetUUID, handles))
     return f"{os.environ.get('CUDA_VISIBLE_DEVICES')} {ids}"
+
+
+def usable_cores():
+    """Numbers of the cores that this process may use, as many as its container has at most."""
+    known = hasattr(os, "sched_getaffinity")  # not on macOS
+    cores = sorted(os.sched_getaffinity(0)) if known else list(range(os.cpu_count()))
+    with contextlib.suppress(OSError, ValueError):  # no control group, or "max"
+        quota, period = map(int, CPU_QUOTA.read_text(encoding="utf-8").split())
+        cores = cores[: max(1, quota // period)]
+    return cores
+
+
+def share_of_cores(announcements, rank):
+    """How many cores are for a rank, at least one: ranks that may use the same ones divide them.
+
+    Args:
+        announcements: Dictionaries with `node` and `cores`, the numbers of cores.
+        rank: Number of the rank.
+    """
+    own = announcements[rank]
+    users = Counter()
+    for other in announcements:
+        if other["node"] == own["node"]:
+            users.update(other["cores"])
+    return max(1, int(sum(Fraction(1, users[core]) for core in own["cores"])))
 
 
 def share_of_gpus(announcements, rank, gpu="auto"):

@@ -21,8 +21,8 @@ INPUT = ("model_file", "inference")  # a key of FILE_KEYS, and the mode that onl
 FREE_KEYS = {
     "epochs", "target_accuracy", "patience", "training_seconds", "checkpoint_every",
     "on_bad_scene", "read_timeout", "name", "email", "cache_dir", "no_cache", "gpu", "nodes",
-    "cpu_devices", "micro_batch", "output_dir", "report", "sampling", "tensorboard",
-    "profile_steps",
+    "cpu_devices", "micro_batch", "reader_threads", "cache", "output_dir", "report", "sampling",
+    "tensorboard", "profile_steps",
 }  # fmt: skip
 
 

@@ -25,8 +25,8 @@ class Trainer:
     """A model, its optimizer, and the steps that train and evaluate it.
 
     Every step gets, per replica, the elements of `data_loader.PatchBatches`: channels
-    (S, P, P, 9), cloud (S, P, P, 1) and weight (S,), which is 0 for padding at the end and for
-    patches of scenes that cannot be read.
+    (S, P, P, 9), cloud (S, P, P, 1), weight (S,), which is 0 for padding at the end and for
+    patches of scenes that cannot be read, and n_used (), the slots up to the last one of weight 1.
 
     Loss and accuracy are means over the pixels that `clip_offset` leaves of all patches of weight
     1, whatever the numbers of replicas and patches: sums are kept on the devices, in float64.
@@ -56,6 +56,7 @@ class Trainer:
         label_one: Number in `cloud` that says cloud; smaller ones are probabilities times this.
         forward_correction: Class label_noise.ForwardCorrection, or None.
         label_correction: A class in label_noise.LABEL_CORRECTIONS, or None.
+        patch_dtype: Of the channels in batches, 'float32' or 'float16'.
 
     Raises:
         UserError: If the network cannot be trained this way.
@@ -64,12 +65,13 @@ class Trainer:
     def __init__(
         self, strategy, build_model, loss, learning_rate, batch_size, micro_batch,
         clip_offset=0, cloud_weight=1.0, loss_scaling=False, xla=False,
-        label_one=1, forward_correction=None, label_correction=None,
+        label_one=1, forward_correction=None, label_correction=None, patch_dtype="float32",
     ):  # fmt: skip
         self.strategy, self.batch_size, self.micro_batch = strategy, batch_size, micro_batch
         self._loss, self._clip_offset, self._cloud_weight = loss, clip_offset, cloud_weight
         self._loss_scaling, self._label_one = loss_scaling, float(label_one)
         self._label_correction = label_correction and label_correction()  # for all replicas
+        self._patch_dtype = patch_dtype
         with strategy.scope():
             self.model = build_model()
             check_trainable(self.model)
@@ -106,8 +108,8 @@ class Trainer:
 
     # --- one replica ------------------------------------------------------------------------
 
-    def _train_replica(self, channels, cloud, weight):
-        gradients, sums = self._sum_over_micro_batches(channels, cloud, weight)
+    def _train_replica(self, channels, cloud, weight, n_used):
+        gradients, sums = self._sum_over_micro_batches(channels, cloud, weight, n_used)
         self._train_sums.assign_add(sums)
         context = tf.distribute.get_replica_context()
         share = tf.stack([tf.reduce_sum(weight), tf.cast(sums[0], tf.float32)])
@@ -121,29 +123,36 @@ class Trainer:
             gradients = _share_overflow(gradients, context)
         self.optimizer.apply(gradients, self.model.trainable_variables)  # adds up all replicas
 
-    def _eval_replica(self, channels, cloud, weight):
-        for i in self._micro_batches(weight):
+    def _eval_replica(self, channels, cloud, weight, n_used):
+        i, n = tf.constant(0), self._micro_batches(n_used)
+        while i < n:
             tf.autograph.experimental.set_loop_options(parallel_iterations=1)  # memory of one
             self._eval_sums.assign_add(self._sums_of(*self._cut(i, channels, cloud, weight)))
+            i += 1
 
-    def _sum_over_micro_batches(self, channels, cloud, weight):
+    def _sum_over_micro_batches(self, channels, cloud, weight, n_used):
         """Gradients of the objective, and float64 (3,) sums over pixels, of a replica's share."""
         gradients = [tf.zeros_like(v.value) for v in self.model.trainable_variables]
         sums = tf.zeros(self._train_sums.shape, tf.float64)
         # An argument, since compiled code on a GPU cannot read a variable in host memory.
         state = self._label_correction and self._label_correction.state.value()
-        for i in self._micro_batches(weight):
+        i, n = tf.constant(0), self._micro_batches(n_used)
+        while i < n:
             tf.autograph.experimental.set_loop_options(parallel_iterations=1)  # memory of one
             arrays = self._cut(i, channels, cloud, weight)
             part, part_sums = self._gradients_of(*arrays, state)
             gradients = [total + g for total, g in zip(gradients, part, strict=True)]
             sums += part_sums
+            i += 1
         return gradients, sums
 
-    def _micro_batches(self, weight):
-        """Numbers of the micro-batches up to the last patch of weight 1."""
-        n_used = tf.reduce_max(tf.where(weight > 0, tf.range(1, weight.shape[0] + 1), 0))
-        return tf.range(-(-n_used // self.micro_batch))
+    def _micro_batches(self, n_used):
+        """Number of the micro-batches up to the last patch of weight 1.
+
+        TensorFlow keeps int32 in the memory of the host, also beside a GPU: the loop waits for no
+        copy from the device. `for i in tf.range(n)` would, as its length passes through the device.
+        """
+        return (n_used + self.micro_batch - 1) // self.micro_batch
 
     def _cut(self, i, *arrays):
         first, m = i * self.micro_batch, self.micro_batch
@@ -175,6 +184,7 @@ class Trainer:
 
     def _forward(self, channels, cloud, weight, training, state=None):
         """Return float64 (3,) sums over pixels, and the float32 loss per patch of a full batch."""
+        channels = tf.cast(channels, tf.float32)
         views = self._clipped(self._network(channels, training=training))  # (m, p, p, V)
         probability = tf.reduce_mean(views, axis=-1, keepdims=True)  # (m, p, p, 1)
         if not training:
@@ -303,9 +313,10 @@ class Trainer:
         p, _, n_channels = self.model.input_shape[1:]
         weight = np.eye(1, n_patches, dtype=np.float32)[0]
         arrays = (
-            np.zeros((n_patches, p, p, n_channels), np.float32),
+            np.zeros((n_patches, p, p, n_channels), self._patch_dtype),
             np.zeros((n_patches, p, p, 1), np.uint8),
             weight,
+            np.int32(1),
         )
         return on_replicas(self.strategy, itertools.repeat(arrays))
 
@@ -365,11 +376,10 @@ def _share_overflow(gradients, context):
 
 
 @contextlib.contextmanager
-def replace_tensorflow_errors(batches, trainer):
-    """Replace TensorFlow's errors during a step by the reader's own error, or by advice on memory.
+def replace_tensorflow_errors(trainer):
+    """Replace TensorFlow's error about memory by advice.
 
     Args:
-        batches: PatchBatches that the step reads; `error` is what ended the reading, or None.
         trainer: Trainer.
 
     Raises:
@@ -387,7 +397,3 @@ def replace_tensorflow_errors(batches, trainer):
             f"{precision}. Set {' or '.join(advice) or 'a smaller PATCH_SIZE'}; the results do not "
             f"depend on micro_batch."
         ) from None
-    except tf.errors.OpError:
-        if batches.error is not None:
-            raise batches.error from None
-        raise

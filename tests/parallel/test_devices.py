@@ -1,10 +1,21 @@
+import itertools
+import os
+import threading
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tensorflow as tf
 
 from harness.errors import UserError
-from harness.parallel.devices import Devices, check_requirements, open_devices, share_of_gpus
+from harness.parallel.devices import (
+    Devices,
+    check_requirements,
+    open_devices,
+    share_of_cores,
+    share_of_gpus,
+    usable_cores,
+)
 from harness.parallel.launchers import Launch
 from harness.parallel.rendezvous import SingleRank
 
@@ -47,6 +58,32 @@ def test_unmet_requirements_give_both_numbers(gpu, nodes, others, words):
 )
 def test_met_requirements_are_accepted(gpu, nodes, cards):
     check_requirements(gpu, nodes, cards)
+
+
+def has(node, *cores):
+    return {"node": node, "cores": list(cores)}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "shares"),
+    [
+        ([has("a", 0, 1, 2, 3)], [4]),
+        ([has("a", 0, 1, 2, 3)] * 2 + [has("b", 0, 1, 2, 3)], [2, 2, 4]),
+        ([has("a", 0, 1), has("a", 2, 3, 4)], [2, 3]),  # the scheduler has divided them
+        ([has("a", *range(8))] * 3, [2, 2, 2]),
+        ([has("a", 0)] * 2, [1, 1]),
+    ],
+)
+def test_ranks_divide_the_cores_that_they_share(ranks, shares):
+    assert [share_of_cores(ranks, rank) for rank in range(len(ranks))] == shares
+
+
+@pytest.mark.parametrize(("text", "n"), [("max 100000", 8), ("250000 100000", 2), ("1 100000", 1)])
+def test_quota_of_a_container_limits_the_cores(monkeypatch, tmp_path, text, n):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr("harness.parallel.devices.CPU_QUOTA", tmp_path / "cpu.max")
+    (tmp_path / "cpu.max").write_text(text + "\n")
+    assert usable_cores() == list(range(n))
 
 
 def sees(node, n_gpus, visible="None"):
@@ -112,3 +149,38 @@ def test_devices_of_all_ranks_are_counted(kind, n_gpus, per_node):
 def test_micro_batch_is_a_share_at_most(wanted, batch, replicas, found):
     devices = open_devices(SingleRank(), cpu_devices=3)
     assert devices.micro_batch(wanted, batch, replicas) == found
+
+
+def test_batches_of_the_next_two_steps_are_taken_and_the_others_wait():
+    devices = open_devices(SingleRank(), cpu_devices=2, seed=5)
+    taken, enough = [], threading.Event()
+
+    def elements():
+        for i in itertools.count():
+            taken.append(i)
+            if i == 5:  # two replicas: the step in use and the next two
+                enough.set()
+            yield np.full(3, i, np.float32), np.int32(i)
+
+    feed = devices.distribute(elements())
+    first = next(feed)
+    assert enough.wait(60) and len(taken) == 6
+    for n, batch in enumerate([first, next(feed)]):
+        for part in batch:
+            values = devices.strategy.experimental_local_results(part)
+            assert [int(tf.reduce_max(value)) for value in values] == [2 * n, 2 * n + 1]
+            assert [value.device[-5:] for value in values] == ["CPU:0", "CPU:1"]
+    feed.close()
+
+
+def test_error_of_the_reader_is_that_of_the_step():
+    devices = open_devices(SingleRank(), seed=5)
+
+    def elements():
+        yield (np.zeros(3, np.float32),)
+        raise OSError("disk gone")
+
+    feed = devices.distribute(elements())
+    next(feed)
+    with pytest.raises(OSError, match="disk gone"):
+        next(feed)

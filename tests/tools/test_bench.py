@@ -94,8 +94,8 @@ def test_quick_run_has_all_rows(quick):
 
 
 def thread_counts():
-    most = min(len(os.sched_getaffinity(0)), 4)
-    return {n for n in (1, 2) if n < most} | {most}
+    most = min(len(os.sched_getaffinity(0)), 16)
+    return {n for n in (1, 2, 4, 8) if n < most} | {most}
 
 
 @pytest.mark.slow

@@ -151,12 +151,13 @@ def test_trainer_counts_labels_and_predictions_like_numpy(monkeypatch):
     monkeypatch.setattr(ForwardCorrection, "CONFIDENT", 0.55)
     trainer = trainer_with(forward_correction=ForwardCorrection, label_correction=EarlyLearning)
     trainer.begin_epoch([])
-    channels, cloud, weight = batch_of((1, 1, 0, 0))
+    batch = batch_of((1, 1, 0, 0))
+    channels, cloud = batch[:2]
     cut = np.s_[:2, 2:-2, 2:-2]
     p = trainer.model(channels).numpy()
     turned = trainer.model(channels[:, ::-1, ::-1]).numpy()[:, ::-1, ::-1]
     p, turned, label = p[cut], turned[cut], cloud.numpy()[cut].astype(bool)
-    trainer.train_step((channels, cloud, weight))
+    trainer.train_step(batch)
     metrics = trainer.pop_train_metrics()
     of_regimes, of_classes = metrics["label_counts"]
     agreement = [((label == a) & ((p > 0.5) == b)).sum() for a, b in np.ndindex(2, 2)]
@@ -208,14 +209,14 @@ def test_views_replace_labels_of_each_other_like_numpy():
 def test_trainer_counts_and_weighs_two_views_like_numpy():
     trainer = trainer_with(build=pixel_views, label_correction=CoTeaching, cloud_weight=3.0)
     trainer.begin_epoch([{"label_counts": [limits(clear=(0.51, 0.51), cloud=(0.51, 0.51))]}])
-    channels, cloud, weight = map(np.array, batch_of((1, 1, 0, 0)))
+    channels, cloud, *rest = map(np.array, batch_of((1, 1, 0, 0)))
     channels[1, ..., :6] = -0.5  # a night
     views = with_views(trainer.model)(channels).numpy()
     cut = np.s_[:2, 2:-2, 2:-2]
     views, label = views[cut], np.repeat(cloud[cut], 2, axis=-1).astype(np.float32)
     correction = trainer._label_correction
     target = correction.corrected(label, views, None, correction.state).numpy()
-    trainer.train_step((channels, cloud, weight))
+    trainer.train_step((channels, cloud, *rest))
     metrics = trainer.pop_train_metrics()
     of_class = np.where(label == 1, views, 1 - views)[0]  # by day
     sums = [[((label[0] == c) * x).sum(axis=(0, 1)) for c in (0, 1)] for x in (1, of_class)]
@@ -228,7 +229,7 @@ def test_trainer_counts_and_weighs_two_views_like_numpy():
     assert metrics["loss"] == pytest.approx(loss.mean(), rel=1e-5)
     is_right = (views.mean(axis=-1) > 0.5) == (label[..., 0] == 1)
     assert metrics["accuracy"] == pytest.approx(is_right.mean())
-    trainer.eval_step((channels, cloud, weight))  # validation is that of the output
+    trainer.eval_step((channels, cloud, *rest))  # validation is that of the output
     p, y = trainer.model(channels).numpy()[cut], cloud[cut]
     loss = -(y * np.log(p) + (1 - y) * np.log(1 - p)) * (1 + 2 * y)
     assert trainer.pop_eval_metrics()["loss"] == pytest.approx(loss.mean(), rel=1e-5)
@@ -246,7 +247,7 @@ def test_labels_that_views_replace_agree_with_the_truth_more_often():
     for _ in range(3):
         trainer.begin_epoch(history)
         for _ in range(30):
-            trainer.train_step((channels, label, np.ones(4, np.float32)))
+            trainer.train_step((channels, label, np.ones(4, np.float32), np.int32(4)))
         history.append(trainer.pop_train_metrics())
     assert history[0]["labels_replaced"] == 0 < history[2]["labels_replaced"]
     correction = CoTeaching()

@@ -21,6 +21,7 @@ import tensorflow as tf
 
 import data_loader
 from harness import REPOSITORY
+from harness.build import MAX_READER_THREADS
 from harness.config import load_config
 from harness.networks.fused_upsampling import fuse_upsampling
 from harness.networks.geometry import geometry
@@ -196,7 +197,7 @@ def measure_gemm(bench):
 
 def measure_loading(bench):
     """Training input alone, compared with h5py and a textbook pipeline."""
-    most = min(n_cores(), data_loader.READER_THREADS)
+    most = min(n_cores(), MAX_READER_THREADS)
     counts = [n for n in (1, 2, 4, 8, 16, 32) if n < most] + [most]
     plans = {"loader_naive": Plan("patches/s", partial(naive_rate, bench))}
     for storage, raw in (("contiguous", "raw_read"), ("gzip", "raw_read/gzip")):
@@ -221,7 +222,7 @@ def loader_rate(bench, storage, n_threads):
     n_steps = -(-data_loader.MIXED_SCENES * bench.patches_per_scene // batch_size)
     n_timed = n_steps if storage == "gzip" else 2 * n_steps
     with program.build_batches(bench.config, bench.devices, paths, n_threads) as batches:
-        feed = iter(batches.dataset())
+        feed = iter(batches.batches())
         count(itertools.islice(feed, n_steps))
         return rate(lambda: count(itertools.islice(feed, n_timed)), n_timed * batch_size)()
 
@@ -283,7 +284,7 @@ def measure_first_batch(bench):
         begin = time.perf_counter()
         paths, _ = data_loader.split_scenes(data_loader.find_scenes(folder), 0.8)
         with program.build_batches(bench.config, bench.devices, paths) as batches:
-            next(iter(batches.dataset()))
+            next(iter(batches.batches()))
             return time.perf_counter() - begin  # before the wait for the readers to close
 
     yield from bench.rows({"time_to_first_batch": Plan("s", first_batch)})
@@ -325,6 +326,7 @@ def in_memory(bench, trainer):
         rng.standard_normal((*shape, bench.config.n_channels), np.float32),
         rng.integers(0, 2, (*shape, 1), np.uint8),
         np.ones(share, np.float32),
+        np.int32(share),
     )
     return itertools.repeat(tuple(map(tf.constant, batch)))
 
@@ -384,7 +386,7 @@ def measure_epoch(bench):
     baseline = time_steps(memory, train, 1)
     paths = data_loader.find_scenes(bench.links("loader-contiguous", 16))
     with program.build_batches(config, bench.devices, paths) as batches:
-        feed = bench.devices.distribute(batches.dataset())
+        feed = bench.devices.distribute(batches.batches())
         time_steps(feed, train, FILLING_STEPS)
         steps = time_steps(feed, train, EPOCH_STEPS)
     baseline += time_steps(memory, train, 1)

@@ -44,8 +44,8 @@ def train_on(trainer, batch):
 
 def build_batches(config, devices, paths, n_threads=None):
     """Build the batches of training; they must be closed, because threads read ahead."""
-    n_threads = n_threads or data_loader.READER_THREADS
-    return build.open_batches(config, devices, paths, n_threads=n_threads)
+    config = config.model_copy(update={"reader_threads": n_threads or "auto"})
+    return build.open_batches(config, devices, paths)
 
 
 def build_predictor(config, devices, model):
