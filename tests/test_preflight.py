@@ -315,7 +315,7 @@ def test_patches_of_a_skipped_scene_have_weight_0_and_others_are_unchanged(copy)
     holed = epoch(batches(on_bad_scene=lambda path, error: left_out.append(path)))
     assert set(left_out) == {paths[3]}
     n_zero = 0
-    for (channels, cloud, weight), expected in zip(holed, whole, strict=True):
+    for (channels, cloud, weight, _), expected in zip(holed, whole, strict=True):
         used = weight == 1
         n_zero += np.sum(expected[2] == 1) - np.sum(used)
         np.testing.assert_array_equal(channels[used], expected[0][used])
