@@ -1,0 +1,137 @@
+"""What a GPU needs from its host, measured on processors: `measure_host` yields the rows."""
+
+import itertools
+import time
+from functools import partial
+from unittest import mock
+
+from tools.lib.bench import program  # first: it imports TensorFlow without its messages
+
+# isort: split
+import numpy as np
+from tensorflow.python.eager import context as eager
+from tensorflow.python.eager import executor
+
+from harness.parallel.devices import on_replicas
+from tools.lib.bench.measurements import count, loader_rate
+from tools.lib.bench.rows import make_row
+
+PRECISIONS = {"float32": "float32", "half": "bfloat16"}  # half: patches travel as float16
+TARGETS = {"files": 1.3, "disk": 0.3, "memory": 0.15}  # [ms] of one core per patch
+PYTHON_TARGET = 1.0  # [ms] per step
+N_EPOCHS = 2  # that are timed, after one that fills the caches
+N_STEPS = 20  # whose Python is timed, and that the simulated device takes
+COPY_SECONDS, STEP_SECONDS = 0.03, 0.05  # of the simulated device
+
+
+def measure_host(bench):
+    """What a GPU needs from its host: reading, Python, copies."""
+    functions = {}
+    for source, kind in itertools.product(TARGETS, PRECISIONS):
+        functions[f"input_cpu/{source}/{kind}"] = partial(cpu_per_patch, bench, source, kind)
+    for n in (1, 2):
+        functions[f"input_threads/{n}"] = partial(loader_rate, bench, "contiguous", n)
+    functions["python_step"] = partial(python_per_step, bench)
+    functions["copy_hidden"] = partial(hidden_share, bench.devices)
+    for name in list(functions):
+        if not bench.wants(name.rpartition("/")[0] or name):  # rows of a word need each other
+            del functions[name]
+    measured = bench.alternate(functions, 20 if bench.quick else 90)
+    for name in measured:
+        word, _, rest = name.partition("/")
+        if word == "input_cpu":
+            target = [TARGETS[rest.partition("/")[0]]]
+            yield make_row(name, "ms/patch", measured[name], "target", target)
+        elif word == "python_step":
+            yield make_row(name, "ms/step", measured[name], "target", [PYTHON_TARGET])
+        elif word == "input_threads":
+            base = "input_threads/1"
+            yield make_row(name, "patches/s", measured[name], base, measured[base])
+        else:
+            yield make_row(name, "share", measured[name])
+    if bench.wants("input_bytes"):
+        sizes = {kind: [patch_megabytes(bench, kind)] for kind in PRECISIONS}
+        for kind, size in sizes.items():
+            base = "input_bytes/float32"
+            yield make_row(f"input_bytes/{kind}", "MB/patch", size, base, sizes["float32"])
+
+
+def open_batches(bench, source, kind):
+    """The batches of a run that reads scenes of `source` in one thread."""
+    changed = {"precision": PRECISIONS[kind]}
+    if source == "disk":
+        changed["cache_dir"] = str(bench.folder / "cache")
+    if source == "memory":
+        changed["cache"] = "memory"
+    config = bench.config.model_copy(update=changed)
+    return program.build_batches(config, bench.devices, bench.scenes["contiguous"], n_threads=1)
+
+
+def cpu_per_patch(bench, source, kind):
+    """Processor time that a patch takes from its source to its batch, all threads [ms]."""
+    with open_batches(bench, source, kind) as batches:
+        feed = batches.batches()
+        count(itertools.islice(feed, batches.n_steps))
+        n_steps = N_EPOCHS * batches.n_steps
+        begin = time.process_time()
+        count(itertools.islice(feed, n_steps))
+        seconds = time.process_time() - begin
+    return 1000 * seconds / (N_EPOCHS * batches.n_patches)
+
+
+def patch_megabytes(bench, kind):
+    """Size of what is copied to the device for each patch of a batch [MB]."""
+    with open_batches(bench, "files", kind) as batches:
+        element = next(batches.batches())
+    return sum(part.nbytes for part in element) / len(element[0]) / 1e6
+
+
+def python_per_step(bench):
+    """Processor time of the thread that feeds and starts training steps [ms].
+
+    The patches have 8 x 8 pixels and are not read, and a thread of TensorFlow takes the steps as a
+    GPU would, so that what remains is the Python of batches, copies and steps.
+    """
+    p = 8
+    sizes = {"image_h": 4 * p, "image_w": 5 * p, "patch_size": p, "clip_offset": 0}
+    config = bench.config.model_copy(update=sizes)
+    trainer = program.build_trainer(config, bench.devices)
+    steps = executor.new_executor(enable_async=True)
+    paths = bench.scenes["contiguous"] * 4  # more than are mixed in a batch
+    with program.build_batches(config, bench.devices, paths) as batches:
+        with mock.patch.object(batches, "read", lambda path, patches: 0):
+            feed = batches.batches()
+            with eager.executor_scope(steps):
+
+                def take(n_steps):
+                    for _ in range(n_steps):
+                        trainer.train_step(on_replicas(bench.devices.strategy, feed))
+
+                take(2)  # traces
+                steps.wait()
+                begin = time.thread_time()
+                take(N_STEPS)
+                seconds = time.thread_time() - begin
+                steps.wait()
+    return 1000 * seconds / N_STEPS
+
+
+class SlowCopy:
+    """An array whose copy takes COPY_SECONDS and, as that to a GPU, no processor."""
+
+    def __array__(self, dtype=None, copy=None):
+        time.sleep(COPY_SECONDS)
+        return np.zeros(1, dtype)
+
+
+def hidden_share(devices):
+    """Share of the copies' time that is hidden behind the steps of a simulated device."""
+    feed = devices.distribute(itertools.repeat((SlowCopy(),)))
+    next(feed)
+    begin = time.perf_counter()
+    for _ in range(N_STEPS):
+        time.sleep(STEP_SECONDS)  # a step
+        next(feed)
+    seconds = time.perf_counter() - begin
+    feed.close()
+    return 1 - (seconds / N_STEPS - STEP_SECONDS) / COPY_SECONDS
