@@ -16,9 +16,11 @@ limit        Of the network: its rate of floating-point operations divided by th
              those of the network's layers, one by one. A program that computes the same
              with fewer, as harness/networks/fused_upsampling.py does, can exceed 100 %.
              Of the loader: its rate divided by that of h5py alone.
-target       The baseline of what a GPU needs from its host: processor time per patch (input_cpu)
-             and of Python per training step (python_step).
-copy_hidden  Share of the time of copies to a device behind its steps; the device is simulated.
+
+Rows host/... say what a GPU would need from its host: processor time per patch from scene files,
+the disk cache and memory (cpu) and of Python per training step, next to targets; size of a patch,
+two reader threads against one, and the share of the time of copies to a (simulated) device that is
+hidden behind its steps.
 
 Rows torch/... give our value, with PyTorch's as the baseline: eager, or with torch.compile.
 The JSON file of -o has all digits.
@@ -51,7 +53,7 @@ from tools.lib.bench.rows import is_wanted, text_table
 GROUPS = {
     "measure_loading": ("raw_read", "loader_naive", "loader"),
     "measure_first_batch": ("time_to_first_batch",),
-    "measure_host": ("input_cpu", "input_bytes", "input_threads", "python_step", "copy_hidden"),
+    "measure_host": ("host",),
     "measure_training": ("train_step", "strategy_overhead"),
     "measure_epoch": ("train_epoch", "input_stall"),
     "measure_inference": ("infer_patches", "infer_scene", "overhead"),

@@ -82,10 +82,10 @@ def test_quick_run_has_all_rows(quick):
     threads = {f"loader/contiguous/{n} thread{'s' * (n > 1)}" for n in thread_counts()}
     most = max(thread_counts())
     assert set(quick) == threads | {
-        *(f"input_cpu/{source}/{kind}" for source in ("files", "disk", "memory")
+        *(f"host/cpu/{source}/{kind}" for source in ("files", "disk", "memory")
           for kind in ("float32", "half")),
-        "input_bytes/float32", "input_bytes/half", "input_threads/1", "input_threads/2",
-        "python_step", "copy_hidden",
+        "host/bytes/float32", "host/bytes/half", "host/threads/1", "host/threads/2",
+        "host/python", "host/copy_hidden",
         "gemm/float32", "gemm/bfloat16", "raw_read", "raw_read/gzip", "loader_naive",
         f"loader/gzip/{most} thread{'s' * (most > 1)}", "time_to_first_batch",
         "train_step/float32", "train_step/bfloat16", "strategy_overhead",
@@ -118,8 +118,8 @@ def test_rows_are_consistent(quick):
     ("name", "baseline"),
     [
         ("loader/contiguous/1 thread", "loader_naive"),
-        ("input_cpu/disk/half", "target"),
-        ("input_threads/2", "input_threads/1"),
+        ("host/cpu/disk/half", "target"),
+        ("host/threads/2", "host/threads/1"),
         ("train_step/bfloat16", "train_step/float32"),
         ("train_epoch/bfloat16", "in memory"),
         ("infer_scene/bfloat16", "infer_patches/float32"),

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from functools import partial
+from functools import cache, partial
 from unittest import mock
 
 from tools.lib.bench import program  # first: it imports TensorFlow without its messages
@@ -14,46 +14,37 @@ from tensorflow.python.eager import executor
 
 from harness.parallel.devices import on_replicas
 from tools.lib.bench.measurements import count, loader_rate
-from tools.lib.bench.rows import make_row
+from tools.lib.bench.rows import Plan
 
 PRECISIONS = {"float32": "float32", "half": "bfloat16"}  # half: patches travel as float16
 TARGETS = {"files": 1.3, "disk": 0.3, "memory": 0.15}  # [ms] of one core per patch
 PYTHON_TARGET = 1.0  # [ms] per step
 N_EPOCHS = 2  # that are timed, after one that fills the caches
 N_STEPS = 20  # whose Python is timed, and that the simulated device takes
-COPY_SECONDS, STEP_SECONDS = 0.03, 0.05  # of the simulated device
+COPY_SECONDS, STEP_SECONDS = 0.02, 0.04  # of the simulated device
 
 
 def measure_host(bench):
     """What a GPU needs from its host: reading, Python, copies."""
-    functions = {}
+    plans = {}
     for source, kind in itertools.product(TARGETS, PRECISIONS):
-        functions[f"input_cpu/{source}/{kind}"] = partial(cpu_per_patch, bench, source, kind)
+        cpu = partial(cpu_per_patch, bench, source, kind)
+        plans[f"cpu/{source}/{kind}"] = Plan("ms/patch", cpu, "target", target=TARGETS[source])
+    for kind in PRECISIONS:
+        size = partial(patch_megabytes, bench, kind)
+        plans[f"bytes/{kind}"] = Plan("MB/patch", size, "host/bytes/float32")
     for n in (1, 2):
-        functions[f"input_threads/{n}"] = partial(loader_rate, bench, "contiguous", n)
-    functions["python_step"] = partial(python_per_step, bench)
-    functions["copy_hidden"] = partial(hidden_share, bench.devices)
-    for name in list(functions):
-        if not bench.wants(name.rpartition("/")[0] or name):  # rows of a word need each other
-            del functions[name]
-    measured = bench.alternate(functions, 20 if bench.quick else 90)
-    for name in measured:
-        word, _, rest = name.partition("/")
-        if word == "input_cpu":
-            target = [TARGETS[rest.partition("/")[0]]]
-            yield make_row(name, "ms/patch", measured[name], "target", target)
-        elif word == "python_step":
-            yield make_row(name, "ms/step", measured[name], "target", [PYTHON_TARGET])
-        elif word == "input_threads":
-            base = "input_threads/1"
-            yield make_row(name, "patches/s", measured[name], base, measured[base])
-        else:
-            yield make_row(name, "share", measured[name])
-    if bench.wants("input_bytes"):
-        sizes = {kind: [patch_megabytes(bench, kind)] for kind in PRECISIONS}
-        for kind, size in sizes.items():
-            base = "input_bytes/float32"
-            yield make_row(f"input_bytes/{kind}", "MB/patch", size, base, sizes["float32"])
+        rate = partial(loader_rate, bench, "contiguous", n)
+        plans[f"threads/{n}"] = Plan("patches/s", rate, "host/threads/1")
+    python = partial(python_per_step, bench)
+    plans["python"] = Plan("ms/step", python, "target", target=PYTHON_TARGET)
+    plans["copy_hidden"] = Plan("share", partial(hidden_share, bench.devices))
+    wanted = {  # with the rows of its kind, one of which may be the baseline
+        f"host/{name}": plan
+        for name, plan in plans.items()
+        if bench.wants(f"host/{name.partition('/')[0]}")
+    }
+    yield from bench.rows(wanted, 20 if bench.quick else 90)
 
 
 def open_batches(bench, source, kind):
@@ -86,16 +77,21 @@ def patch_megabytes(bench, kind):
     return sum(part.nbytes for part in element) / len(element[0]) / 1e6
 
 
+@cache
+def small_trainer(bench):
+    """A trainer of patches of 8 x 8 pixels, and its configuration."""
+    sizes = {"image_h": 32, "image_w": 40, "patch_size": 8, "clip_offset": 0}  # 20 patches
+    config = bench.config.model_copy(update=sizes)
+    return program.build_trainer(config, bench.devices), config
+
+
 def python_per_step(bench):
     """Processor time of the thread that feeds and starts training steps [ms].
 
-    The patches have 8 x 8 pixels and are not read, and a thread of TensorFlow takes the steps as a
+    The patches are small and are not read, and a thread of TensorFlow takes the steps as a
     GPU would, so that what remains is the Python of batches, copies and steps.
     """
-    p = 8
-    sizes = {"image_h": 4 * p, "image_w": 5 * p, "patch_size": p, "clip_offset": 0}
-    config = bench.config.model_copy(update=sizes)
-    trainer = program.build_trainer(config, bench.devices)
+    trainer, config = small_trainer(bench)
     steps = executor.new_executor(enable_async=True)
     paths = bench.scenes["contiguous"] * 4  # more than are mixed in a batch
     with program.build_batches(config, bench.devices, paths) as batches:
