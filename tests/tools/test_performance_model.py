@@ -1,9 +1,11 @@
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
 
 import performance_model
+from harness import REPOSITORY
 from performance_model import Machine, stage_rates, throughput
 
 # 0.2 x 322,000 GFLOP/s / 64.4 GFLOP = 1000 patches/s.
@@ -65,6 +67,13 @@ def test_table_from_rows_of_the_bench(tmp_path, capsys):
     assert line.split()[4:] == [
         "388", "GPU", "388", "GPU", "969", "GPU", "969", "GPU", "1000", "reading", "3070", "GPU"
     ]  # fmt: skip
+
+
+def test_table_in_the_documentation_is_that_of_its_command(capsys):
+    page = (REPOSITORY / "docs/performance.md").read_text(encoding="utf-8")
+    shown = re.search(r"python tools/performance_model.py (.+)\n```\n\n```text\n([^`]+)```", page)
+    assert performance_model.main(shown[1].split()) == 0
+    assert capsys.readouterr().out == shown[2]
 
 
 def test_missing_number_is_named(capsys):

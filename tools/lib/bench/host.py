@@ -13,7 +13,7 @@ from tensorflow.python.eager import context as eager
 from tensorflow.python.eager import executor
 
 from harness.parallel.devices import on_replicas
-from tools.lib.bench.measurements import count, loader_rate
+from tools.lib.bench.measurements import count, loader_rate, time_steps
 from tools.lib.bench.rows import Plan
 
 PRECISIONS = {"float32": "float32", "half": "bfloat16"}  # half: patches travel as float16
@@ -123,11 +123,7 @@ class SlowCopy:
 def hidden_share(devices):
     """Share of the copies' time that is hidden behind the steps of a simulated device."""
     feed = devices.distribute(itertools.repeat((SlowCopy(),)))
-    next(feed)
-    begin = time.perf_counter()
-    for _ in range(N_STEPS):
-        time.sleep(STEP_SECONDS)  # a step
-        next(feed)
-    seconds = time.perf_counter() - begin
+    time_steps(feed, lambda batch: time.sleep(STEP_SECONDS), 2)  # start the copies
+    steps = time_steps(feed, lambda batch: time.sleep(STEP_SECONDS), N_STEPS)
     feed.close()
-    return 1 - (seconds / N_STEPS - STEP_SECONDS) / COPY_SECONDS
+    return 1 - sum(waited for waited, _ in steps) / (N_STEPS * COPY_SECONDS)
