@@ -9,7 +9,8 @@ import pytest
 
 from harness import REPOSITORY, errors
 
-PROGRAMS = ["slstr_cloud.py", *sorted(f"tools/{p.name}" for p in REPOSITORY.glob("tools/[!_]*.py"))]
+TOOLS = {f"tools/{path.name}" for path in REPOSITORY.glob("tools/[!_]*.py")}
+PROGRAMS = ["slstr_cloud.py", *sorted(TOOLS - {"tools/performance_model.py"})]  # needs no package
 ARGUMENTS = {  # the least with which a program begins its work; others find packages missing before
     "slstr_cloud.py": [],
     "tools/compare_scenes.py": ["scenes"],

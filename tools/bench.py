@@ -17,6 +17,11 @@ limit        Of the network: its rate of floating-point operations divided by th
              with fewer, as harness/networks/fused_upsampling.py does, can exceed 100 %.
              Of the loader: its rate divided by that of h5py alone.
 
+Rows host/... say what a GPU would need from its host: processor time per patch from scene files,
+the disk cache and memory (cpu) and of Python per training step, next to targets; size of a patch,
+two reader threads against one, and the share of the time of copies to a (simulated) device that is
+hidden behind its steps.
+
 Rows torch/... give our value, with PyTorch's as the baseline: eager, or with torch.compile.
 The JSON file of -o has all digits.
 """
@@ -43,11 +48,12 @@ from harness.files import write_text
 from harness.preflight import check_model
 from tools.lib.bench.rows import is_wanted, text_table
 
-# Functions of tools/lib/bench/measurements.py or torch_unet.py, and the first words of the names of
-# their rows.
+# Functions of tools/lib/bench/measurements.py, or of the module in MODULES, and the first words of
+# the names of their rows.
 GROUPS = {
     "measure_loading": ("raw_read", "loader_naive", "loader"),
     "measure_first_batch": ("time_to_first_batch",),
+    "measure_host": ("host",),
     "measure_training": ("train_step", "strategy_overhead"),
     "measure_epoch": ("train_epoch", "input_stall"),
     "measure_inference": ("infer_patches", "infer_scene", "overhead"),
@@ -55,6 +61,7 @@ GROUPS = {
     "measure_against_torch": ("torch",),
     "measure_gemm": ("gemm",),  # last, because it includes the matrix products of the others
 }
+MODULES = {"measure_host": "host", "measure_against_torch": "torch_unet"}
 WORDS = list(dict.fromkeys(["gemm", *(word for words in GROUPS.values() for word in words)]))
 
 log = logging.getLogger("bench")
@@ -75,7 +82,7 @@ def measure(bench, groups, rows, output, verbose):
     """
     n_failed = 0
     for name, words in groups.items():
-        module = "torch_unet" if name == "measure_against_torch" else "measurements"
+        module = MODULES.get(name, "measurements")
         begin = time.perf_counter()
         try:
             function = getattr(importlib.import_module(f"tools.lib.bench.{module}"), name)

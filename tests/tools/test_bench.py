@@ -82,6 +82,10 @@ def test_quick_run_has_all_rows(quick):
     threads = {f"loader/contiguous/{n} thread{'s' * (n > 1)}" for n in thread_counts()}
     most = max(thread_counts())
     assert set(quick) == threads | {
+        *(f"host/cpu/{source}/{kind}" for source in ("files", "disk", "memory")
+          for kind in ("float32", "half")),
+        "host/bytes/float32", "host/bytes/half", "host/threads/1", "host/threads/2",
+        "host/python", "host/copy_hidden",
         "gemm/float32", "gemm/bfloat16", "raw_read", "raw_read/gzip", "loader_naive",
         f"loader/gzip/{most} thread{'s' * (most > 1)}", "time_to_first_batch",
         "train_step/float32", "train_step/bfloat16", "strategy_overhead",
@@ -114,6 +118,8 @@ def test_rows_are_consistent(quick):
     ("name", "baseline"),
     [
         ("loader/contiguous/1 thread", "loader_naive"),
+        ("host/cpu/disk/half", "target"),
+        ("host/threads/2", "host/threads/1"),
         ("train_step/bfloat16", "train_step/float32"),
         ("train_epoch/bfloat16", "in memory"),
         ("infer_scene/bfloat16", "infer_patches/float32"),

@@ -122,7 +122,7 @@ class Bench:
                 share = limit_share(measured, plan.precision, plan.gflop, values, plan.unit)
             elif plan.limit:
                 share = statistics.median(values) / statistics.median(measured[plan.limit])
-            base = measured.get(plan.baseline, ())
+            base = measured.get(plan.baseline, ()) if plan.target is None else [plan.target]
             yield make_row(name, plan.unit, values, plan.baseline, base, share)
 
 

@@ -19,6 +19,8 @@ from harness.networks import model_files
 from harness.networks.geometry import geometry
 from harness.parallel.rendezvous import SingleRank
 
+logging.getLogger("harness.build").setLevel(logging.WARNING)  # no line about each input
+
 
 def open_devices(config):
     """Set TensorFlow up as a run of one process does."""

@@ -33,7 +33,8 @@ class Plan:
 
     unit: str
     function: Callable[[], float]  # one measurement, in the unit
-    baseline: str | None = None  # name of a row measured with it
+    baseline: str | None = None  # name of a row measured with it, or of `target`
+    target: float | None = None  # a baseline that is not measured
     limit: str | None = None  # name of the row measured with it that is the machine's limit, or
     precision: str | None = None  # of the matrix products that are the limit, and
     gflop: float | None = None  # the operations, 10^9, of one unit: of a patch or a scene
