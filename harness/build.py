@@ -341,7 +341,7 @@ def open_batches(config, devices, paths, labels=None, validate=False, **options)
     )
     if not validate:
         log.info(
-            "  input       %s, %s patches, batches of at most %s in memory, cache: %s",
+            "  input       %s, %s patches, at most %s, cache: %s",
             counted(n_threads, "reader thread"), batches.dtype, format_bytes(batches.max_bytes),
             "disk" if cache == "none" and config.cache_dir else cache,
         )  # fmt: skip

@@ -29,7 +29,7 @@ PLAN = (
 )  # fmt: skip
 STEPS = {"start-up": 8.0, "training": 1.0, "checkpointing": 0.05, "writing": 0.0, "inference": 0.2}
 PART_SECONDS = 600  # for a stage: only a hang takes longer
-TIMES = ("seconds", "patches_per_second")
+TIMES = ("seconds", "patches_per_second", "shares", "limited_by")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]  # `make torture` is one test
 

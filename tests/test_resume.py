@@ -486,9 +486,9 @@ def test_finished_run_can_be_given_more_epochs(tmp_path, quick, whole):
 
 # README.md, "Runs that are stopped": these change neither weights nor masks.
 FREE_KEYS = {
-    "epochs", "patience", "target_accuracy", "training_seconds", "checkpoint_every", "cache_dir",
-    "no_cache", "micro_batch", "gpu", "nodes", "cpu_devices", "on_bad_scene", "read_timeout",
-    "name", "email", "output_dir", "report", "sampling", "tensorboard", "profile_steps",
+    "epochs", "patience", "target_accuracy", "training_seconds", "checkpoint_every", "cache",
+    "cache_dir", "no_cache", "reader_threads", "micro_batch", "gpu", "nodes", "cpu_devices",
+    "on_bad_scene", "read_timeout", "name", "email", "output_dir", "report", "sampling", "tensorboard", "profile_steps",
 }  # fmt: skip
 FIXED_KEYS = {
     field.alias: field
@@ -500,7 +500,19 @@ FIXED_KEYS = {
 def another_value(field, file, before):
     """A valid value of a key, as the text of --set, that differs from the one before."""
     choices = [value for value in typing.get_args(field.annotation) if isinstance(value, str)]
-    candidates = [*choices, "true", "false", 2, 0.5, 16, 64, "other", "other.keras", "{version: x}"]
+    candidates = [
+        *choices,
+        "true",
+        "false",
+        2,
+        0.5,
+        16,
+        64,
+        "other",
+        "other.keras",
+        "1/2",
+        "{version: x}",
+    ]
     for value in candidates:
         try:
             changed = load_config(file, [f"{field.alias}={value}"])

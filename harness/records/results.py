@@ -276,8 +276,8 @@ def summary(results):
             f"inference   {inference['seconds_per_scene']:.2f} s per scene, "
             f"{counted(inference['scenes'], 'scene')}; the network {parts['network']:.2f} s"
         )
-        shares = (f"{part} {share:.0%}" for part, share in inference["shares"].items())
-        lines.append(f"            limited by {inference['limited_by']}: {', '.join(shares)}")
+        shares = (f"{part} {100 * share:.0f}" for part, share in inference["shares"].items())
+        lines.append(f"            limit: {inference['limited_by']}; {', '.join(shares)} %")
     if bad := results["bad_scenes"]:
         lines.append(f"skipped     {counted(len(bad), 'bad scene')}, listed in results.json")
     total = f"total       {format_duration(results['seconds'])}, "
