@@ -488,7 +488,8 @@ def test_finished_run_can_be_given_more_epochs(tmp_path, quick, whole):
 FREE_KEYS = {
     "epochs", "patience", "target_accuracy", "training_seconds", "checkpoint_every", "cache",
     "cache_dir", "no_cache", "reader_threads", "micro_batch", "gpu", "nodes", "cpu_devices",
-    "on_bad_scene", "read_timeout", "name", "email", "output_dir", "report", "sampling", "tensorboard", "profile_steps",
+    "on_bad_scene", "read_timeout", "name", "email", "output_dir", "report", "sampling",
+    "tensorboard", "profile_steps",
 }  # fmt: skip
 FIXED_KEYS = {
     field.alias: field
