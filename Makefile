@@ -19,7 +19,7 @@ $(VENV)/.dev: requirements-dev.txt requirements-tools.txt requirements.txt
 
 # The first run is DEMO/outputs/demo, which the documentation uses as its example; others get a name.
 demo: $(VENV)/.run
-	$(BIN)/python tools/make_scenes.py --output $(DEMO)/data --train 96 --inference 12 --size 240 300 --jobs 2
+	$(BIN)/python tools/make_scenes.py --output $(DEMO)/data --train 96 --inference 12 --size 240 300 --seed 1 --jobs 2
 	$(BIN)/python slstr_cloud.py --config target/demo.yaml \
 		$(if $(wildcard $(DEMO)/outputs/demo),,--set run_name=demo)
 	@echo
