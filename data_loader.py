@@ -226,8 +226,8 @@ class PatchBatches:
         channels: float32 or float16 (S, P, P, 9), normalised.
         cloud: uint8 (S, P, P, 1).
         weight: float32 (S,), 1 for a patch and 0 for padding, which comes last.
-        n_used: int32 (), slots up to the last one of weight 1; known here, so that no step waits
-            for its device to tell.
+        n_used: int32 (), slots up to the last one of weight 1; computed on the host, so that
+            no step waits for a copy from its device.
     S is the same in all steps: the largest share of the global batch, rounded up to `multiple`.
 
     Threads read ahead, scene after scene in the order in which steps need them, each patch

@@ -33,9 +33,8 @@ BOARD_PATCHES = 4  # whose masks TensorBoard shows
 # Threads of `reader_threads: auto`, at most. They decode 10,000 patches/s, which eight GPUs can
 # take; each of them needs memory for a scene ahead.
 MAX_READER_THREADS = 16
-DEVICE_SHARE = (
-    0.6  # of a device's memory for the patches of `cache: device`; rest: network, batches
-)
+# Of a device's memory, for the patches of `cache: device`; the rest is for network and batches.
+DEVICE_SHARE = 0.6
 
 log = logging.getLogger(__name__)
 

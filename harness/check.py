@@ -113,9 +113,8 @@ def measure(config, ranks, scenes):
 
 def warn_of_unused_gpus():
     """Say why TensorFlow lists no GPU if this machine has one."""
+    import harness.quiet_tensorflow  # noqa: F401, isort: skip  (before TensorFlow)
     import tensorflow as tf
-
-    import harness.quiet_tensorflow  # noqa: F401  (before all that imports TensorFlow)
 
     reason = why_no_gpu(tf.sysconfig.get_build_info())
     if reason and not tf.config.list_physical_devices("GPU"):

@@ -36,10 +36,16 @@ class Task:
 
     @functools.cached_property
     def is_finished(self):
-        """Whether nothing is left to do; --mode inference also masks scenes that are new."""
+        """Whether nothing is left to do.
+
+        --mode inference also masks scenes that are new, and tries those that were skipped again.
+        """
         if self.earlier is None or self.earlier["status"] != "success":
             return False
-        return self.mode != "inference" or self.earlier.get("scenes_sha256") == self.found.sha256
+        if self.mode != "inference":
+            return True
+        has_same_scenes = self.earlier.get("scenes_sha256") == self.found.sha256
+        return has_same_scenes and not self.earlier.get("bad_scenes")
 
 
 def parse_arguments(argv=None):

@@ -23,7 +23,7 @@ from harness.labels.label_files import check_labels
 from harness.networks.names import network_file, network_names
 
 THREADS = 16
-MOST_SYNTHETIC = 1000  # scenes of a set that are asked whether they are synthetic
+MOST_SYNTHETIC = 1000  # scenes of a set whose attribute `synthetic` is read
 HEADER_BYTES = 1 << 16  # of a file; contains most of its headers
 # Three checkpoints, each with 24 MB of weights and Adam's moments and an 8 MB model file.
 CHECKPOINT_BYTES = 100_000_000

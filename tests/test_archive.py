@@ -33,12 +33,15 @@ def test_resumed_run_masks_what_is_new_in_its_list(finished, settings, tmp_path,
     mask = (run.folder / "masks" / first).with_suffix(".h5").stat()
 
     resume = ["--resume", str(run.folder)]
-    assert slstr_cloud.main(resume) == 0 and "nothing is left to do" in capfd.readouterr().err
-    for path in find_scenes(settings["inference_dir"]):
-        shutil.copy2(path, tmp_path / path.name.replace("S3A", "S3B"))
+    assert slstr_cloud.main(resume) == 0 and len(results(run.folder)["bad_scenes"]) == 1
     shutil.copy(
         next(p for p in find_scenes(settings["inference_dir"]) if p.name == second), tmp_path
     )
+    assert slstr_cloud.main(resume) == 0 and results(run.folder)["inference"]["scenes"] == 2
+    capfd.readouterr()
+    assert slstr_cloud.main(resume) == 0 and "nothing is left to do" in capfd.readouterr().err
+    for path in find_scenes(settings["inference_dir"]):
+        shutil.copy2(path, tmp_path / path.name.replace("S3A", "S3B"))
     names = [name.replace("S3A", kind) for kind in ("S3A", "S3B") for name in (first, second)]
     (tmp_path / "list.txt").write_text("\n".join(names))
     assert slstr_cloud.main(resume) == 0

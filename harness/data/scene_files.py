@@ -77,7 +77,7 @@ def walk_scenes(directory, ignored=None):
 
     Args:
         directory: Path; or that of a text file that lists scene files, one path per line, relative
-            to the folder of the list. Empty lines count for nothing.
+            to the folder of the list. Empty lines are ignored.
         ignored: Dictionary that receives names that only look like scenes, by the reason.
 
     Raises:

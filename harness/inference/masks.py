@@ -74,7 +74,7 @@ class MaskFolder:
         self._stopped.set()
 
     def check_finite(self, path, probability):
-        """Raise FloatingPointError if the network's answer for a scene has no number somewhere."""
+        """Raise FloatingPointError if any probability of a scene is not finite."""
         if not np.isfinite(probability).all():
             raise FloatingPointError(
                 f"{self._model_file} gives probabilities that are not finite for {path}. Use "
@@ -160,7 +160,7 @@ class MaskFolder:
                 if whole:
                     read_valid(file, read_mask(file).shape)
                 return _check_row(json.loads(read_attribute(file, "row")))
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError) as error:
             log.warning("The mask of %s is damaged and is made again: %s", path.stem, error)
             return None
 
