@@ -38,7 +38,8 @@ class KeptBatch:
     Attributes:
         new: Batch of the patches that are not on the device yet.
         rows: Places in `kept` of the patches of the batch, in the order of its slots.
-        kept: List of the replica; whoever copies the new patches appends them.
+        kept: The patches that the device of the replica holds; the new ones are appended when they
+            are copied.
         size: Slots of the batch.
     """
 

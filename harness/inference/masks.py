@@ -13,9 +13,9 @@ from harness.clock import active_seconds
 from harness.data.hdf5 import open_hdf5, open_numbers, read_attribute
 from harness.data.mask_files import mask_file, read_mask, read_valid
 from harness.files import file_sha256, replacing
-from harness.inference.scores import COUNTS, SCENE_COLUMNS, SCORES, THRESHOLD
+from harness.inference.scores import COUNTS, SCENE_COLUMNS, SCENE_PARTS, SCORES, THRESHOLD
 
-TIMES = tuple(f"{part}_seconds" for part in ("read", "network", "stitch", "score", "write"))
+TIMES = tuple(f"{part}_seconds" for part in SCENE_PARTS)
 KINDS = dict.fromkeys((*SCENE_COLUMNS, *TIMES), float)  # of the values in a row
 KINDS |= dict.fromkeys((*COUNTS, "out_of_range", "part"), int)
 KINDS |= dict.fromkeys(("scene", "day_night", "device"), str)

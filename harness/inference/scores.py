@@ -15,6 +15,10 @@ import numpy as np
 THRESHOLD = 0.5  # cloud where the probability is higher
 TARGET_ACCURACY = 0.9  # MLCommons Science, policy.adoc: mean over scenes
 COUNTS = ("tp", "fp", "fn", "tn")  # true and false positives, false and true negatives
+SCENE_PARTS = {  # of the time that a scene takes; columns and keys, and their words for people
+    "read": "reading", "network": "network", "stitch": "stitching", "score": "scoring",
+    "write": "writing",
+}  # fmt: skip
 
 
 @dataclass

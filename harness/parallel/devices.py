@@ -229,9 +229,9 @@ def _batch_on_device(batch):
     patches = [batch.kept[row] for row in batch.rows]
     weight = np.zeros(batch.size, np.float32)
     weight[: len(patches)] = [each[2] for each in patches]
-    n_empty = [batch.size - len(patches)] * (len(patches) < batch.size)
-    empty = [[np.zeros((n, *p.shape[1:]), p.dtype.as_numpy_dtype) for n in n_empty] for p in new]
-    images = (tf.concat([*(each[k] for each in patches), *empty[k]], axis=0) for k in (0, 1))
+    n_empty = batch.size - len(patches)
+    empty = [np.zeros((n_empty, *part.shape[1:]), part.dtype.as_numpy_dtype) for part in new]
+    images = (tf.concat([*(each[k] for each in patches), empty[k]], axis=0) for k in (0, 1))
     return *images, tf.identity(weight), tf.identity(used_slots(weight))
 
 

@@ -73,7 +73,7 @@ def inference_results(rows, seconds):
     """The dictionary `inference` of results.json."""
     parts = {
         part: float(np.mean([row[f"{part}_seconds"] for row in rows]))
-        for part in ("read", "network", "stitch", "score", "write")
+        for part in scores.SCENE_PARTS
     }
     of_device = float(np.mean([row["seconds"] for row in rows]))
     shares = {part: scores.ratio(part_seconds, of_device) for part, part_seconds in parts.items()}

@@ -14,9 +14,8 @@ from pathlib import Path
 from harness.console import format_bytes
 from harness.errors import UserError
 from harness.files import read_text
-from harness.inference.scores import MEAN_SCORES
+from harness.inference.scores import MEAN_SCORES, SCENE_PARTS
 
-INFERENCE_PARTS = ("read", "network", "stitch", "score", "write")
 PARTS = ("config", "devices", "versions", "training", "inference", "sampling")
 # Keys of the configuration that say where the files of a run are and do not change what it does.
 PLACES = {"run_name", "output_dir", "log_file", "mlperf_logfile"}
@@ -94,8 +93,8 @@ KINDS = {  # of the fields of results.json that are calculated with: numbers, li
     },
     "inference": {
         **_numbers("seconds", "seconds_per_scene", *MEAN_SCORES),
-        "seconds_per_scene_parts": _numbers(*INFERENCE_PARTS),
-        "shares": _numbers(*INFERENCE_PARTS),
+        "seconds_per_scene_parts": _numbers(*SCENE_PARTS),
+        "shares": _numbers(*SCENE_PARTS),
     },
     "sampling": {
         **_numbers("energy_joules", "cpu_energy_joules", "gpu_energy_joules"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from harness.config import Config
 from harness.console import counted, table
 from harness.files import write_csv
+from harness.inference.scores import SCENE_PARTS
 from harness.records import report
 from harness.records.report import one_run
 from harness.records.report.charts import chart
@@ -47,7 +48,7 @@ MEASURES = {
             "Share of the seconds per scene; reading, network with stitching, and scoring with "
             "writing run at the same time.",
         )
-        for part, word in one_run.SCENE_PARTS.items()
+        for part, word in SCENE_PARTS.items()
     },
     "patches_per_second": Measure(
         "patches/s", "{:.1f}".format, "Training without the first epoch, all replicas."
@@ -105,7 +106,7 @@ def measure(case, folder):
     values = {
         **{key: network.get(key) for key in ("parameters", "multiplications_per_pixel")},
         "seconds_per_scene": inference.get("seconds_per_scene"),
-        **{f"{part}_share": inference.get("shares", {}).get(part) for part in one_run.SCENE_PARTS},
+        **{f"{part}_share": inference.get("shares", {}).get(part) for part in SCENE_PARTS},
         "patches_per_second": training.get("patches_per_second"),
         "training_seconds": training.get("seconds"),
         "epochs": training.get("epochs_run"),

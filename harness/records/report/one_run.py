@@ -11,7 +11,7 @@ from harness.console import counted, format_bytes, format_duration, progress
 from harness.data.mask_files import mask_files
 from harness.data.scene_files import PRODUCT_NAME, product_times
 from harness.errors import UserError
-from harness.inference.scores import MEAN_SCORES, SCORES, compare_with_baselines
+from harness.inference.scores import MEAN_SCORES, SCENE_PARTS, SCORES, compare_with_baselines
 from harness.records.report import pictures
 from harness.records.report.charts import chart
 from harness.records.results import target_text
@@ -32,10 +32,6 @@ LONG_SCORES = {
     if score.kind != "baseline" or not key.startswith("no_data_clear")
 }  # fmt: skip
 SCORE_COLUMNS = {score.label: score.meaning for score in LONG_SCORES.values()}
-SCENE_PARTS = {
-    "read": "reading", "network": "network", "stitch": "stitching", "score": "scoring",
-    "write": "writing",
-}  # fmt: skip
 
 
 def mean(values):
