@@ -33,20 +33,22 @@ def score_truth(mask, scenes_folder, min_sst):
     for path in walk_scenes(scenes_folder):
         if mask.files is not None and path.stem not in mask.files:
             continue
+        with open_hdf5(path) as file:  # nothing else is read of scenes without a truth
+            truth = open_numbers(file, "truth", (None, None, 1), optional=True)
+            if truth is None:
+                continue
+            groups = {title: _groups(file, name, truth.shape) for name, title in GROUPS.items()}
         fields = read_fields([mask], min_sst, path.stem, path)
-        if "truth" not in fields:
-            continue
         cloud, truth, valid = fields["mask 0"], fields["truth"], fields["measured"]
         pixels = Pixels(cloud, truth, valid, None, None).with_data
         scores["accuracy"].append(accuracy(pixels))
         scores["balanced_accuracy"].append(balanced_accuracy(pixels))
         scores[day_or_night(path)].append(scores["accuracy"][-1])
         right = (cloud == truth)[valid]
-        with open_hdf5(path) as file:
-            for dataset, title in GROUPS.items():
-                for group, where in _groups(file, dataset, cloud.shape).items():
-                    where = where[valid]
-                    counts[title][group] += right[where].sum(), where.sum()
+        for title, members in groups.items():
+            for group, where in members.items():
+                where = where[valid]
+                counts[title][group] += right[where].sum(), where.sum()
     return (
         {key: statistics.fmean(values) for key, values in scores.items()},
         {
@@ -58,7 +60,7 @@ def score_truth(mask, scenes_folder, min_sst):
 
 def _groups(file, dataset, shape):
     """The pixels of each code of a dataset: {its name in `flag_meanings`: bool (H, W)}."""
-    codes = open_numbers(file, dataset, (*shape, 1), optional=True)
+    codes = open_numbers(file, dataset, shape, optional=True)
     if codes is None:
         return {}
     names = str(read_attribute(codes, "flag_meanings", default="")).split()
