@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 
 from data_loader import MIXED_SCENES, PatchBatches, PatchGrid, SceneError, read_patches
+from harness.config import LABELS
 from harness.console import counted, format_bytes
 from harness.data.bad_scenes import START
 from harness.data.batches import patch_bytes
@@ -222,7 +223,7 @@ def open_labels(config, devices, run, scenes):
     """The folder of mask files that training takes its labels from; None for the Bayesian mask."""
     if config.labels == "bayes":
         return None
-    if config.labels != "none":
+    if config.labels not in LABELS:
         return Path(config.labels)
     folder, paths = run.path("labels"), sorted([*scenes.train, *scenes.validation])
     on_bad_scene = run.bad_scenes.handler("training", paths)
@@ -298,14 +299,16 @@ def open_batches(config, devices, paths, labels=None, validate=False, **options)
     micro_batch = devices.micro_batch(config.micro_batch, config.batch_size)
     read = functools.partial(
         read_patches, shape=config.scene_shape, patch_size=config.patch_size,
-        labelled=config.labels == "bayes",
+        labelled=config.uses_bayes,
     )  # fmt: skip
     if config.cache_dir:
-        label = "" if config.labels == "bayes" else " unlabelled"
+        label = "" if config.uses_bayes else " unlabelled"
         label += "" if config.patch_dtype == "float32" else f" {config.patch_dtype}"
         read = cached(read, config.cache_dir, f"{config.scene_shape} {config.patch_size}{label}")
     if labels:
-        read = with_labels(read, labels, config.scene_shape, config.patch_size)
+        read = with_labels(
+            read, labels, config.scene_shape, config.patch_size, config.labels == "combined"
+        )
     cache, reason = choose_cache(config, devices, len(paths))
     if cache == "device" and validate:
         cache = "memory"

@@ -44,7 +44,7 @@ def check(config, ranks):
         )
     found = FoundScenes.find(config.train_dir, config.inference_dir, "benchmark")
     stored, bad = check_scenes(
-        found.all, config.scene_shape, config.labels == "bayes", config.read_timeout
+        found.all, config.scene_shape, config.uses_bayes, config.read_timeout
     )
     columns = {}
     for name, paths in (("train_dir", found.train), ("inference_dir", found.inference)):
@@ -53,7 +53,7 @@ def check(config, ranks):
         for path in good[:: -(-len(good) // SCENES_SAMPLED)] if good else ():
             begin = time.perf_counter()
             try:
-                scene = read_scene(path, config.scene_shape, labelled=config.labels == "bayes")
+                scene = read_scene(path, config.scene_shape, labelled=config.uses_bayes)
                 samples.append((scene, time.perf_counter() - begin))
             except SceneError as error:
                 bad[path] = str(error)

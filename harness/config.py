@@ -32,7 +32,7 @@ RESERVED = (  # names in a run's folder
     "report_scenes", "masks", "labels", "checkpoints", "bad_scenes", "tensorboard",
 )  # fmt: skip
 FILE_KEYS = ("model_file", "log_file", "mlperf_logfile")  # files that a run writes
-LABELS = ("bayes", "none")  # values of `labels` that are no folder
+LABELS = ("bayes", "none", "combined")  # values of `labels` that are no folder
 MODEL_SUFFIXES = (".keras", ".h5")
 FOLDER_KEYS = ("train_dir", "inference_dir", "output_dir", "cache_dir")
 # The two names of each folder of the published data; the second ones since April 2026.
@@ -88,7 +88,7 @@ def _plain_name(value):
 
 
 def _labels(value):
-    """`bayes` and `none` stay; the path of a folder of masks becomes absolute."""
+    """Names stay; the path of a folder of masks becomes absolute."""
     return value if value in LABELS else os.path.abspath(_expand(str(value)))
 
 
@@ -225,6 +225,11 @@ class Config(BaseModel):
     def shape_in(self, mode):
         """The `scene_shape` that a mode demands; `inference` takes any rows and columns, None."""
         return (None, None, self.n_channels) if mode == "inference" else self.scene_shape
+
+    @property
+    def uses_bayes(self):
+        """Whether training reads the Bayesian mask of its scenes."""
+        return self.labels in ("bayes", "combined")
 
     @property
     def patch_dtype(self):

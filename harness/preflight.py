@@ -208,7 +208,7 @@ def choose_skipped(config, mode, found, folder=None):
     if config.labels not in LABELS:
         check_labels(config.labels, found.train)
     shape = config.shape_in(mode)
-    labelled = bool(found.train) and config.labels == "bayes"
+    labelled = bool(found.train) and config.uses_bayes
     skipped = BadScenes(folder, config.on_bad_scene).reasons(START) if folder else {}
     if folder and mode == "inference":  # its scenes may become more
         check_nothing_is_gone(folder, found.inference)

@@ -14,7 +14,7 @@ import slstr_cloud
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["large_kernel"])  # has the most kinds of layers
+@pytest.mark.parametrize("name", ["two_views"])  # has the most kinds of layers
 def test_network_is_trained_resumed_and_masks_scenes(name, settings, tmp_path):
     """On two replicas in bfloat16, stopped by a signal after an epoch; then scenes in one pass."""
     changed = {

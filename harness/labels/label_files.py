@@ -34,15 +34,16 @@ def check_labels(folder, paths):
         )
 
 
-def with_labels(read, folder, shape, patch_size):
+def with_labels(read, folder, shape, patch_size, combined=False):
     """Give a function that reads patches the labels of mask files.
 
     Args:
         read: Function of a path and of arrays for patches, such as `data_loader.read_patches`,
-            which does not change the cloud arrays.
+            which fills the cloud arrays if they are to be combined.
         folder: Folder of mask files with `probability`, or `mask` alone.
         shape: (H, W, C) of every scene.
         patch_size: Rows and columns of a patch.
+        combined: Whether labels are the means of the mask files and of the Bayesian mask.
 
     Returns:
         Function of the same arguments and result as `read`; labels are 0 to ONE.
@@ -57,7 +58,10 @@ def with_labels(read, folder, shape, patch_size):
         labels = np.rint(ONE * np.clip(np.nan_to_num(probability), 0, 1)).astype(np.uint8)
         for i, (_, cloud) in patches.items():
             row, col = corners[i]
-            cloud[..., 0] = labels[row : row + patch_size, col : col + patch_size]
+            label = labels[row : row + patch_size, col : col + patch_size]
+            if combined:
+                label = (label + ONE * cloud[..., 0].astype(np.uint16)) // 2
+            cloud[..., 0] = label
         return out_of_range
 
     return read_with_labels

@@ -28,26 +28,29 @@ def paths(dataset):
     return find_scenes(dataset / "one-day")
 
 
+@pytest.mark.parametrize("combined", [False, True])
 @pytest.mark.parametrize("name", ["probability", "mask"])
-def test_patch_gets_the_labels_of_its_pixels(tmp_path, paths, name):
+def test_patch_gets_the_labels_of_its_pixels(tmp_path, paths, name, combined):
     labels = np.random.default_rng(0).random((1, HEIGHT, WIDTH)).astype(np.float32)
     labels[0, 60, 70] = np.nan  # without data
     if name == "mask":
         labels = (labels > 0.5).astype(np.uint8)
     write_labels(tmp_path / "masks", paths[:1], labels, name)
     options = {"shape": SHAPE, "patch_size": PATCH}
-    read = functools.partial(read_patches, labelled=False, **options)
+    read = functools.partial(read_patches, labelled=combined, **options)
     patches, plain = (
         {i: (np.empty((PATCH, PATCH, 9), np.float32), np.empty((PATCH, PATCH, 1), np.uint8))
          for i in (1, 6)} for _ in range(2)
     )  # fmt: skip
-    with_labels(read, tmp_path / "masks", **options)(paths[0], patches)
+    with_labels(read, tmp_path / "masks", combined=combined, **options)(paths[0], patches)
     read_patches(paths[0], plain, **options)
     # 100 rows hold 3 patches of 32 from row 2, 135 columns 4 from column 3: 1 is at (2, 35), 6 at
     # (34, 67).
     for i, (row, col) in {1: (2, 35), 6: (34, 67)}.items():
         wanted = np.nan_to_num(labels[0, row : row + PATCH, col : col + PATCH])
-        np.testing.assert_allclose(patches[i][1][..., 0] / ONE, wanted, atol=0.5 / ONE)
+        if combined:
+            wanted = (wanted + plain[i][1][..., 0]) / 2
+        np.testing.assert_allclose(patches[i][1][..., 0] / ONE, wanted, atol=1 / ONE)
         np.testing.assert_array_equal(patches[i][0], plain[i][0])
 
 
