@@ -5,12 +5,14 @@ import logging
 
 import h5py
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from data_loader import SceneError, patch_corners, read_scene
 from harness.clock import active_seconds
 from harness.console import progress
 from harness.data.hdf5 import open_hdf5, open_numbers, read_all
 from harness.data.mask_files import mask_file
+from harness.data.prefetch import ReaderPool
 from harness.errors import UserError
 from harness.files import read_text, replacing, write_json
 
@@ -87,6 +89,13 @@ def make_labels(folder, paths, shape, seed, devices, on_bad_scene):
         except SceneError as error:
             on_bad_scene(path, error)
 
+    def label(path):
+        if mask_file(folder, path).exists() or (scene := read(path)) is None:
+            return
+        probability = mixture.probability(scene.channels, scene.valid)
+        with replacing(mask_file(folder, path)) as temporary, h5py.File(temporary, "w") as file:
+            file["probability"] = probability.astype(np.float16)
+
     begin = active_seconds()
     model_file = folder / "mixture.json"
     if devices.is_chief and not model_file.exists():
@@ -99,11 +108,9 @@ def make_labels(folder, paths, shape, seed, devices, on_bad_scene):
     devices.gather(0)  # the model is there
     mixture = PhysicalMixture.from_dict(json.loads(read_text(model_file)))
     mine = paths[devices.rank :: devices.n_ranks]
-    for path in progress(mine, "Labelling", len(mine)):
-        if mask_file(folder, path).exists() or (scene := read(path)) is None:
-            continue
-        probability = mixture.probability(scene.channels, scene.valid)
-        with replacing(mask_file(folder, path)) as temporary, h5py.File(temporary, "w") as file:
-            file["probability"] = probability.astype(np.float16)
+    # Several scenes at once, each on one core: the matrices are small.
+    with threadpool_limits(1), ReaderPool(devices.n_cores) as pool:
+        for _ in progress(pool.prefetch(label, mine, devices.n_cores), "Labelling", len(mine)):
+            pass
     devices.gather(0)  # all labels are there
     log.info("  labels      of a mixture model, made in %.0f s", active_seconds() - begin)
