@@ -48,11 +48,13 @@ class Bench:
         config_file: The configuration of the runs, in a folder for scenes and runs.
         quick: Whether fewer rows are measured, with fewer repeats.
         only: Names that the wanted rows start with; all rows if empty.
+        against: Names of other programs to compare with.
     """
 
-    def __init__(self, config_file, quick, only):
+    def __init__(self, config_file, quick, only, against=()):
         self.config_file, self.folder = config_file, config_file.parent
         self.quick, self.only, self.repeats = quick, only, 2 if quick else 3
+        self.against = against
         self.config = load_config(config_file)
         self.devices = program.open_devices(self.config)
         height, width, patch = self.config.image_h, self.config.image_w, self.config.patch_size
@@ -449,6 +451,14 @@ def measure_inference(bench):
             )  # fmt: skip
         plans[f"overhead/{kind}"] = Plan("ratio", lambda k=kind: found[k][0] / found[k][1])
     yield from bench.rows(plans, 40 if bench.quick else 150)
+
+
+def random_scene(bench, grid):
+    """A scene of noise with the padding of a grid, and its windows (n, rows, cols, C)."""
+    (rows, cols), corners = grid.window, grid.corners
+    shape = (*np.max(corners, axis=0) + grid.window, bench.config.n_channels)
+    scene = np.random.default_rng(0).standard_normal(shape, np.float32)
+    return scene, np.stack([scene[i : i + rows, j : j + cols] for i, j in corners])
 
 
 # --- memory ---------------------------------------------------------------------------------
