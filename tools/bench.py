@@ -63,6 +63,7 @@ GROUPS = {
     "measure_epoch": ("train_epoch", "input_stall"),
     "measure_inference": ("infer_patches", "infer_scene", "overhead"),
     "measure_memory": ("peak_rss",),
+    "measure_against_unet": ("unet",),
     "measure_against_torch": ("torch",),
     "measure_against_exported": ("onnx", "openvino"),
     "measure_gemm": ("gemm",),  # last, because it includes the matrix products of the others
@@ -73,7 +74,8 @@ MODULES = {
     "measure_against_exported": "exported",
 }
 EXPORT = ("onnx", "onnxruntime", "tf2onnx")
-PEERS = {  # other programs, and the packages that they need
+PEERS = {  # what the network is compared with, and the packages that it needs
+    "unet": (),
     "torch": ("torch",),
     "onnx": EXPORT,
     "openvino": ("openvino", "nncf", *EXPORT),
@@ -148,7 +150,7 @@ def parse_arguments(argv):
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="fewer repeats and fewer rows")
-    add("--against", nargs="+", choices=PEERS, default=[], help="compare with other programs")
+    add("--against", nargs="+", choices=PEERS, default=[], help="also compare with these")
     add("--only", nargs="+", metavar="NAME", default=[], help="rows whose names start with this")
     add("-o", "--output", type=Path, metavar="FILE", help="JSON file to write the rows to")
     add("--network", default="unet", help="a name in model.py, or a .keras file (default unet)")
@@ -156,7 +158,7 @@ def parse_arguments(argv):
     add("--patch", type=int, default=256, metavar="P", help="rows and columns of a patch")
     add("--verbose", action="store_true", help="show tracebacks and TensorFlow's messages")
     arguments = parser.parse_args(argv)
-    named = [peer for peer in PEERS if any(is_wanted(peer, [name]) for name in arguments.only)]
+    named = [peer for peer in PEERS if any(name.startswith(peer) for name in arguments.only)]
     arguments.against = list(dict.fromkeys([*arguments.against, *named]))
     return arguments
 

@@ -4,7 +4,9 @@ Both compute on the CPU, with as many threads as ours, and know the size of a sc
 ours does: with sizes that vary they are slower.
 """
 
+import contextlib
 import logging
+import sys
 
 import numpy as np
 
@@ -16,13 +18,12 @@ from tools.lib.bench.rows import make_row, timed
 # mask: its own documentation speaks of accuracy, not of outputs.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.3}
 OURS = {"int8": "bfloat16"}  # what is compared with a precision that we do not have
-N_CALIBRATION = 16  # patches whose activations set the scales of int8
 
 log = logging.getLogger("bench")
 
 
-def onnxruntime_network(file, precision, windows, patch_size):
-    """ONNX Runtime, which computes in float32: see OpenVINO's."""
+def onnxruntime_network(file, precision, windows):
+    """ONNX Runtime, which has no bfloat16 for CPUs: see openvino_network."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -33,28 +34,28 @@ def onnxruntime_network(file, precision, windows, patch_size):
     return lambda window: session.run(None, {"channels": window})[0]
 
 
-def openvino_network(file, precision, windows, patch_size):
-    """OpenVINO, with int8 by NNCF: a function from one window (1, H, W, C) to (1, H, W, 1).
+def openvino_network(file, precision, windows):
+    """OpenVINO, int8 by NNCF with its defaults.
 
     Args:
         file: ONNX file.
         precision: 'float32', 'bfloat16' or 'int8'.
-        windows: float32 (n, H, W, C), all that it is called with.
-        patch_size: Rows and columns of the patches that calibrate int8.
+        windows: float32 (n, H, W, C), the images, which also calibrate int8.
+
+    Returns:
+        Function from a window (1, H, W, C) to probabilities (1, H, W, 1).
     """
     import openvino
 
     core = openvino.Core()
     network = core.read_model(file)
+    network.reshape([1, *windows.shape[1:]])
     if precision == "int8":
         import nncf
 
         nncf.set_log_level(logging.ERROR)
-        length = min(patch_size, *windows.shape[1:3])
-        rows = np.random.default_rng(0).integers(windows.shape[1] - length + 1, size=N_CALIBRATION)
-        patches = [windows[:1, row : row + length, :length] for row in rows]
-        network = nncf.quantize(network, nncf.Dataset(patches))
-    network.reshape([1, *windows.shape[1:]])
+        with contextlib.redirect_stdout(sys.stderr):  # a bar of progress
+            network = nncf.quantize(network, nncf.Dataset([window[None] for window in windows]))
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": measurements.n_cores(),
@@ -109,7 +110,7 @@ def measure_against_exported(bench):
             ours = program.build_predictor(config, bench.devices, network)
             scene, windows = measurements.random_scene(bench, ours.grid)
             functions["ours", own] = lambda ours=ours, scene=scene: ours(scene)[1]
-        run = PEERS[name][0](file, precision, windows, bench.config.patch_size)
+        run = PEERS[name][0](file, precision, windows)
 
         def predict(run=run, windows=windows):
             return np.concatenate([run(window[None]) for window in windows])[..., 0]

@@ -266,18 +266,14 @@ def check_same_network(theirs, model):
 def training_functions(bench, theirs, precision):
     """Functions that train and return their rate [patches/s]: ours, and PyTorch's by kind."""
     trainer = bench.trainer(precision)
-    batch = next(bench.devices.distribute(measurements.in_memory(bench, trainer)))
     channels, cloud = (
         theirs.to_device(array.numpy().astype(np.float32))
         for array in next(measurements.in_memory(bench, trainer))[:2]
     )
     arguments = precision, channels, cloud, trainer.micro_batch
-    return {
-        kind: rate(step, trainer.batch_size)
-        for kind, step in {
-            "ours": partial(program.train_on, trainer, batch),
-            **{kind: partial(theirs.train_step, kind, *arguments) for kind in theirs.networks},
-        }.items()
+    return {"ours": measurements.training_rate(bench, trainer)} | {
+        kind: rate(partial(theirs.train_step, kind, *arguments), trainer.batch_size)
+        for kind in theirs.networks
     }
 
 
