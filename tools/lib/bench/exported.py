@@ -101,15 +101,16 @@ def measure_against_exported(bench):
         if bench.wants(f"{name}/infer_scene/{precision}")
     ]
     network, file = export_network(bench)
-    functions = {}
+    functions, predictors = {}, {}
     for name, precision in wanted:
         own = OURS.get(precision, precision)
-        changed = {"inference_mode": "scene", "precision": own}
-        if ("ours", own) not in functions:
+        if own not in predictors:
+            changed = {"inference_mode": "scene", "precision": own}
             config = bench.config.model_copy(update=changed)
-            ours = program.build_predictor(config, bench.devices, network)
-            scene, windows = measurements.random_scene(bench, ours.grid)
-            functions["ours", own] = lambda ours=ours, scene=scene: ours(scene)[1]
+            predictors[own] = program.build_predictor(config, bench.devices, network)
+        ours = predictors[own]
+        scene, windows = measurements.random_scene(bench, ours.grid)
+        functions["ours", own] = lambda ours=ours, scene=scene: ours(scene)[1]
         run = PEERS[name][0](file, precision, windows)
 
         def predict(run=run, windows=windows):
@@ -117,14 +118,13 @@ def measure_against_exported(bench):
 
         check_same(name, precision, ours.grid.stitch(predict()), ours(scene)[0])
         functions[name, precision] = timed(predict)
-    precisions = [precision for name, precision in functions if name == "ours"]
-    measured = bench.alternate(functions, 60 if bench.quick else 240, precisions)
+    measured = bench.alternate(functions, 60 if bench.quick else 240, list(predictors))
     gflop = measurements.inference_gflop(bench.config)["scene"]
     for name, precision in wanted:
         own = OURS.get(precision, precision)
-        ours = measured["ours", own]
-        share = measurements.limit_share(measured, own, gflop, ours, "s/scene")
+        values = measured["ours", own]
+        share = measurements.limit_share(measured, own, gflop, values, "s/scene")
         yield make_row(
-            f"{name}/infer_scene/{precision}", "s/scene", ours, f"{name} {precision}",
+            f"{name}/infer_scene/{precision}", "s/scene", values, f"{name} {precision}",
             measured[name, precision], share,
         )  # fmt: skip

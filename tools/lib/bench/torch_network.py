@@ -110,7 +110,9 @@ def normalise(layer):
     return with_weights(LayerNorm(len(weights[0]), layer.epsilon), *weights)
 
 
-LAYERS = {  # functions that make the function of a Keras layer or operation on (n, C, H, W)
+# Functions that make the function of a Keras layer or operation on images (n, C, H, W). Its axis is
+# that of the channels; check_same_network would notice another one.
+LAYERS = {
     "Conv2D": convolve,
     "Conv2DTranspose": convolve,
     "DepthwiseConv2D": convolve_channels,
