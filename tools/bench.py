@@ -3,8 +3,10 @@ r"""Measure how fast the benchmark is on this machine, and how close to the mach
     python tools/bench.py                          the whole table, within ten minutes on two cores
     python tools/bench.py --quick                  the main rows, within two minutes
     python tools/bench.py --only loader train_step/bfloat16
-    python tools/bench.py --against torch          also compares with PyTorch on the same work
     python tools/bench.py --network stem_2x2       another network than the U-Net
+    python tools/bench.py --against torch          also compares with PyTorch on the same work
+    python tools/bench.py --only unet torch onnx openvino --network stem_2x2
+                                                   only compares, with the U-Net too
 
 Scenes of full size in the published dtypes are made in a temporary folder. What is compared is
 measured in turn (a, b, a, b, ...); a row gives the median and the range of the repeats.
@@ -22,13 +24,19 @@ the disk cache and memory (cpu) and of Python per training step, next to targets
 two reader threads against one, and the share of the time of copies to a (simulated) device that is
 hidden behind its steps.
 
-Rows torch/... give our value, with PyTorch's as the baseline: eager, or with torch.compile.
+Rows torch/..., onnx/... and openvino/... give our value, with that of the other program as the
+baseline: PyTorch, eager or with torch.compile; ONNX Runtime and OpenVINO with the file that
+tools/export_model.py writes, one scene in one pass on the CPU (set CUDA_VISIBLE_DEVICES=-1 where
+there are GPUs). OpenVINO's int8 is compared with our bfloat16. Each program must give our
+probabilities. Rows unet/... have the network and the reference.
+
 The JSON file of -o has all digits.
 """
 
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -58,10 +66,23 @@ GROUPS = {
     "measure_epoch": ("train_epoch", "input_stall"),
     "measure_inference": ("infer_patches", "infer_scene", "overhead"),
     "measure_memory": ("peak_rss",),
+    "measure_against_unet": ("unet",),
     "measure_against_torch": ("torch",),
+    "measure_against_exported": ("onnx", "openvino"),
     "measure_gemm": ("gemm",),  # last, because it includes the matrix products of the others
 }
-MODULES = {"measure_host": "host", "measure_against_torch": "torch_unet"}
+MODULES = {
+    "measure_host": "host",
+    "measure_against_torch": "torch_network",
+    "measure_against_exported": "exported",
+}
+EXPORT = ("onnx", "onnxruntime", "tf2onnx")
+PEERS = {  # what the network is compared with, and the packages that it needs
+    "unet": (),
+    "torch": ("torch",),
+    "onnx": EXPORT,
+    "openvino": ("openvino", "nncf", *EXPORT),
+}
 WORDS = list(dict.fromkeys(["gemm", *(word for words in GROUPS.values() for word in words)]))
 
 log = logging.getLogger("bench")
@@ -101,13 +122,14 @@ def measure(bench, groups, rows, output, verbose):
     return n_failed
 
 
-def describe(bench, with_torch):
+def describe(bench):
     """Describe what was measured on."""
     from harness.records.run import git_commit
     from tools.lib.bench.measurements import n_cores
 
-    packages = ["tensorflow", "keras", "numpy", "h5py", *["torch"] * with_torch]
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
+    packages = ["tensorflow", "keras", "numpy", "h5py"]
+    packages += itertools.chain.from_iterable(PEERS[peer] for peer in bench.against)
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in dict.fromkeys(packages))
     load = " ".join(f"{n:.1f}" for n in os.getloadavg())
     config = bench.config
     return (
@@ -126,7 +148,7 @@ def parse_arguments(argv):
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="fewer repeats and fewer rows")
-    add("--against", choices=("torch",), help="compare with PyTorch, which must be installed")
+    add("--against", nargs="+", choices=PEERS, default=[], help="also compare with these")
     add("--only", nargs="+", metavar="NAME", default=[], help="rows whose names start with this")
     add("-o", "--output", type=Path, metavar="FILE", help="JSON file to write the rows to")
     add("--network", default="unet", help="a name in model.py, or a .keras file (default unet)")
@@ -134,8 +156,8 @@ def parse_arguments(argv):
     add("--patch", type=int, default=256, metavar="P", help="rows and columns of a patch")
     add("--verbose", action="store_true", help="show tracebacks and TensorFlow's messages")
     arguments = parser.parse_args(argv)
-    if any(name.startswith("torch") for name in arguments.only):
-        arguments.against = "torch"
+    named = [peer for peer in PEERS if any(name.startswith(peer) for name in arguments.only)]
+    arguments.against = list(dict.fromkeys([*arguments.against, *named]))
     return arguments
 
 
@@ -143,22 +165,25 @@ def wanted_groups(arguments):
     """The groups that the command line asks for.
 
     Raises:
-        UserError: If no row starts with a name, or PyTorch is missing or has not the network.
+        UserError: If no row starts with a name, or a package of another program is missing.
     """
     for name in arguments.only:
         if not any(is_wanted(word, [name]) for word in WORDS):
             raise UserError(f"--only {name}: no such row. Rows start with {', '.join(WORDS)}.")
-    if arguments.against and arguments.network != "unet":
-        raise UserError("PyTorch's program is the U-Net. Omit --network or --against.")
-    if arguments.against and importlib.util.find_spec("torch") is None:
-        raise UserError(
-            f"--against torch needs PyTorch. Type: {sys.executable} -m pip install torch"
-        )
+    for peer in arguments.against:
+        missing = [name for name in PEERS[peer] if importlib.util.find_spec(name) is None]
+        if missing:
+            raise UserError(
+                f"--against {peer} needs packages that are not installed. Type: "
+                f"{sys.executable} -m pip install {' '.join(missing)}"
+            )
     return {
         name: words
         for name, words in GROUPS.items()
-        if any(is_wanted(word, arguments.only) for word in words)
-        and (arguments.against or name != "measure_against_torch")
+        if any(
+            is_wanted(word, arguments.only) and (word not in PEERS or word in arguments.against)
+            for word in words
+        )
     }
 
 
@@ -188,18 +213,19 @@ def work(arguments):
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         file = write_config(Path(folder), arguments.size, arguments.patch, arguments.network)
-        if arguments.against:  # PyTorch imports Triton, which crashes if TensorFlow came first
+        if (
+            "torch" in arguments.against
+        ):  # it imports Triton, which crashes if TensorFlow came first
             with contextlib.suppress(ImportError):
                 importlib.import_module("triton")
         from tools.lib.bench.measurements import Bench  # imports TensorFlow
 
-        bench, rows = Bench(file, arguments.quick, arguments.only), []
+        bench, rows = Bench(file, arguments.quick, arguments.only, arguments.against), []
         try:
             n_failed = measure(bench, groups, rows, arguments.output, arguments.verbose)
         finally:  # after Ctrl-C too
             if rows:
-                about = describe(bench, with_torch=bool(arguments.against))
-                sys.stdout.write(f"{about}\n\n{text_table(rows)}\n\n")
+                sys.stdout.write(f"{describe(bench)}\n\n{text_table(rows)}\n\n")
     if n_failed:
         raise Failure(f"Measurements failed: {n_failed} of {len(groups)} groups, see above.")
     if not rows:

@@ -1,3 +1,4 @@
+import contextlib
 import importlib.util
 import json
 import os
@@ -6,12 +7,14 @@ import sys
 from dataclasses import fields
 from statistics import median
 
+import numpy as np
 import pytest
 
 from harness import REPOSITORY
-from model import unet
+from harness.config import load_config
+from model import NETWORKS, unet
 from tools import bench
-from tools.lib.bench import measurements, program, rows
+from tools.lib.bench import exported, measurements, program, rows
 
 KEYS = [field.name for field in fields(rows.Row)]
 QUICK = ["--quick", "--size", "96", "96", "--patch", "32"]
@@ -277,7 +280,6 @@ def test_peak_memory_of_few_and_many_scenes(tmp_path):
         (["--only", "gemm/float99"], ["gemm/float99"]),
         (["--patch", "4"], ["PATCH_SIZE", "4"]),
         (["--network", "nonet"], ["Unknown network 'nonet'", "unet or"]),
-        (["--against", "torch", "--network", "pixel"], ["PyTorch's program is the U-Net"]),
     ],
 )
 def test_mistake_of_the_user_is_one_clear_error(tmp_path, capsys, arguments, words):
@@ -287,11 +289,22 @@ def test_mistake_of_the_user_is_one_clear_error(tmp_path, capsys, arguments, wor
     assert all(word in error for word in words)
 
 
-def test_missing_pytorch_is_an_error_that_names_the_command(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("arguments", "packages"),
+    [
+        (["--against", "unet", "torch"], "torch"),
+        (["--only", "torch/train_step", "onnx"], "torch"),
+        (["--against", "onnx"], "onnx onnxruntime tf2onnx"),
+        (["--against", "openvino"], "openvino nncf onnx onnxruntime tf2onnx"),
+    ],
+)
+def test_missing_packages_are_an_error_that_names_the_command(
+    tmp_path, capsys, monkeypatch, arguments, packages
+):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert run(tmp_path, "--against", "torch") == (2, {})
+    assert run(tmp_path, *arguments) == (2, {})
     (line,) = capsys.readouterr().err.splitlines()
-    assert "-m pip install torch" in line
+    assert line.endswith(f"-m pip install {packages}")
 
 
 @pytest.mark.parametrize(
@@ -335,6 +348,89 @@ def test_tensorflow_is_not_imported_for(option):
         command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
     )
     assert answer.stdout.splitlines()[-1] == "[]"
+
+
+def test_network_and_reference_are_measured_against_their_own_operations(tmp_path, monkeypatch):
+    gflop, limit_share = [], measurements.limit_share
+    monkeypatch.setattr(
+        measurements, "limit_share", lambda *a: (gflop.append(a[2]), limit_share(*a))[1]
+    )
+    work = "unet/infer_scene/float32"
+    status, found = run(tmp_path, "--network", "pixel", "--only", work)
+    assert (status, list(found)) == (0, [f"{work}/unet", f"{work}/pixel"])
+    assert found[f"{work}/pixel"]["baseline"] == f"{work}/unet"
+    # A pass of the U-Net needs 104 rows and columns, see above; 1x1 kernels need no padding.
+    assert gflop == pytest.approx([2e-9 * PIXEL * 104**2, 2e-9 * (9 * 32 + 32 * 32 + 32) * 96**2])
+
+
+def test_network_that_is_compared_has_no_zeros(tmp_path):
+    file = bench.write_config(tmp_path, (96, 96), 32, "stem_2x2")
+    config = load_config(file)
+    assert not all(w.any() for w in program.build_network(config).get_weights())
+    assert all(w.any() for w in program.build_network_without_zeros(config).get_weights())
+
+
+@pytest.mark.parametrize(
+    ("precision", "difference", "agrees"),
+    [
+        ("float32", 1e-5, True),
+        ("float32", 1e-3, False),
+        ("float32", np.nan, False),
+        ("bfloat16", 1e-3, True),
+        ("bfloat16", 0.1, False),
+        ("int8", 0.1, True),
+        ("int8", 0.5, False),
+    ],
+)
+def test_program_with_other_probabilities_is_an_error(precision, difference, agrees):
+    ours = np.full((4, 4), 0.25)
+    theirs = ours.copy()
+    theirs[1, 2] += difference
+    with contextlib.nullcontext() if agrees else pytest.raises(RuntimeError, match="openvino"):
+        exported.check_same("openvino", precision, theirs, ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("peers", "baselines"),
+    [
+        (["onnx"], ["onnx float32"]),
+        (
+            ["openvino", "onnx"],
+            ["onnx float32", "openvino float32", "openvino bfloat16", "openvino int8"],
+        ),
+    ],
+)
+def test_exported_network_gives_our_probabilities(tmp_path, peers, baselines):
+    if "openvino" in peers:
+        pytest.importorskip("nncf", reason="OpenVINO is not among the requirements")
+    status, found = run(tmp_path, "--against", *peers, "--only", *peers, "--network", "stem_2x2")
+    assert status == 0
+    assert {name: row["baseline"] for name, row in found.items()} == {
+        each.replace(" ", "/infer_scene/"): each for each in baselines
+    }
+    assert all(row["ratio"] > 0 and row["limit_share"] > 0 for row in found.values())
+
+
+@pytest.mark.slow
+def test_pytorch_gives_the_probabilities_of_every_network(tmp_path):
+    pytest.importorskip("torch", reason="PyTorch is not among the requirements")
+    code = """
+from pathlib import Path
+import sys
+import torch  # before TensorFlow, see below
+from harness.config import load_config
+from tools import bench
+from tools.lib.bench import measurements, program, torch_network
+for name in sys.argv[2:]:
+    file = bench.write_config(Path(sys.argv[1]), (96, 96), 32, name)
+    one = measurements.Bench(file, quick=True, only=())
+    model = program.build_network_without_zeros(one.config)
+    torch_network.check_same_network(torch_network.TorchProgram(one, model), model)
+"""
+    command = [sys.executable, "-c", code, tmp_path, *NETWORKS]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "tools")}
+    subprocess.run(command, cwd=REPOSITORY, env=environment, check=True)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import defaultdict
 from functools import cache, cached_property, partial
+from pathlib import Path
 
 from tools.lib.bench import program  # first: it imports TensorFlow without its messages
 
@@ -48,11 +49,13 @@ class Bench:
         config_file: The configuration of the runs, in a folder for scenes and runs.
         quick: Whether fewer rows are measured, with fewer repeats.
         only: Names that the wanted rows start with; all rows if empty.
+        against: Names of other programs to compare with.
     """
 
-    def __init__(self, config_file, quick, only):
+    def __init__(self, config_file, quick, only, against=()):
         self.config_file, self.folder = config_file, config_file.parent
         self.quick, self.only, self.repeats = quick, only, 2 if quick else 3
+        self.against = against
         self.config = load_config(config_file)
         self.devices = program.open_devices(self.config)
         height, width, patch = self.config.image_h, self.config.image_w, self.config.patch_size
@@ -91,15 +94,16 @@ class Bench:
                 os.link(files[i % len(files)], folder / product_name("one-day", i))
         return folder
 
-    def trainer(self, precision):
-        """The trainer of a precision, built once."""
-        if precision not in self._trainers:
+    def trainer(self, precision, network=None):
+        """The trainer of a precision, built once, and of another network than the bench's."""
+        network = network or self.config.network
+        if (precision, network) not in self._trainers:
             # On CPUs the rate depends on the micro-batch only; 8 patches are two of them.
             batch_size = self.config.batch_size if self.devices.kind == "GPU" else 8
-            changed = {"precision": precision, "batch_size": batch_size}
+            changed = {"precision": precision, "batch_size": batch_size, "network": network}
             config = self.config.model_copy(update=changed)
-            self._trainers[precision] = program.build_trainer(config, self.devices)
-        return self._trainers[precision]
+            self._trainers[precision, network] = program.build_trainer(config, self.devices)
+        return self._trainers[precision, network]
 
     def alternate(self, functions, seconds=math.inf, precisions=()):
         """Measure in turn, with matrix products in `precisions`; see `rows.alternate`."""
@@ -299,11 +303,7 @@ def measure_training(bench):
     for precision in bench.precisions:
         name, base = f"train_step/{precision}", "train_step/float32"
         if precision == "float32" or bench.wants(name):
-            trainer = bench.trainer(precision)
-            batch = next(bench.devices.distribute(in_memory(bench, trainer)))
-            step = partial(program.train_on, trainer, batch)
-            step()  # traces
-            step = rate(step, trainer.batch_size)
+            step = training_rate(bench, bench.trainer(precision))
             plans[name] = Plan("patches/s", step, base, precision=precision, gflop=gflop)
     if bench.wants("strategy_overhead"):
         plain = plain_step(bench)
@@ -314,6 +314,14 @@ def measure_training(bench):
         )
         plans["strategy_overhead"] = Plan("ratio", lambda: plain() / ours())
     yield from bench.rows(plans, 30 if bench.quick else 100)
+
+
+def training_rate(bench, trainer):
+    """A function that takes a traced step on data in memory and returns its rate [patches/s]."""
+    batch = next(bench.devices.distribute(in_memory(bench, trainer)))
+    step = partial(program.train_on, trainer, batch)
+    step()  # traces
+    return rate(step, trainer.batch_size)
 
 
 def in_memory(bench, trainer):
@@ -449,6 +457,44 @@ def measure_inference(bench):
             )  # fmt: skip
         plans[f"overhead/{kind}"] = Plan("ratio", lambda k=kind: found[k][0] / found[k][1])
     yield from bench.rows(plans, 40 if bench.quick else 150)
+
+
+def random_scene(bench, grid):
+    """A scene of noise with the padding of a grid, and its windows (n, rows, cols, C)."""
+    (rows, cols), corners = grid.window, grid.corners
+    shape = (*np.max(corners, axis=0) + grid.window, bench.config.n_channels)
+    scene = np.random.default_rng(0).standard_normal(shape, np.float32)
+    return scene, np.stack([scene[i : i + rows, j : j + cols] for i, j in corners])
+
+
+# --- next to the reference ------------------------------------------------------------------
+
+
+def measure_against_unet(bench):
+    """The network next to the reference: training steps, and a scene without reading it."""
+    plans, networks = {}, dict.fromkeys(("unet", str(bench.config.network)))
+    for precision, network in itertools.product(bench.precisions[:2], networks):
+
+        def add(work, unit, function, gflop, precision=precision, network=network):
+            rows = f"unet/{work}/{precision}"
+            plans[f"{rows}/{Path(network).stem}"] = Plan(
+                unit, function, f"{rows}/unet", precision=precision, gflop=gflop
+            )
+
+        changed = {"network": network, "precision": precision}
+        config = bench.config.model_copy(update=changed)
+        if bench.wants(f"unet/train_step/{precision}"):
+            step = training_rate(bench, bench.trainer(precision, network))
+            add("train_step", "patches/s", step, training_gflop(config))
+        for mode, gflop in inference_gflop(config).items():
+            if bench.wants(f"unet/infer_{mode}/{precision}"):
+                config = config.model_copy(update={"inference_mode": mode})
+                model = program.build_network(config)
+                predictor = program.build_predictor(config, bench.devices, model)
+                scene, _ = random_scene(bench, predictor.grid)
+                predict = partial(predictor, scene)
+                add(f"infer_{mode}", "s/scene", lambda predict=predict: predict()[1], gflop)
+    yield from bench.rows(plans, 60 if bench.quick else 240)
 
 
 # --- memory ---------------------------------------------------------------------------------

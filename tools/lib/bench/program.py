@@ -11,6 +11,8 @@ from itertools import islice
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
+
 import data_loader
 import slstr_cloud
 from harness import build
@@ -31,6 +33,19 @@ def build_network(config, window=None):
     """Build the network for windows of (rows, cols), by default for patches."""
     shape = (*(window or (config.patch_size,) * 2), config.n_channels)
     return model_files.build_network(config.network, shape)
+
+
+def build_network_without_zeros(config):
+    """Build the network with small numbers for what training starts at 0.
+
+    Biases and the last layers of residual blocks are 0: whether another program has them could not
+    be seen from its probabilities.
+    """
+    network, random = build_network(config), np.random.default_rng(0)
+    network.set_weights(
+        [w if w.any() else random.normal(scale=0.01, size=w.shape) for w in network.get_weights()]
+    )
+    return network
 
 
 def build_trainer(config, devices):
