@@ -213,9 +213,8 @@ def work(arguments):
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         file = write_config(Path(folder), arguments.size, arguments.patch, arguments.network)
-        if (
-            "torch" in arguments.against
-        ):  # it imports Triton, which crashes if TensorFlow came first
+        # PyTorch imports Triton, which crashes if TensorFlow came first.
+        if "torch" in arguments.against:
             with contextlib.suppress(ImportError):
                 importlib.import_module("triton")
         from tools.lib.bench.measurements import Bench  # imports TensorFlow

@@ -33,14 +33,6 @@ class Sigmoid(nn.Sigmoid):
         return super().forward(x.float())
 
 
-class LayerNorm(nn.LayerNorm):
-    """The normalisation of each pixel of images (n, C, H, W)."""
-
-    def forward(self, x):
-        """Return the normalised images."""
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
 ACTIVATIONS = {"linear": nn.Identity, "relu": nn.ReLU, "sigmoid": Sigmoid}
 
 
@@ -85,16 +77,12 @@ def convolve(layer):
 
 
 def convolve_channels(layer):
-    """DepthwiseConv2D, or SeparableConv2D, which has a pointwise convolution behind it."""
-    kernel, *rest = layer.get_weights()  # (rows, cols, channels, outputs of each)
+    """SeparableConv2D: of each channel by itself, then 1x1 across channels."""
+    kernel, pointwise, *bias = layer.get_weights()  # (rows, cols, channels, outputs of each)
     of_channel = kernel.transpose(2, 3, 0, 1).reshape(-1, 1, *kernel.shape[:2])
-    groups = kernel.shape[2]
-    if isinstance(layer, keras.layers.DepthwiseConv2D):
-        return activated(layer, convolution(layer, of_channel, *rest, groups=groups))
-    pointwise, *bias = rest
     return activated(
         layer,
-        convolution(layer, of_channel, groups=groups),
+        convolution(layer, of_channel, groups=kernel.shape[2]),
         convolution(layer, pointwise.transpose(3, 2, 0, 1), *bias, strides=(1, 1)),
     )
 
@@ -104,20 +92,12 @@ def activated(layer, *modules):
     return nn.Sequential(*modules, ACTIVATIONS[layer.activation.__name__]())
 
 
-def normalise(layer):
-    """LayerNormalization."""
-    weights = layer.get_weights()
-    return with_weights(LayerNorm(len(weights[0]), layer.epsilon), *weights)
-
-
 # Functions that make the function of a Keras layer or operation on images (n, C, H, W). Its axis is
 # that of the channels; check_same_network would notice another one.
 LAYERS = {
     "Conv2D": convolve,
     "Conv2DTranspose": convolve,
-    "DepthwiseConv2D": convolve_channels,
     "SeparableConv2D": convolve_channels,
-    "LayerNormalization": normalise,
     "MaxPooling2D": lambda layer: nn.MaxPool2d(layer.pool_size, layer.strides),
     "UpSampling2D": lambda layer: nn.Upsample(scale_factor=layer.size, mode=layer.interpolation),
     "ReLU": lambda layer: nn.ReLU(),
