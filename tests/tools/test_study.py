@@ -169,16 +169,21 @@ def test_budget_of_seconds_becomes_keys(write):
         assert {"epochs=100000", "training_seconds=2.5"} < set(run.changes)
 
 
-@pytest.mark.parametrize("name", ["study-demo.yaml", "study-real.yaml", "study-labels.yaml"])
-def test_studies_of_the_project_can_be_run(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "reference"),  # what speeds are compared with
+    [
+        ("demo", {"network": "unet", "inference_mode": "patches"}),
+        ("real", {"network": "unet", "inference_mode": "patches"}),
+        ("networks", {"network": "unet"}),
+        ("labels", {"network": "stem_2x2", "loss": "cross_entropy"}),
+    ],
+)
+def test_studies_of_the_project_can_be_run(name, reference, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    found = study.read_study(f"target/{name}")
+    found = study.read_study(f"target/study-{name}.yaml")
     assert len(found.seeds) >= 3
     assert len(study.plan(found, None)) == len(found.seeds) * len(found.cases)
-    reference = {"network": "unet", "inference_mode": "patches"}
-    if name == "study-labels.yaml":
-        reference = {"network": "stem_2x2", "loss": "cross_entropy"}
-    assert found.cases[0] == reference  # what speeds are compared with
+    assert found.cases[0] == reference
 
 
 @pytest.mark.parametrize(
