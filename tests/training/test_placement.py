@@ -64,7 +64,7 @@ def test_steps_stay_on_a_gpu(loss, precision, label_correction):
         label_correction=LABEL_CORRECTIONS[label_correction],
     )  # fmt: skip
     batch = next(feed)
-    for step in (trainer.train_step, trainer.eval_step):
+    for step in (trainer.traced_train_step, trainer.eval_step):
         known = LOSS_SCALING * (precision == "float16")
         found = faults(step.get_concrete_function(batch))
         assert [fault for fault in found if not any(words in fault for words in known)] == []
@@ -126,5 +126,5 @@ def test_planted_loss_is_found():
         return cross_entropy(label, calls_python(probability))
 
     trainer, _, feed = trainer_and_feed(1, loss=loss)
-    found = faults(trainer.train_step.get_concrete_function(next(feed)))
+    found = faults(trainer.traced_train_step.get_concrete_function(next(feed)))
     assert any("(EagerPyFunc) calls Python" in fault for fault in found)

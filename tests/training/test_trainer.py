@@ -367,7 +367,7 @@ def test_training_repeats_bit_for_bit():
 def test_micro_batches_pass_one_after_the_other():
     """Else TensorFlow keeps the memory of up to ten of them."""
     trainer, _, feed = trainer_and_feed(1)
-    for step in (trainer.train_step, trainer.eval_step):
+    for step in (trainer.traced_train_step, trainer.eval_step):
         graph = step.get_concrete_function(next(feed)).graph
         loops = [op for op in graph.get_operations() if op.type in ("While", "StatelessWhile")]
         assert [op.get_attr("parallel_iterations") for op in loops] == [1]
@@ -384,5 +384,5 @@ def test_warm_up_traces_both_steps_and_changes_nothing():
     trainer.eval_step(next(feed))
     assert trainer.pop_eval_metrics()["patches"] == 11
     trainer.train_step(next(feed))
-    for step in (trainer.train_step, trainer.eval_step):
+    for step in (trainer.traced_train_step, trainer.eval_step):
         assert step.experimental_get_tracing_count() == 1
