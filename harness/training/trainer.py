@@ -17,6 +17,7 @@ from harness.inference.scores import THRESHOLD
 from harness.networks.fused_upsampling import fuse_upsampling
 from harness.networks.model_files import with_views
 from harness.parallel.devices import on_replicas
+from harness.training.loss_scaling import LossScaling
 
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 
@@ -78,7 +79,7 @@ class Trainer:
             self._network = fuse_upsampling(with_views(self.model))
             self.optimizer = keras.optimizers.Adam(learning_rate)
             if loss_scaling:
-                self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
+                self.optimizer = LossScaling(self.optimizer)
             self.optimizer.build(self.model.trainable_variables)
             self._forward_correction = forward_correction and forward_correction()
             noise = self._forward_correction, self._label_correction
