@@ -94,7 +94,7 @@ class Trainer:
             # Training steps, and the first of them whose loss was not finite, or 0.
             first_replica = tf.VariableAggregation.ONLY_FIRST_REPLICA
             self._steps = _per_replica(tf.zeros(2, tf.int64), first_replica)
-        self._train_graphs = {}  # by the shape of the channels of a replica
+        self._train_graphs = {}  # by shape and type of the channels of a replica
         self._gradients_of = tf.function(self._gradients, jit_compile=xla or None)
         self._sums_of = tf.function(self._sums, jit_compile=xla or None)
 
@@ -102,10 +102,11 @@ class Trainer:
         """Take one step of the optimizer on a distributed batch."""
         # TensorFlow finds the graph by the types of the batch and of all variables of all devices,
         # which is a third of the Python of a step.
-        shape = self.strategy.experimental_local_results(batch[0])[0].shape
-        if shape not in self._train_graphs:
-            self._train_graphs[shape] = self.traced_train_step.get_concrete_function(batch)
-        self._train_graphs[shape](batch)
+        channels = self.strategy.experimental_local_results(batch[0])[0]
+        kind = channels.shape, channels.dtype
+        if kind not in self._train_graphs:
+            self._train_graphs[kind] = self.traced_train_step.get_concrete_function(batch)
+        self._train_graphs[kind](batch)
 
     @tf.function(reduce_retracing=True)
     def traced_train_step(self, batch):

@@ -202,6 +202,18 @@ def test_patches_of_weight_0_have_no_influence(name):
     assert any((old != new).any() for old, new in zip(start, after[0], strict=False))
 
 
+def test_batches_of_other_sizes_and_types_are_trained_on_too():
+    trainer, losses = small_trainer(lambda: small((P, P, 9)), learning_rate=0.0), []
+    for n, dtype in [(4, tf.float32), (8, tf.float32), (8, tf.float16), (4, tf.float32)]:
+        channels, *others = batch_of([1] * 4 + [0] * (n - 4))
+        trainer.train_step((tf.cast(channels, dtype), *others))
+        metrics = trainer.pop_train_metrics()
+        assert metrics["patches"] == 4
+        losses.append(metrics["loss"])
+    assert losses[0] == losses[3] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-3)
+
+
 def test_first_batch_without_patches_changes_no_weight():
     trainer = small_trainer(lambda: small((P, P, 9)))
     before = trainer.model.get_weights()
