@@ -232,7 +232,8 @@ class PatchBatches:
     S is the same in all steps: the largest share of the global batch, rounded up to `multiple`.
 
     Threads read ahead, scene after scene in the order in which steps need them, each patch
-    directly into its slot. Memory does not depend on the number of scenes, see `max_bytes`.
+    directly into its slot. Memory does not depend on the number of scenes, see `max_bytes`; that of
+    batches to which nothing refers is used again.
     Leaving the object as a context, or `close`, ends the reading.
 
     Attributes:
