@@ -21,6 +21,7 @@ from harness.data.batches import Batch, fill_batches, kept_batches, patch_bytes,
 from harness.data.hdf5_rows import storage
 from harness.data.patch_order import epoch_steps, replica_slots, steps_of_scene
 from harness.data.prefetch import ReaderPool
+from harness.data.reused_memory import ReusedMemory
 from harness.data.scene_files import SceneError, day_or_night, find_scenes  # noqa: F401 (for users)
 from harness.data.scene_rows import Tile, copy_to_tiles, normalise, open_scene, read_rows
 
@@ -231,7 +232,8 @@ class PatchBatches:
     S is the same in all steps: the largest share of the global batch, rounded up to `multiple`.
 
     Threads read ahead, scene after scene in the order in which steps need them, each patch
-    directly into its slot. Memory does not depend on the number of scenes, see `max_bytes`.
+    directly into its slot. Memory does not depend on the number of scenes, see `max_bytes`; that of
+    batches to which nothing refers is used again.
     Leaving the object as a context, or `close`, ends the reading.
 
     Attributes:
@@ -285,6 +287,7 @@ class PatchBatches:
         self.n_patches = len(self.paths) * self.patches_per_scene
         self.n_steps = -(-self.n_patches // self.batch_size)
         self._warned = set()  # scenes with numbers out of range
+        self._memory = ReusedMemory()
         self._pool = ReaderPool(self.n_threads, self.read_timeout)
 
     def __enter__(self):
@@ -351,7 +354,8 @@ class PatchBatches:
 
     def _empty_batch(self, n_patches):
         size = n_patches if self.on_device else self.replica_batch
-        return Batch.empty(size, self.patch_size, self.n_channels, n_patches, self.dtype)
+        shape = size, self.patch_size, self.n_channels
+        return Batch.empty(*shape, n_patches, self.dtype, self._memory)
 
     def _read(self, job):
         """Read the patches of a SceneJob, in one of the threads."""

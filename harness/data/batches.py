@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +17,10 @@ class Batch:
     n_missing: int  # patches that are still to be read
 
     @classmethod
-    def empty(cls, size, patch_size, n_channels, n_patches, dtype):
-        """A batch of `size` slots, of which the first `n_patches` will be filled."""
-        channels = aligned((size, patch_size, patch_size, n_channels), dtype)
-        cloud = aligned((size, patch_size, patch_size, 1), np.uint8)
+    def empty(cls, size, patch_size, n_channels, n_patches, dtype, memory):
+        """A batch of `size` slots in a ReusedMemory, of which the first `n_patches` are filled."""
+        channels = memory.empty((size, patch_size, patch_size, n_channels), dtype)
+        cloud = memory.empty((size, patch_size, patch_size, 1), np.uint8)
         channels[n_patches:], cloud[n_patches:] = 0, 0
         return cls(channels, cloud, (np.arange(size) < n_patches).astype(np.float32), n_patches)
 
@@ -154,13 +153,6 @@ def _scene_jobs(epoch, shares, begun, empty_batch):
 def raise_error(path, error):
     """The default of `PatchBatches.on_bad_scene`."""
     raise error
-
-
-def aligned(shape, dtype):
-    """An empty array at a multiple of 64 bytes, which TensorFlow can use without a copy."""
-    n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-    space = np.empty(n_bytes + 63, np.uint8)
-    return space[-space.ctypes.data % 64 :][:n_bytes].view(dtype).reshape(shape)
 
 
 def patch_bytes(patch_size, n_channels, dtype):

@@ -6,6 +6,8 @@ import os
 import secrets
 from pathlib import Path
 
+import numpy as np
+
 from harness.files import open_own, owner_in
 
 log = logging.getLogger(__name__)
@@ -64,12 +66,14 @@ def kept_in_memory(read):
     def read_kept(path, patches):
         absent = {i: patch for i, patch in patches.items() if (path, i) not in kept}
         out_of_range = read(path, absent) if absent else 0
-        for i, patch in patches.items():
-            if i in absent:
-                kept[path, i] = [array.copy() for array in patch]
-            else:
-                for array, values in zip(patch, kept[path, i], strict=True):
-                    array[:] = values
+        if absent:
+            # In arrays of many patches, for which Linux uses larger pages: copies are faster.
+            stacks = [np.stack(arrays) for arrays in zip(*absent.values(), strict=True)]
+            for i, *patch in zip(absent, *stacks, strict=True):
+                kept[path, i] = patch
+        for i in patches.keys() - absent.keys():
+            for array, values in zip(patches[i], kept[path, i], strict=True):
+                array[:] = values
         return out_of_range
 
     return read_kept

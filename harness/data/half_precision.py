@@ -19,7 +19,10 @@ class ToFloat16:
         self._space = np.empty((2, 0), np.float32)
 
     def __call__(self, values, may_be_large=False):
-        """Convert an array; values beyond MAX_FLOAT16 become that, and may_be_large must be set."""
+        """Convert an array; the next call overwrites the result.
+
+        Values beyond MAX_FLOAT16 become that, and may_be_large must be set.
+        """
         if may_be_large:
             values = np.clip(values, -MAX_FLOAT16, MAX_FLOAT16)
         if self._space.shape[1] < values.size:
@@ -38,4 +41,6 @@ class ToFloat16:
         scaled >>= 16
         scaled &= 0x8000
         rounded |= scaled
-        return rounded.astype(np.uint16).view(np.float16)
+        halves = self._space[0].view(np.uint16)[: values.size].reshape(values.shape)
+        np.copyto(halves, rounded, casting="unsafe")  # overwrites `scaled`
+        return halves.view(np.float16)

@@ -17,6 +17,7 @@ from harness.inference.scores import THRESHOLD
 from harness.networks.fused_upsampling import fuse_upsampling
 from harness.networks.model_files import with_views
 from harness.parallel.devices import on_replicas
+from harness.training.loss_scaling import LossScaling
 
 POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16"}
 
@@ -78,7 +79,7 @@ class Trainer:
             self._network = fuse_upsampling(with_views(self.model))
             self.optimizer = keras.optimizers.Adam(learning_rate)
             if loss_scaling:
-                self.optimizer = keras.optimizers.LossScaleOptimizer(self.optimizer)
+                self.optimizer = LossScaling(self.optimizer)
             self.optimizer.build(self.model.trainable_variables)
             self._forward_correction = forward_correction and forward_correction()
             noise = self._forward_correction, self._label_correction
@@ -93,12 +94,23 @@ class Trainer:
             # Training steps, and the first of them whose loss was not finite, or 0.
             first_replica = tf.VariableAggregation.ONLY_FIRST_REPLICA
             self._steps = _per_replica(tf.zeros(2, tf.int64), first_replica)
+        self._train_graphs = {}  # by shape and type of the channels of a replica
         self._gradients_of = tf.function(self._gradients, jit_compile=xla or None)
         self._sums_of = tf.function(self._sums, jit_compile=xla or None)
 
-    @tf.function(reduce_retracing=True)
     def train_step(self, batch):
         """Take one step of the optimizer on a distributed batch."""
+        # TensorFlow finds the graph by the types of the batch and of all variables of all devices,
+        # which is a third of the Python of a step.
+        channels = self.strategy.experimental_local_results(batch[0])[0]
+        kind = channels.shape, channels.dtype
+        if kind not in self._train_graphs:
+            self._train_graphs[kind] = self.traced_train_step.get_concrete_function(batch)
+        self._train_graphs[kind](batch)
+
+    @tf.function(reduce_retracing=True)
+    def traced_train_step(self, batch):
+        """What `train_step` does, for TensorFlow."""
         self.strategy.run(self._train_replica, args=batch)
 
     @tf.function(reduce_retracing=True)

@@ -202,6 +202,18 @@ def test_patches_of_weight_0_have_no_influence(name):
     assert any((old != new).any() for old, new in zip(start, after[0], strict=False))
 
 
+def test_batches_of_other_sizes_and_types_are_trained_on_too():
+    trainer, losses = small_trainer(lambda: small((P, P, 9)), learning_rate=0.0), []
+    for n, dtype in [(4, tf.float32), (8, tf.float32), (8, tf.float16), (4, tf.float32)]:
+        channels, *others = batch_of([1] * 4 + [0] * (n - 4))
+        trainer.train_step((tf.cast(channels, dtype), *others))
+        metrics = trainer.pop_train_metrics()
+        assert metrics["patches"] == 4
+        losses.append(metrics["loss"])
+    assert losses[0] == losses[3] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-3)
+
+
 def test_first_batch_without_patches_changes_no_weight():
     trainer = small_trainer(lambda: small((P, P, 9)))
     before = trainer.model.get_weights()
@@ -367,7 +379,7 @@ def test_training_repeats_bit_for_bit():
 def test_micro_batches_pass_one_after_the_other():
     """Else TensorFlow keeps the memory of up to ten of them."""
     trainer, _, feed = trainer_and_feed(1)
-    for step in (trainer.train_step, trainer.eval_step):
+    for step in (trainer.traced_train_step, trainer.eval_step):
         graph = step.get_concrete_function(next(feed)).graph
         loops = [op for op in graph.get_operations() if op.type in ("While", "StatelessWhile")]
         assert [op.get_attr("parallel_iterations") for op in loops] == [1]
@@ -384,5 +396,5 @@ def test_warm_up_traces_both_steps_and_changes_nothing():
     trainer.eval_step(next(feed))
     assert trainer.pop_eval_metrics()["patches"] == 11
     trainer.train_step(next(feed))
-    for step in (trainer.train_step, trainer.eval_step):
+    for step in (trainer.traced_train_step, trainer.eval_step):
         assert step.experimental_get_tracing_count() == 1

@@ -1,6 +1,7 @@
 """What a GPU needs from its host, measured on processors: `measure_host` yields the rows."""
 
 import itertools
+import threading
 import time
 from functools import cache, partial
 from unittest import mock
@@ -9,6 +10,7 @@ from tools.lib.bench import program  # first: it imports TensorFlow without its 
 
 # isort: split
 import numpy as np
+import tensorflow as tf
 from tensorflow.python.eager import context as eager
 from tensorflow.python.eager import executor
 
@@ -19,7 +21,8 @@ from tools.lib.bench.rows import Plan
 PRECISIONS = {"float32": "float32", "half": "bfloat16"}  # half: patches travel as float16
 TARGETS = {"files": 1.3, "disk": 0.3, "memory": 0.15}  # [ms] of one core per patch
 PYTHON_TARGET = 1.0  # [ms] per step
-N_EPOCHS = 2  # that are timed, after one that fills the caches
+FILLING_EPOCHS = 3  # fill the caches, and touch all the memory that batches use again
+N_EPOCHS = 2  # that are timed after these
 N_STEPS = 20  # whose Python is timed, and that the simulated device takes
 COPY_SECONDS, STEP_SECONDS = 0.02, 0.04  # of the simulated device
 
@@ -62,7 +65,7 @@ def cpu_per_patch(bench, source, kind):
     """Processor time that a patch takes from its source to its batch, all threads [ms]."""
     with open_batches(bench, source, kind) as batches:
         feed = batches.batches()
-        count(itertools.islice(feed, batches.n_steps))
+        count(itertools.islice(feed, FILLING_EPOCHS * batches.n_steps))
         n_steps = N_EPOCHS * batches.n_steps
         begin = time.process_time()
         count(itertools.islice(feed, n_steps))
@@ -88,27 +91,28 @@ def small_trainer(bench):
 def python_per_step(bench):
     """Processor time of the thread that feeds and starts training steps [ms].
 
-    The patches are small and are not read, and a thread of TensorFlow takes the steps as a
-    GPU would, so that what remains is the Python of batches, copies and steps.
+    The patches are small and are not read, and the steps wait in a thread of TensorFlow, as in the
+    queue of a GPU, so that what remains is the Python of batches, copies and steps.
     """
     trainer, config = small_trainer(bench)
-    steps = executor.new_executor(enable_async=True)
-    paths = bench.scenes["contiguous"] * 4  # more than are mixed in a batch
+    strategy, queue = bench.devices.strategy, executor.new_executor(enable_async=True)
+    paths, gate = bench.scenes["contiguous"] * 4, threading.Event()  # more than a batch mixes
     with program.build_batches(config, bench.devices, paths) as batches:
         with mock.patch.object(batches, "read", lambda path, patches: 0):
             feed = batches.batches()
-            with eager.executor_scope(steps):
-
-                def take(n_steps):
-                    for _ in range(n_steps):
-                        trainer.train_step(on_replicas(bench.devices.strategy, feed))
-
-                take(2)  # traces
-                steps.wait()
+            trainer.train_step(on_replicas(strategy, feed))  # traces
+            with eager.executor_scope(queue):
+                tf.py_function(gate.wait, [], [tf.bool])
+            try:
                 begin = time.thread_time()
-                take(N_STEPS)
+                for _ in range(N_STEPS):
+                    batch = on_replicas(strategy, feed)
+                    with eager.executor_scope(queue):
+                        trainer.train_step(batch)
                 seconds = time.thread_time() - begin
-                steps.wait()
+            finally:
+                gate.set()
+            queue.wait()
     return 1000 * seconds / N_STEPS
 
 
