@@ -4,9 +4,9 @@ A network is a function of (input_shape, dtype) that returns a functional keras.
 
     input_shape: (rows, cols, channels) of one patch, for example (256, 256, 9); rows and cols are
         None where they vary.
-    dtype: Keras dtype policy of all layers but the last: 'float32', 'mixed_bfloat16' or
-        'mixed_float16'. The last one computes in float32: in half precision the sigmoid rounds to
-        0 or 1 and the loss stops falling.
+    dtype: Keras dtype policy of all layers but the last and those of `spectral_features`:
+        'float32', 'mixed_bfloat16' or 'mixed_float16'. The last one computes in float32: in half
+        precision the sigmoid rounds to 0 or 1 and the loss stops falling.
     Returns: keras.Model from float32 (batch, rows, cols, channels), normalised, to the probability
         of cloud, float32 (batch, rows, cols, 1).
 
@@ -23,6 +23,7 @@ from keras import layers
 
 FILTERS = (32, 64, 128, 256)  # per stage going down; mlcommons/science v1.1
 HALF_FILTERS = tuple(n // 2 for n in FILTERS)
+SPECTRAL_FEATURES = "spectral_features"  # begin of the names of layers
 N_THERMAL = 3  # channels of brightness temperature, the last ones; those before are reflectances
 CONTEXT_FILTERS = (32, 48, 64, 96)  # per stage of stem_2x2, each at half the resolution of the last
 DETAIL_FILTERS = 16  # of its branch at full resolution
@@ -104,7 +105,8 @@ def spectral_features(x, n_thermal=N_THERMAL):
     Thin cloud changes the difference of two brightness temperatures by 1 K, which is 0.05 of
     normalised channels that vary by 100 K. A network that is given the channels alone needs most of
     its training to find that. These are the weights with which a 1x1 convolution starts; training
-    changes them. It computes in float32: bfloat16 would round a brightness temperature by 0.1 K.
+    changes them. It always computes in float32 (`keeps_float32`): bfloat16 would round a brightness
+    temperature by 0.1 K.
 
     Args:
         x: (batch, rows, cols, C), normalised.
@@ -117,10 +119,15 @@ def spectral_features(x, n_thermal=N_THERMAL):
     refs, bts = np.split(np.eye(x.shape[-1]), [x.shape[-1] - n_thermal])
     differences = [11 * (one - other) for one, other in itertools.combinations(bts, 2)]
     rows = [*(5 * refs), *(5 * np.diff(refs, axis=0)), *differences, *(2 * bts[-1:])]
-    layer = layers.Conv2D(len(rows), 1, dtype="float32")
+    layer = layers.Conv2D(len(rows), 1, dtype="float32", name=f"{SPECTRAL_FEATURES}_{n_thermal}")
     features = layer(x)
     layer.set_weights([np.stack(rows, axis=-1)[None, None], np.zeros(len(rows))])
     return features
+
+
+def keeps_float32(layer):
+    """Whether a layer computes in float32 in every precision, besides the last one."""
+    return layer.name.startswith(SPECTRAL_FEATURES)
 
 
 def pixel(input_shape, dtype="float32"):

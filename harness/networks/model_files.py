@@ -10,7 +10,7 @@ import keras
 from harness.errors import UserError
 from harness.networks.geometry import geometry
 from harness.networks.names import network_file
-from model import NETWORKS
+from model import NETWORKS, keeps_float32
 
 MAX_REASON = 300  # characters of Keras' message in ours
 MAX_METADATA = 1 << 16  # bytes of metadata.json that are read
@@ -22,7 +22,7 @@ def build_network(network, input_shape, policy="float32"):
     Args:
         network: Name in NETWORKS, or the path of a .keras file: training starts from its weights.
         input_shape: (P, P, C) of a patch.
-        policy: Keras dtype policy of all layers but the last, which computes in float32.
+        policy: Keras dtype policy of all layers but those that compute in float32, see model.py.
 
     Returns:
         keras.Model from (batch, P, P, C) to probabilities (batch, P, P, 1).
@@ -159,8 +159,8 @@ def cast_model(model, policy, window=None):
 
     Args:
         model: Functional keras.Model.
-        policy: Keras dtype policy of all layers but the last, which computes in float32; None keeps
-            the model's own.
+        policy: Keras dtype policy of all layers but those that compute in float32, see model.py;
+            None keeps the model's own.
         window: (rows, cols) of the copy's input, None where they vary; the model's own by default.
 
     Raises:
@@ -171,7 +171,7 @@ def cast_model(model, policy, window=None):
         if not isinstance(layer, keras.Layer):
             return layer  # an operator between tensors takes their dtype
         values = layer.get_config()
-        if policy and layer is not model.layers[-1]:
+        if policy and layer is not model.layers[-1] and not keeps_float32(layer):
             values["dtype"] = policy
         return type(layer).from_config(values)
 
