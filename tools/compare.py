@@ -40,6 +40,7 @@ DESCRIPTIONS = {
     "network": "network.name",
     "parameters": "network.parameters",
     "loss": "training.loss_function",
+    "labels": "config.labels",
 }
 LABELS = {n: n for n in DESCRIPTIONS} | {n: measure.label for n, measure in MEASURES.items()}
 

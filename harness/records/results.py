@@ -263,9 +263,13 @@ def summary(results):
     if inference and (n := inference["scenes"] - inference["scenes_labelled"]):
         lines.append(f"no scores   for {counted(n, 'scene')} without a Bayesian mask")
     if training:
-        lines += [
+        lines.append(
             f"validation  accuracy {training['val_accuracy']:.3f}, loss {training['val_loss']:.4f} "
-            f"in the best epoch, {training['best_epoch']} of {training['epochs_run']}",
+            f"in the best epoch, {training['best_epoch']} of {training['epochs_run']}"
+        )
+        if (labels := results["config"]["labels"]) != "bayes":
+            lines.append(f"            against the labels that it learned from, {labels}")
+        lines += [
             f"target      {target_text(training)}",
             f"training    {training['seconds'] / training['epochs_run']:.1f} s per epoch, "
             f"{training['patches_per_second']:.1f} patches/s",

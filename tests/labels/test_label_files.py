@@ -89,7 +89,7 @@ def test_training_on_masks_that_equal_the_labels_gives_the_same_network(tmp_path
 
 @pytest.mark.slow
 def test_training_without_labels_learns_the_mixture_from_scenes_without_a_mask(
-    tmp_path, quick, paths
+    tmp_path, quick, paths, capsys
 ):
     scenes = tmp_path / "scenes"
     shutil.copytree(paths[0].parents[1], scenes)
@@ -101,6 +101,7 @@ def test_training_without_labels_learns_the_mixture_from_scenes_without_a_mask(
         "--mode", "train",
     )  # fmt: skip
     assert run.status == 0 and len(rows(run.folder / "history.csv")) == 1
+    assert "against the labels that it learned from, none\n" in capsys.readouterr().err
     labels = run.folder / "labels"
     mixture = PhysicalMixture.from_dict(json.loads((labels / "mixture.json").read_text()))
     for path in find_scenes(scenes):

@@ -230,8 +230,8 @@ def test_csv_holds_all_digits_and_reads_back(three, tmp_path):
     assert [row["repeats"] for row in rows] == ["1", "1", "", "1", "1"]
     assert float(rows[0]["accuracy"]) == results(three[0])["inference"]["accuracy"]
     assert float(rows[3]["patches_per_second"]) == 12.0
-    texts = [rows[0][name] for name in ("status", "network", "parameters", "loss")]
-    assert texts == ["success", "unet", "1948609", "cross_entropy"]
+    texts = [rows[0][name] for name in ("status", "network", "parameters", "loss", "labels")]
+    assert texts == ["success", "unet", "1948609", "cross_entropy", "bayes"]
     assert [row["config.learning_rate"] for row in rows] == ["1e-05", "1e-05", "0.5", "", ""]
 
 

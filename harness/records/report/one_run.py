@@ -263,6 +263,7 @@ def facts(run):
         "Job": results.get("job"),
         "Network": listed(results.get("network", {})),
         "Loss": config.get("loss"),
+        "Labels": config.get("labels", "bayes"),
         "Label correction": config.get("label_correction", "none"),
         "Training": numbers(
             training, scenes_train="scene", patches_train="patch", epochs_run="epoch"
