@@ -22,8 +22,8 @@ class ReusedMemory:
         n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
         spare = self._spare[n_bytes]
         space = spare.pop() if spare else np.empty(n_bytes + 63, np.uint8)
-        # NumPy's views, and tensors made from them, keep the first array alive whose memory is not
-        # that of another array.
+        # All views of `owner`, and tensors made from them, keep it alive, as its own memory is no
+        # NumPy array; when it is gone, nothing refers to the memory.
         owner = np.frombuffer(memoryview(space), np.uint8)
         weakref.finalize(owner, spare.append, space).atexit = False
         return owner[-owner.ctypes.data % 64 :][:n_bytes].view(dtype).reshape(shape)

@@ -7,7 +7,7 @@ agree, and a resumed run continues exactly. Each has
     n_counts: how many counts there are.
     count(channels, label, probability, corrected, weight): float64 (n_counts,) of a micro-batch,
         for float32 channels (m, p, p, 9), normalised; label, probability and corrected label
-        (m, p, p, V), 0 to 1, of V views, which most networks have 1 of; and weight (m,), 0 or 1.
+        (m, p, p, V), 0 to 1, where V is the number of views, mostly 1; and weight (m,), 0 or 1.
     begin_epoch(counts): prepares an epoch; `counts` has those of each earlier epoch.
 """
 
@@ -171,7 +171,7 @@ class CoTeaching:
     A view is sure of a class where its probability is above the mean that it gives to pixels whose
     label is this class (Northcutt et al. 2021, arXiv 1911.00068), as measured in the epoch before:
     the limit rises as the labels get better. A view that gives less than 1/2 to either class has
-    not learned to tell them apart, and teaches nothing. The taught view must lean to the class
+    not learned to tell them apart, and teaches nothing. The student view must predict the class
     itself, since one view alone does not see all that matters: thin cirrus is hardly visible in
     S1-S6, and snow is as cold as cloud. By night there is one view, and all labels stay.
 

@@ -10,7 +10,8 @@ class LossScaling(keras.optimizers.LossScaleOptimizer):
     Keras skips a step whose gradients are not finite, and the host waits to know whether they are.
     Here each step is taken, and if they are not finite, what it changed gets its old value.
 
-    The gradients of all replicas must be finite together, and `apply` be called on a replica.
+    `apply` must be called in a replica context, with gradients that are finite on all replicas or
+    on none.
     """
 
     def apply(self, grads, trainable_variables):

@@ -13,7 +13,7 @@ from harness import REPOSITORY
 from harness.errors import UserError
 from tools import study
 from tools.lib import series
-from tools.lib.study import frontier, spread
+from tools.lib.study import pareto_front, spread
 
 REGIMES = ("clear", "warm_cloud", "cold_cloud")
 
@@ -194,8 +194,8 @@ def test_studies_of_the_project_can_be_run(name, reference, monkeypatch):
         ([(1, 0.5), (1, 0.7)], [(1, 0.7)]),
     ],
 )
-def test_frontier_has_no_point_that_another_dominates(points, expected):
-    assert frontier(points) == expected
+def test_pareto_front_has_no_point_that_another_dominates(points, expected):
+    assert pareto_front(points) == expected
 
 
 def test_spread_of_one_value_has_no_deviation():

@@ -189,14 +189,14 @@ def columns(found):
     }
 
 
-def frontier(points):
+def pareto_front(points):
     """The points that no other one dominates: none is both faster and at least as accurate.
 
     Args:
         points: (seconds, accuracy) pairs.
 
     Returns:
-        Those on the frontier, by seconds.
+        Those on the Pareto front, by seconds.
     """
     best, found = -1.0, []
     for seconds, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
@@ -221,7 +221,7 @@ def charts(runs):
             means = [(statistics.fmean(a), statistics.fmean(b)) for a, b in marks.values()]
             yield chart(
                 f"Agreement with the {of} over {x_label}", x_label, f"agreement with the {of}",
-                marks, points=True, height=3.6, xscale="log", joined=frontier(means),
+                marks, points=True, height=3.6, xscale="log", joined=pareto_front(means),
                 note="A mark per run. The line joins the cases of which no other one is better in "
                 "both, by their means.",
             )  # fmt: skip
@@ -287,7 +287,7 @@ def write_study(name, runs, budget, output, missing=()):
                     *_measure_table("Agreement", found, MEASURES.keys() - set(costs), counts),
                 ],
             },
-            "Frontier": {"charts": list(charts(runs))},
+            "Pareto front": {"charts": list(charts(runs))},
             "Where masks are right": {"tables": list(group_tables(groups))},
             "Circumstances": {
                 "facts": facts,
