@@ -1,9 +1,10 @@
 """A mask without labels: a mixture model of physical features, and a Markov random field.
 
 Cloud and clear sky are mixtures of Gaussians in the features of pixels, by day and by night. They
-are fitted to many scenes at once by stochastic expectation maximisation (Celeux and Diebolt 1985): draw the
-class of each pixel from its probability, fit both mixtures, compute new probabilities. Physical
-tests start this and stay as the prior, so that each component keeps the class that physics gave it.
+are fitted to many scenes at once by stochastic expectation maximisation (Celeux and Diebolt 1985):
+draw the class of each pixel from its probability, fit both mixtures, compute new probabilities.
+Physical tests start this and stay as the prior, so that each component keeps the class that physics
+gave it.
 """
 
 import numpy as np
