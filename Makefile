@@ -38,7 +38,7 @@ test: $(VENV)/.dev
 gpu-check: $(VENV)/.dev
 	-@if ls /dev/nvidia[0-9]* > /dev/null 2>&1; then \
 		$(BIN)/python -m pip install --quiet "tensorflow[and-cuda]"; fi
-	$(BIN)/python -m pytest -v -m gpu tests/gpu
+	$(BIN)/python -m pytest $(if $(wildcard /dev/nvidia[0-9]*),-v) -m gpu tests/gpu
 
 torture: $(VENV)/.dev
 	$(BIN)/python -m pytest -s tests/test_kill.py --torture 7

@@ -10,6 +10,7 @@ from data_loader import SceneError, read_scene
 from harness.build import open_batches, open_devices, open_predictor, open_trainer
 from harness.console import counted, format_bytes, format_duration, table
 from harness.errors import UserError
+from harness.labels.label_files import check_labels
 from harness.parallel.gpu_setup import why_no_gpu
 from harness.preflight import (
     FoundScenes,
@@ -43,6 +44,7 @@ def check(config, ranks):
             "without srun, jsrun or mpirun."
         )
     found = FoundScenes.find(config.train_dir, config.inference_dir, "benchmark")
+    check_labels(config.labels, found.train)
     stored, bad = check_scenes(
         found.all, config.scene_shape, config.uses_bayes, config.read_timeout
     )

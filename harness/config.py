@@ -374,7 +374,7 @@ def read_yaml(path):
             )
         text = content.decode("utf-8")
     except FileNotFoundError:
-        raise UserError(f"No configuration file {path}. Name another file or folder.") from None
+        raise UserError(f"No file {path}. Check the path.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
     try:

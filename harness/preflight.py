@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from data_loader import SceneError, check_scene, find_scenes, split_scenes
-from harness.config import LABELS
 from harness.console import counted, format_bytes, progress
 from harness.data.bad_scenes import START, BadScenes
 from harness.data.mask_files import mask_files
@@ -205,8 +204,7 @@ def choose_skipped(config, mode, found, folder=None):
         SceneError: If scenes are bad and must not be skipped, or too few remain.
         UserError: If the disk is too small, or scenes of the resumed run are gone.
     """
-    if config.labels not in LABELS:
-        check_labels(config.labels, found.train)
+    check_labels(config.labels, found.train)
     shape = config.shape_in(mode)
     labelled = bool(found.train) and config.uses_bayes
     skipped = BadScenes(folder, config.on_bad_scene).reasons(START) if folder else {}

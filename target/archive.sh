@@ -19,7 +19,7 @@ elif [ -n "$venv" ]; then
 fi
 name=shard-$SLURM_ARRAY_TASK_ID
 if [ -d "$output/$name" ]; then
-    exec python slstr_cloud.py --resume "$output/$name"
+    exec python slstr_cloud.py --resume "$output/$name" --set "shard=$SLURM_ARRAY_TASK_ID/$n"
 fi
 exec python slstr_cloud.py --mode inference --model "$model" --set "inference_dir=$scenes" \
     "shard=$SLURM_ARRAY_TASK_ID/$n" "output_dir=$output" "run_name=$name" on_bad_scene=skip

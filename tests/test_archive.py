@@ -27,12 +27,13 @@ def test_resumed_run_masks_what_is_new_in_its_list(finished, settings, tmp_path,
         shutil.copy(path, tmp_path)
     os.truncate(tmp_path / second, 1000)  # its transfer has not finished
     changed = {**settings, "inference_dir": str(tmp_path / "list.txt"), "on_bad_scene": "skip"}
+    changed["shard"] = "0/1"
     (tmp_path / "list.txt").write_text(f"{first}\n{second}\n")
     run = start(tmp_path, changed, "--mode", "inference", "--model", str(finished / "model.keras"))
     assert run.status == 0 and results(run.folder)["inference"]["scenes"] == 1
     mask = (run.folder / "masks" / first).with_suffix(".h5").stat()
 
-    resume = ["--resume", str(run.folder)]
+    resume = ["--resume", str(run.folder), "--set", "shard=0/1"]
     assert slstr_cloud.main(resume) == 0 and len(results(run.folder)["bad_scenes"]) == 1
     shutil.copy(
         next(p for p in find_scenes(settings["inference_dir"]) if p.name == second), tmp_path
@@ -59,6 +60,8 @@ def test_resumed_run_masks_what_is_new_in_its_list(finished, settings, tmp_path,
     capfd.readouterr()
     assert slstr_cloud.main(resume) == 2
     assert "1 scene that it has masked is not in inference_dir" in capfd.readouterr().err
+    assert slstr_cloud.main([*resume, "shard=0/2"]) == 2
+    assert "other values: shard was 0/1, now 0/2" in capfd.readouterr().err
     assert results(run.folder) == found
 
 

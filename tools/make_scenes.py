@@ -22,7 +22,7 @@ from _command import exit_status  # isort: skip  (before all packages)
 
 import numpy as np
 
-from harness.console import log_to_screen
+from harness.console import counted, log_to_screen, progress
 from harness.errors import UserError
 from harness.files import write_csv
 from tools.lib.scenes.scene_file import as_stored, write_scene
@@ -226,9 +226,12 @@ def make_dataset(
     rows = []
     with nullcontext() if jobs == 1 else ProcessPoolExecutor(jobs) as pool:
         done = (pool.map if pool else map)(work, tasks)
-        for task, of_scene in zip(tasks, done, strict=True):
-            log.info("%s: %.0f %% cloud", task.path, 100 * task.cover)
+        for of_scene in progress(done, "Making scenes", len(tasks)):
             rows += of_scene
+    for folder in dict.fromkeys(task.path.parents[1] for task in tasks):
+        covers = [task.cover for task in tasks if task.path.parents[1] == folder]
+        n_scenes, mean = counted(len(covers), "scene"), 100 * np.mean(covers)
+        log.info("%s: %s, mean cloud %.0f %%", folder, n_scenes, mean)
     if matchups and not rows:
         log.warning("No match-ups: no scene of ssts has open sea with data.")
     elif matchups:

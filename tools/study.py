@@ -30,6 +30,7 @@ import itertools
 import json
 import logging
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -94,11 +95,21 @@ class Study(BaseModel):
             raise ValueError(
                 f"{', '.join(own)} cannot be set or varied: output, budget and seeds say it"
             )
-        names = [case_name(case) for case in self.cases]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"vary has the same combination twice: {', '.join(twice)}")
-        if not names:
-            raise ValueError("vary has a key without values")
+        if not self.groups or not all(group and all(group.values()) for group in self.groups):
+            raise ValueError("vary has no key, or a key without values")
+        if twice := [str(seed) for seed, n in Counter(self.seeds).items() if n > 1]:
+            raise ValueError(f"seeds has the same seed twice: {', '.join(twice)}")
+        named = {}
+        for case in self.cases:
+            name = case_name(case)
+            if (other := named.setdefault(name, case)) is case:
+                continue
+            if other == case:
+                raise ValueError(f"vary has the same combination twice: {name}")
+            raise ValueError(
+                f"{name} would be the name of two combinations of vary, {other} and {case}: put "
+                "one of them into a study of its own"
+            )
         return self
 
     @property
@@ -134,8 +145,9 @@ def read_study(path, output=None, overrides=()):
     values = read_yaml(path)
     if output:
         values["output"] = output
-    if overrides:
-        values["set"] = {**values.get("set", {}), **dict(map(parse_override, overrides))}
+    values["set"] = values.get("set") or {}  # `set:` without a key is None
+    if isinstance(values["set"], dict):
+        values["set"] |= dict(map(parse_override, overrides))
     try:
         return Study.model_validate(values)
     except ValidationError as error:
@@ -204,6 +216,8 @@ def work(arguments):
         summarise(arguments.study.stem, study, runs)
 
     if arguments.page_only:
+        if not any(run.has_finished for _, run in runs.values()):
+            raise UserError(f"No run in {study.output}/runs has finished. Leave out --page-only.")
         return page(None)
     make_runs([run for _, run in runs.values()], True, page, keep_going=True)
 

@@ -50,7 +50,8 @@ def open_scene(path, shape, labelled=True):
     """
     height, width, n_channels = shape
     datasets, source = {}, "IMAGE_H, IMAGE_W and N_CHANNELS. Change these"
-    with open_hdf5(path, advice="Download it again or remove it.", error_class=SceneError) as file:
+    advice = "Download it again, or remove it from its folder or list."
+    with open_hdf5(path, advice=advice, error_class=SceneError) as file:
         if height is None:
             height, width, _ = open_numbers(file, "bts", (None, None, 3)).shape
             source = "the size of 'bts' and N_CHANNELS. Make it again"

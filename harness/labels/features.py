@@ -5,7 +5,7 @@ a clear sky would have. Lengths are shares of the height of a scene, which is 12
 """
 
 import numpy as np
-from scipy.ndimage import gaussian_filter, maximum_filter, uniform_filter, zoom
+from scipy.ndimage import affine_transform, gaussian_filter, maximum_filter, uniform_filter
 
 from data_loader import BT_OFFSET, BT_SCALE, REFLECTANCE_OFFSET
 
@@ -54,16 +54,21 @@ def measure(channels, valid):
     return fields
 
 
+def coarse_step(n_rows):
+    """Every how many rows and columns `coarsen` takes one."""
+    return -(-n_rows // COARSE_ROWS)
+
+
 def coarsen(fields):
     """Take every n-th pixel, so that at most COARSE_ROWS rows remain."""
-    step = -(-len(fields["s9"]) // COARSE_ROWS)
+    step = coarse_step(len(fields["s9"]))
     return {name: field[::step, ::step].copy() for name, field in fields.items()}
 
 
 def refine(field, shape):
-    """Interpolate a coarse field linearly to `shape`."""
-    steps = [fine / coarse for fine, coarse in zip(shape, field.shape, strict=True)]
-    return zoom(field, steps, order=1, mode="nearest", grid_mode=True)
+    """Interpolate a field on the pixels that `coarsen` takes linearly to all of `shape`."""
+    to_coarse = np.eye(2) / coarse_step(shape[0])  # row and column of a pixel in the field
+    return affine_transform(field, to_coarse, output_shape=shape, order=1, mode="nearest")
 
 
 def envelope(fields):

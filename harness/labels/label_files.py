@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -9,7 +10,8 @@ from threadpoolctl import threadpool_limits
 
 from data_loader import SceneError, patch_corners, read_scene
 from harness.clock import active_seconds
-from harness.console import progress
+from harness.config import LABELS
+from harness.console import counted, progress
 from harness.data.hdf5 import open_hdf5, open_numbers, read_all
 from harness.data.mask_files import mask_file
 from harness.data.prefetch import ReaderPool
@@ -22,17 +24,22 @@ ONE = 255  # the probability 1, in the bytes of a batch
 FITTED_SCENES = 64  # at most, to which the mixture model is fitted
 
 
-def check_labels(folder, paths):
-    """Check that a folder has a mask file for each scene.
+def check_labels(labels, paths):
+    """Check that `labels` is in LABELS, or a folder with a mask file for each scene.
 
     Raises:
-        UserError: If it has not.
+        UserError: If it is neither.
     """
-    if missing := [path for path in paths if not mask_file(folder, path).is_file()]:
+    if labels in LABELS:
+        return
+    if missing := [path for path in paths if not mask_file(labels, path).is_file()]:
+        names = ", ".join(LABELS)
+        if not Path(labels).is_dir():
+            raise UserError(f"No directory {labels}. Set labels to {names} or a folder of masks.")
         raise UserError(
-            f"labels {folder} should have a mask file for each scene in train_dir, found none for "
+            f"labels {labels} should have a mask file for each scene in train_dir, found none for "
             f"{missing[0].stem} ({len(missing)} of {len(paths)} are missing). Make masks with "
-            "--mode inference, or set labels to bayes or none."
+            f"--mode inference, or set labels to one of {names}."
         )
 
 
@@ -101,6 +108,7 @@ def make_labels(folder, paths, shape, seed, devices, on_bad_scene):
     if devices.is_chief and not model_file.exists():
         folder.mkdir(exist_ok=True)
         chosen = np.random.default_rng(seed).permutation(len(paths))[:FITTED_SCENES]
+        log.info("  labels      fitting a mixture model to %s ...", counted(len(chosen), "scene"))
         scenes = (
             scene for i in progress(chosen, "Fitting", len(chosen)) if (scene := read(paths[i]))
         )

@@ -143,7 +143,7 @@ class Trainer:
             i += 1
 
     def _sum_over_micro_batches(self, channels, cloud, weight, n_used):
-        """Gradients of the objective, and float64 (3,) sums over pixels, of a replica's share."""
+        """Gradients of the objective, and float64 (n_sums,) sums over pixels, of a replica."""
         gradients = [tf.zeros_like(v.value) for v in self.model.trainable_variables]
         sums = tf.zeros(self._train_sums.shape, tf.float64)
         # An argument, since compiled code on a GPU cannot read a variable in host memory.
@@ -195,7 +195,7 @@ class Trainer:
         return tf.concat([sums, [tf.reduce_sum(cloudy)]], axis=0)
 
     def _forward(self, channels, cloud, weight, training, state=None):
-        """Return float64 (3,) sums over pixels, and the float32 loss per patch of a full batch."""
+        """Return float64 (n_sums,) sums over pixels, and float32 loss per patch of a full batch."""
         channels = tf.cast(channels, tf.float32)
         views = self._clipped(self._network(channels, training=training))  # (m, p, p, V)
         probability = tf.reduce_mean(views, axis=-1, keepdims=True)  # (m, p, p, 1)

@@ -62,6 +62,13 @@ def test_background_continues_the_sea_below_cloud():
     assert np.abs(error[cloudy]).max() < 2  # the sea is 3.3 K warmer at one side than at the other
 
 
+def test_coarse_field_is_refined_to_where_its_pixels_were():
+    ramp = np.add.outer(np.arange(400.0), 2 * np.arange(500.0))  # 3 x 3 pixels become one
+    refined = features.refine(features.coarsen({"s9": ramp})["s9"], ramp.shape)
+    inner = slice(0, 399), slice(0, 498)  # the last pixels that were taken: constant beyond them
+    np.testing.assert_allclose(refined[inner], ramp[inner], atol=1e-6)
+
+
 def test_background_without_clear_pixels_is_the_warmest_around():
     channels, valid = scene((0,) * 6, (250, 250, 250), noise=0)
     fields = features.measure(channels, valid)

@@ -117,3 +117,9 @@ def test_folder_without_a_mask_of_each_scene_is_an_error(tmp_path, quick, paths,
     assert run.status == 2 and run.folder is None
     line = capsys.readouterr().err.splitlines()[-1]
     assert f"none for {paths[-2].stem} (2 of 7 are missing)" in line
+
+    changed = {**quick, "labels": str(tmp_path / "non")}
+    for mode in ("check", "train"):
+        assert start(tmp_path, changed, "--mode", mode).status == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert f"No directory {tmp_path}/non. Set labels to bayes, none, combined or a" in line

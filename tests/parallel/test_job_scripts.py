@@ -104,7 +104,7 @@ def test_archive_task_masks_its_shard_and_resumes_it_later(site, tmp_path):
     ]  # fmt: skip
     (tmp_path / "out/shard-3").mkdir(parents=True)
     assert run_script("archive.sh", *arguments, site=site, **task).returncode == 0
-    resumed = ["slstr_cloud.py", "--resume", f"{tmp_path}/out/shard-3"]
+    resumed = ["slstr_cloud.py", "--resume", f"{tmp_path}/out/shard-3", "--set", "shard=3/10"]
     assert arguments_of("python", site) == resumed
 
 

@@ -127,7 +127,7 @@ def test_run_that_fails_is_reported_and_the_others_are_made(write, in_process, t
     assert [row["run"] for row in rows(tmp_path)] == ["pixel-cross_entropy-seed-1"]
     page = (tmp_path / "study/study.html").read_text()
     assert "1 run missing: pixel-squared-seed-1" in page
-    assert "agreement with the truth" in page
+    assert "agreement with the truth" in page and "<h1>tiny</h1>" in page
 
 
 @pytest.mark.parametrize(
@@ -139,10 +139,18 @@ def test_run_that_fails_is_reported_and_the_others_are_made(write, in_process, t
         ({"budget": None}, "budget: Field required"),
         ({"seeds": []}, "seeds: .*at least 1 item"),
         ({"network": "unet"}, "network: Extra inputs"),
-        ({"vary": {"network": []}}, "vary has a key without values"),
+        ({"vary": {"network": []}}, "vary has no key, or a key without values"),
+        ({"vary": {}}, "vary has no key"),
+        ({"vary": [{"network": ["unet"]}, {"loss": []}]}, "a key without values"),
+        ({"seeds": [1, 2, 1]}, "seeds has the same seed twice: 1"),
+        ({"set": ["loss"]}, "set: Input should be a valid dictionary"),
         ({"vary": {"seed": [1]}}, "seed cannot be set or varied"),
         ({"set": {"epochs": 3}}, "epochs cannot be set or varied"),
         ({"vary": {"network": ["pixel", "pixel"]}}, "same combination twice: pixel"),
+        (
+            {"vary": [{"labels": ["none"]}, {"label_correction": ["none"]}]},
+            "none would be the name of two combinations of vary, {'labels.*'label_corr.*: put one",
+        ),
         ({"vary": {"network": ["pixle"]}}, "Unknown network 'pixle'"),
         ({"vary": {"loos": ["a"]}}, r"unknown key 'loos' \(similar: 'loss'\)"),
     ],
@@ -151,6 +159,11 @@ def test_mistakes_are_reported_before_a_run(write, tmp_path, capsys, changed, wo
     assert study.main([write(**changed)]) == 2
     assert re.search(words, capsys.readouterr().err)
     assert not (tmp_path / "study").exists()
+
+
+def test_page_without_a_finished_run_is_an_error(write, tmp_path, capsys):
+    assert study.main([write(), "--page-only"]) == 2
+    assert f"No run in {tmp_path}/study/runs has finished" in capsys.readouterr().err
 
 
 def test_groups_of_combinations_follow_one_another(write):
@@ -167,6 +180,13 @@ def test_budget_of_seconds_becomes_keys(write):
     found = study.read_study(write(budget={"seconds": "2.5"}))
     for _, run in study.plan(found, None).values():
         assert {"epochs=100000", "training_seconds=2.5"} < set(run.changes)
+
+
+def test_option_set_fills_an_empty_set(write, tmp_path):
+    with open(write(), "a") as file:
+        file.write("set:\n")
+    assert study.read_study(tmp_path / "tiny.yaml").set == {}
+    assert study.read_study(tmp_path / "tiny.yaml", None, ["loss=a"]).set == {"loss": "a"}
 
 
 @pytest.mark.parametrize(

@@ -89,8 +89,8 @@ def make_runs(runs, resume, summarise, keep_going=False):
         keep_going: Whether later runs are made although one failed.
 
     Raises:
-        UserError: If a run fails, or has other settings than planned, or its job may still be
-            running; later runs are not made, unless keep_going.
+        UserError: If a run fails; later ones are not made, unless keep_going. If a run has other
+            settings than planned, or may still be running; later ones are not made.
         Interrupted: After a signal, once the run has saved its checkpoint and ended.
     """
     try:

@@ -254,10 +254,10 @@ def write_study(name, runs, budget, output, missing=()):
         missing: Names of planned runs that have not finished.
     """
     found, baselines = spreads(runs), measure_baselines(runs)
-    for name, (scores, _) in baselines.items():
-        found[name] = {key: (score, None) for key, score in scores.items()}
+    for mask, (scores, _) in baselines.items():
+        found[mask] = {key: (score, None) for key, score in scores.items()}
     groups = {case: [run.groups for run in members] for case, members in by_case(runs).items()}
-    groups |= {name: [of_mask] for name, (_, of_mask) in baselines.items()}
+    groups |= {mask: [of_mask] for mask, (_, of_mask) in baselines.items()}
     shown = columns(found)
     notes = [f"{counted(len(missing), 'run')} missing: {', '.join(missing)}."] * bool(missing)
     if any(run.run.is_synthetic for run in runs):
