@@ -96,7 +96,7 @@ def test_study_of_two_networks_and_seeds(write, in_process, dataset, tmp_path, c
         truths.append(np.mean(right))
         assert float(row["truth_accuracy"]) == pytest.approx(truths[-1])
     page = (tmp_path / "study/study.html").read_text()
-    for shown in (f"{np.mean(truths[::2]):.4f} ± {np.std(truths[::2], ddof=1):.4f}", "1,409"):
+    for shown in (f"{np.mean(truths[::2]):.4f} ± {np.std(truths[::2], ddof=1):.4f}", "1,751"):
         assert shown in page and shown in screen.out
     agreements = []
     for scene in paths:
