@@ -101,7 +101,7 @@ def test_strips_agree_with_the_whole_scene(build, monkeypatch):
         np.testing.assert_allclose(probability, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("grid", [StripGrid(50, 70, EVEN, 1, 56, 8), PatchGrid(50, 70, 64, 8)])
+@pytest.mark.parametrize("grid", [StripGrid(50, 70, EVEN, 1, 112, 16), PatchGrid(50, 70, 64, 8)])
 def test_uncertainty_is_the_difference_of_two_views(grid):
     model = with_strong_weights(NETWORKS["two_views"]((None, None, 9)))
     padded = padded_scene(grid, 50, 70)

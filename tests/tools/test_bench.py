@@ -331,8 +331,8 @@ def test_another_network_is_measured_against_its_own_operations(tmp_path, capsys
     status, found = run(tmp_path, "--network", "pixel", "--only", "train_step/float32")
     assert status == 0 and "Network pixel, scenes of 96 x 96" in capsys.readouterr().out
     assert found["train_step/float32"]["limit_share"] > 0
-    # Three passes of two operations: 1x1 kernels from 9 to 32, 32 and 1, on 32 x 32 pixels.
-    assert gflop == [pytest.approx(3 * 2e-9 * (9 * 32 + 32 * 32 + 32) * 32**2)]
+    # Three passes of two operations: 1x1 kernels on 32 x 32 pixels.
+    assert gflop == [pytest.approx(3 * 2e-9 * (9 * 15 + 15 * 32 + 32 * 32 + 32) * 32**2)]
 
 
 @pytest.mark.parametrize("option", ["--help", "--only=trainstep"])
@@ -360,7 +360,8 @@ def test_network_and_reference_are_measured_against_their_own_operations(tmp_pat
     assert (status, list(found)) == (0, [f"{work}/unet", f"{work}/pixel"])
     assert found[f"{work}/pixel"]["baseline"] == f"{work}/unet"
     # A pass of the U-Net needs 104 rows and columns, see above; 1x1 kernels need no padding.
-    assert gflop == pytest.approx([2e-9 * PIXEL * 104**2, 2e-9 * (9 * 32 + 32 * 32 + 32) * 96**2])
+    pointwise = 9 * 15 + 15 * 32 + 32 * 32 + 32
+    assert gflop == pytest.approx([2e-9 * PIXEL * 104**2, 2e-9 * pointwise * 96**2])
 
 
 def test_network_that_is_compared_has_no_zeros(tmp_path):
@@ -377,7 +378,7 @@ def test_network_that_is_compared_has_no_zeros(tmp_path):
         ("float32", 1e-3, False),
         ("float32", np.nan, False),
         ("bfloat16", 1e-3, True),
-        ("bfloat16", 0.1, False),
+        ("bfloat16", 0.2, False),
         ("int8", 0.1, True),
         ("int8", 0.5, False),
     ],
