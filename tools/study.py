@@ -217,7 +217,7 @@ def work(arguments):
 
     if arguments.page_only:
         if not any(run.has_finished for _, run in runs.values()):
-            raise UserError(f"No run in {study.output}/runs has finished. Leave out --page-only.")
+            raise UserError(f"No run in {study.output}/runs has finished. Omit --page-only.")
         return page(None)
     make_runs([run for _, run in runs.values()], True, page, keep_going=True)
 
