@@ -98,6 +98,7 @@ class PhysicalMixture:
 TESTS_ALONE = PhysicalMixture({})
 
 
+@threadpool_limits.wrap(limits=1)  # several threads add up in any order, and are slower
 def fit_mixture(scenes, seed):
     """Fit a PhysicalMixture to scenes, by day and by night.
 
@@ -157,8 +158,7 @@ def fit_classes(x, is_cloud, rng):
         mixture = GaussianMixture(
             n, reg_covar=1e-2, tol=1e-2, max_iter=30, random_state=int(rng.integers(2**31))
         )
-        with threadpool_limits(1):  # several threads add up in any order
-            mixture.fit((classes[name] - mean) / scale)
+        mixture.fit((classes[name] - mean) / scale)
         fitted[name] = {part: getattr(mixture, part).tolist() for part in STATE}
     return fitted
 
