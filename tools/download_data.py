@@ -412,7 +412,7 @@ def unfinished(dest, folders):
 def remove_unfinished(dest):
     """Remove what an earlier or this download did not finish."""
     for path in (*unfinished(dest, chain(*SETS.values())), *dest.glob(".manifest.*.part.csv")):
-        path.unlink()
+        path.unlink(missing_ok=True)  # a transfer that just failed removes its own
 
 
 def download_all(bucket, files, dest, manifest, n_threads):

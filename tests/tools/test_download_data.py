@@ -796,6 +796,13 @@ def test_full_disk_ends_the_download_with_one_line(scenes, download, small_disk,
     download.assert_complete()
 
 
+def test_unfinished_file_may_be_removed_by_its_own_transfer(tmp_path, monkeypatch):
+    gone = tmp_path / ".S3A_0.hdf.download"
+    monkeypatch.setattr(download_data, "unfinished", lambda *_: [gone])
+    download_data.remove_unfinished(tmp_path)
+    assert not gone.exists()
+
+
 # --- the command line and the screen ------------------------------------------------------------
 
 
