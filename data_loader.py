@@ -319,7 +319,7 @@ class PatchBatches:
 
     def _fill(self, epochs):
         return fill_batches(
-            epochs, self._empty_batch, self._read, self._pool, self.n_threads + 1,
+            epochs, len(self.slots), self._empty_batch, self._read, self._pool, self.n_threads + 1,
             lambda job: self.paths[job.scene],
         )  # fmt: skip
 

@@ -50,7 +50,7 @@ class KeptBatch:
 
 @dataclass(frozen=True)
 class SceneJob:
-    """The patches of one scene that an epoch needs, and their slots in batches.
+    """Patches of one scene that an epoch needs in consecutive steps, and their slots in batches.
 
     Attributes:
         epoch: From 0.
@@ -67,14 +67,16 @@ class SceneJob:
     batches: list
 
 
-def fill_batches(epochs, empty_batch, read, pool, n_ahead, name):
+def fill_batches(epochs, n_replicas, empty_batch, read, pool, n_ahead, name):
     """Yield the batches of all epochs in order, complete.
 
     A batch is allocated for its first patch and yielded after its last one, so that memory does
     not grow with the number of scenes.
 
     Args:
-        epochs: Iterable of (epoch, shares): for each batch the int (n, 2) scenes and patches.
+        epochs: Iterable of (epoch, shares): for each batch the int (n, 2) scenes and patches; those
+            of each replica in turn.
+        n_replicas: Replicas of this process.
         empty_batch: Function of a number of patches that returns a Batch.
         read: Function of a SceneJob that fills its patches; called in the threads.
         pool: ReaderPool.
@@ -88,7 +90,11 @@ def fill_batches(epochs, empty_batch, read, pool, n_ahead, name):
         read(job)
         return job.batches
 
-    jobs = (job for epoch in epochs_ahead for job in _scene_jobs(*epoch, begun, empty_batch))
+    jobs = (
+        job
+        for epoch, shares in epochs_ahead
+        for job in _scene_jobs(epoch, shares, n_replicas, begun, empty_batch)
+    )
     with contextlib.closing(pool.prefetch(read_job, jobs, n_ahead, name)) as done:
         for epoch, shares in epochs:
             for number, share in enumerate(shares):
@@ -107,7 +113,7 @@ def kept_batches(epochs, n_replicas, size, fill):
     """Yield a KeptBatch for each share of the epochs: only new patches are read.
 
     Args:
-        epochs: As of `fill_batches`; the shares of an epoch are those of each replica in turn.
+        epochs: As of `fill_batches`.
         n_replicas: Replicas of this process.
         size: Slots of a batch.
         fill: Function of epochs that yields their batches.
@@ -132,13 +138,21 @@ def used_slots(weight):
     return np.int32(used[-1] + 1 if used.size else 0)
 
 
-def _scene_jobs(epoch, shares, begun, empty_batch):
-    """Yield a SceneJob for each scene, in the order in which batches need them first."""
-    slots = {}
+def _scene_jobs(epoch, shares, n_replicas, begun, empty_batch):
+    """Yield SceneJobs, in the order in which batches need them first.
+
+    A scene at the end of a lane and the start of another is needed at two times of an epoch, and
+    read twice: the batches of the second time would be kept in memory until then.
+    """
+    jobs, latest = [], {}  # lists of (number, slot, patch); the latest one by scene
     for number, share in enumerate(shares):
         for slot, (scene, patch) in enumerate(share.tolist()):
-            slots.setdefault(scene, []).append((number, slot, patch))
-    for scene, places in slots.items():
+            places = latest.get(scene)
+            if not places or number // n_replicas > places[-1][0] // n_replicas + 1:
+                places = latest[scene] = []
+                jobs.append((scene, places))
+            places.append((number, slot, patch))
+    for scene, places in jobs:
         job = SceneJob(epoch, scene, {}, {}, [])
         for number, slot, patch in places:
             if (epoch, number) not in begun:
