@@ -9,7 +9,6 @@ import functools
 import logging
 import sys
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 sys.path.insert(0, __file__.rpartition("/")[0])  # python -P and -I omit it
@@ -25,7 +24,7 @@ from harness.console import log_to_screen, progress
 from harness.data.prefetch import ReaderPool, exit_process
 from harness.errors import is_user_error, one_line
 from harness.inference import scores
-from harness.inference.background import BackgroundThread
+from harness.inference.background import BackgroundThread, call_in_threads
 from harness.inference.masks import compare_masks
 from harness.parallel.launchers import detect_launch
 from harness.parallel.rendezvous import open_rendezvous
@@ -195,12 +194,7 @@ def infer(config, devices, run, paths):
     on_bad_scene = run.bad_scenes.handler("inference", paths)
     mask_with = functools.partial(mask_scenes, config, devices, run, masks, on_bad_scene)
     shown = [progress(paths, "Masking", len(paths)), *[paths] * (len(predictors) - 1)]
-    with ThreadPoolExecutor(len(predictors)) as pool:
-        try:
-            list(pool.map(mask_with, shown, predictors))  # raises what a thread raised
-        except BaseException:
-            masks.stop()  # or leaving the pool would wait for all scenes
-            raise
+    call_in_threads(mask_with, shown, predictors, on_error=masks.stop)
     seconds = devices.gather(active_seconds() - begin)
     run.mllog.end(mlperf_log.INFERENCE_STOP)
     if run.is_chief:

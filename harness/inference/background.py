@@ -1,6 +1,25 @@
-"""A thread that finishes one item while its caller prepares the next."""
+"""Threads of inference: one for each device, and one that finishes a scene after the network."""
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+
+def call_in_threads(function, *arguments, on_error):
+    """Call a function with the first of all arguments, the second, and so on, each in a thread.
+
+    Args:
+        function: Function of as many arguments as there are iterables.
+        *arguments: Iterables of equal length.
+        on_error: Called as soon as a call, or this thread, fails: the other calls should then end,
+            as they are waited for before the error is raised.
+    """
+    calls = list(zip(*arguments, strict=True))
+    with ThreadPoolExecutor(len(calls)) as pool:
+        try:
+            for future in as_completed([pool.submit(function, *call) for call in calls]):
+                future.result()  # raises what the thread raised
+        except BaseException:
+            on_error()
+            raise
 
 
 class BackgroundThread:
