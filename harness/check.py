@@ -45,9 +45,8 @@ def check(config, ranks):
         )
     found = FoundScenes.find(config.train_dir, config.inference_dir, "benchmark")
     check_labels(config.labels, found.train)
-    stored, bad = check_scenes(
-        found.all, config.scene_shape, config.uses_bayes, config.read_timeout
-    )
+    labelled = found.labelled(config.uses_bayes)
+    stored, bad = check_scenes(found.all, config.scene_shape, labelled, config.read_timeout)
     columns = {}
     for name, paths in (("train_dir", found.train), ("inference_dir", found.inference)):
         good = [path for path in paths if path in stored]
@@ -55,7 +54,7 @@ def check(config, ranks):
         for path in good[:: -(-len(good) // SCENES_SAMPLED)] if good else ():
             begin = time.perf_counter()
             try:
-                scene = read_scene(path, config.scene_shape, labelled=config.uses_bayes)
+                scene = read_scene(path, config.scene_shape, labelled=path in labelled)
                 samples.append((scene, time.perf_counter() - begin))
             except SceneError as error:
                 bad[path] = str(error)

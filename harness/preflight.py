@@ -111,6 +111,14 @@ class FoundScenes:
         """The paths of all scenes."""
         return [*self.train, *self.inference]
 
+    def labelled(self, uses_bayes):
+        """The paths of the scenes that must have a Bayesian mask.
+
+        Args:
+            uses_bayes: Whether training reads it. The masks of a benchmark are scored in any case.
+        """
+        return {*(self.train if uses_bayes else ()), *(self.inference if self.train else ())}
+
     def check(self, shape, read_timeout, on_bad_scene, labelled, known_bad=()):
         """Check the headers of all scenes.
 
@@ -118,7 +126,7 @@ class FoundScenes:
             shape: (H, W, C) of every scene.
             read_timeout: Seconds after which reading a file fails.
             on_bad_scene: 'stop' or 'skip'.
-            labelled: Whether a scene without a Bayesian mask is bad.
+            labelled: Paths of the scenes that must have a Bayesian mask.
             known_bad: {path as text: reason} of scenes that need no check.
 
         Returns:
@@ -206,7 +214,7 @@ def choose_skipped(config, mode, found, folder=None):
     """
     check_labels(config.labels, found.train)
     shape = config.shape_in(mode)
-    labelled = bool(found.train) and config.uses_bayes
+    labelled = found.labelled(config.uses_bayes)
     skipped = BadScenes(folder, config.on_bad_scene).reasons(START) if folder else {}
     if folder and mode == "inference":  # its scenes may become more
         check_nothing_is_gone(folder, found.inference)
@@ -236,13 +244,13 @@ def check_nothing_is_gone(folder, paths):
         )
 
 
-def check_scenes(paths, shape, labelled=True, read_timeout=None):
+def check_scenes(paths, shape, labelled, read_timeout=None):
     """Check the headers of scene files in parallel, with progress.
 
     Args:
         paths: Scene files.
         shape: (H, W, C) of every scene.
-        labelled: Whether a scene must have a Bayesian mask.
+        labelled: Paths of the scenes that must have a Bayesian mask.
         read_timeout: Seconds after which reading a file fails.
 
     Returns:
@@ -261,7 +269,7 @@ def check_scenes(paths, shape, labelled=True, read_timeout=None):
                 with path.open("rb") as file:
                     file.read(HEADER_BYTES)
         try:
-            return path, check_scene(path, shape, labelled), None
+            return path, check_scene(path, shape, path in labelled), None
         except SceneError as error:
             return path, None, str(error)
 

@@ -24,4 +24,4 @@ conda activate cloudmask
 source target/requeue.bash    # at the time limit: save a checkpoint, requeue
 # When a rank fails, the others have 90 s to report why before Slurm kills them.
 requeue_unless_done srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --wait=90 \
-    python slstr_cloud.py --config "${CLOUDMASK_CONFIG:-config.yaml}" "$@"
+    python slstr_cloud.py ${CLOUDMASK_CONFIG:+--config "$CLOUDMASK_CONFIG"} "$@"

@@ -547,9 +547,8 @@ def test_scenes_out_of_range_are_logged_once_each(caplog):
         for _ in itertools.islice(source.batches(), 12):
             pass
     told = [record.getMessage() for record in caplog.records]
-    assert sorted(told) == [
-        f"{i} holds 4 numbers that are no reflectance or brightness temperature." for i in (1, 3, 5)
-    ]
+    text = "{}: 4 numbers, used as they are, are no reflectance or temperature [K]."
+    assert sorted(told) == [text.format(i) for i in (1, 3, 5)]
 
 
 def test_at_most_10_scenes_out_of_range_are_logged(caplog):

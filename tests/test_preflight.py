@@ -156,7 +156,7 @@ def test_scenes_are_checked_in_their_order(copy):
     paths = train_scenes(copy)
     for path in paths[::3]:
         truncate(path)
-    good, bad = check_scenes(paths, SHAPE)
+    good, bad = check_scenes(paths, SHAPE, labelled=paths)
     assert list(bad) == paths[::3] and all("truncated" in reason for reason in bad.values())
     assert list(good) == [path for path in paths if path not in bad]
     assert good[paths[1]]["bts"] == "float32 contiguous"

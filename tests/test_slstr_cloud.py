@@ -769,10 +769,14 @@ def test_benchmark_needs_scenes_of_one_size(dataset, settings, tmp_path, capsys)
     )
 
 
-def test_benchmark_needs_labels(dataset, settings, tmp_path, capsys):
+@pytest.mark.parametrize("labels", ["bayes", "none"])  # these of training, not of the scores
+def test_benchmark_needs_labels_of_the_scenes_to_mask(dataset, settings, tmp_path, capsys, labels):
     without_labels(dataset, tmp_path / "mine", 1)
-    run = start(tmp_path / "out", {**settings, "inference_dir": str(tmp_path / "mine")})
+    settings = {**settings, "labels": labels, "inference_dir": str(tmp_path / "mine")}
+    run = start(tmp_path / "out", settings)
     assert run.status == 2 and "has no dataset 'bayes'" in capsys.readouterr().err
+    assert run.folder is None  # it did not begin
+    assert start(tmp_path / "out", settings, "--mode", "check").status == 2
 
 
 def test_model_that_is_no_unet_can_mask(settings, tmp_path):

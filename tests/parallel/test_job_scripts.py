@@ -22,7 +22,7 @@ TARGET = REPOSITORY / "target"
 STANDIN = Path(__file__).with_name("lsf_standin.py")
 SCRIPTS = sorted([*TARGET.glob("*.sh"), *TARGET.glob("*.job")])
 TWO_NODES = "batch2 1 127.0.0.1 42 127.0.0.2 42"  # as LSF: the launch node, then the compute nodes
-PROGRAM = ["python", "slstr_cloud.py", "--config"]
+PROGRAM = ["python", "slstr_cloud.py"]
 LAUNCHES = ["docs/clusters.md", "tools/repeat.py", "tools/scaling.py"]
 JOB = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "8", "CLOUDMASK_CONDA": "cloudmask"}
 
@@ -132,14 +132,14 @@ class TestSlurmScripts:
     def test_start_the_program_with_srun_and_pass_arguments_on(self, script, site):
         ended = run_script(script, "--set", "run_name=a b", site=site, **JOB)
         assert (ended.returncode, ended.stderr) == (0, "")
-        *options, a, b, c, config, key, value = arguments_of("srun", site)
-        assert [a, b, c, config] == [*PROGRAM, "config.yaml"]
-        assert [key, value] == ["--set", "run_name=a b"]
+        *options, a, b, key, value = arguments_of("srun", site)
+        # Without --config: --resume would then not continue with the run's own configuration.
+        assert [a, b, key, value] == [*PROGRAM, "--set", "run_name=a b"]
         assert "--cpus-per-task=8" in options  # srun does not inherit it since Slurm 22.05
 
     def test_take_another_configuration(self, script, site):
         run_script(script, site=site, **JOB, CLOUDMASK_CONFIG="my own.yaml")
-        assert arguments_of("srun", site)[-1] == "my own.yaml"
+        assert arguments_of("srun", site)[-2:] == ["--config", "my own.yaml"]
 
     def test_exit_with_the_programs_status(self, script, site):
         stub(site / "srun", "exit 143")
@@ -205,7 +205,7 @@ class TestAnySlurm:
         ended = run_script("slurm.sh", site=site, **job, **values)
         assert (ended.returncode, ended.stderr) == (0, "")
         words = arguments_of("srun", site)
-        assert words == ["--wait=90", *python, "slstr_cloud.py", "--config", "config.yaml"]
+        assert words == ["--wait=90", *python, "slstr_cloud.py"]
         used = (site / "used").read_text().strip() if (site / "used").exists() else None
         assert used == {"CONDA": "conda mine", "VENV": "venv"}.get(next(iter(variables)))
         assert arguments_of("module", site) == ["load", "two"]  # the last of two calls
@@ -221,7 +221,7 @@ class TestSummit:
         assert arguments_of("jsrun", site) == [
             *["-n", ranks, "-r", "6", "-a", "1", "-c", "7", "-g", "1"],
             *["-b", "packed:7", "-d", "packed", "-X", "1"],
-            *[*PROGRAM, "config.yaml", "--set", "cache_dir=/mnt/bb/ada", "--set", "epochs=1"],
+            *[*PROGRAM, "--set", "cache_dir=/mnt/bb/ada", "--set", "epochs=1"],
         ]
 
     def test_starts_twelve_ranks_on_two_nodes_through_the_stand_in(self, site):

@@ -583,11 +583,12 @@ def test_configuration_that_cannot_be_submitted_is_named(made, tmp_path, key, va
 
 
 def test_closed_division_requires_the_reference_workload(made, tmp_path):
-    config = {"division": "closed", "seed": 7, "MIN_SST": 270.0}
+    config = {"division": "closed", "seed": 7, "MIN_SST": 270.0, "labels": "combined"}
     folder = copy(made, tmp_path / "a", config=config)
     texts = "\n".join(text for text in faults(folder) if "closed division requires" in text)
     for text in (
-        "PATCH_SIZE 256, found 32", "seed 1234, found 7", "MIN_SST of at least 273.15, found 270",
+        "PATCH_SIZE 256, found 32", "seed 1234, found 7", "labels bayes, found combined",
+        "MIN_SST of at least 273.15, found 270",
         "970 scenes in train_dir, found 7", "100 scenes in inference_dir, found 2",
     ):  # fmt: skip
         assert texts.count(text) == 1
