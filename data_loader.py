@@ -33,7 +33,7 @@ BT_SCALE = 22.0  # [K], mlcommons/science v1.1
 # clouds brighter than white; no cloud top was seen below 161 K, and S7 to S9 saturate below 330 K.
 REFLECTANCE_RANGE = (-0.5, 10.0)  # [1]
 BT_RANGE = (150.0, 350.0)  # [K]
-OUT_OF_RANGE_MESSAGE = "%s: %d numbers, used as they are, are no reflectance or temperature [K]."
+OUT_OF_RANGE_MESSAGE = "%s: %d impossible reflectances or temperatures [K] are used as they are."
 MAX_WARNINGS = 10  # scenes with numbers out of range that training names in the log
 MAX_NAME = 200  # bytes of a scene's file name, which becomes part of others
 SPLIT_SEED = 42  # mlcommons/science v1.1; not the run's `seed`, so that all runs have one split

@@ -83,6 +83,7 @@ def open_run(task, ranks, found, skipped):
         ranks.translated_errors(),
     ):
         if is_chief:
+            run.bad_scenes.begin_part()
             if mode == "inference":  # they have been checked again
                 run.bad_scenes.forget(START)
             for path, reason in skipped.items():
@@ -403,6 +404,6 @@ def board_patches(config, path):
     cloud = np.zeros((*channels.shape[:3], 1), np.uint8)
     pairs = zip(channels, cloud, strict=True)
     with contextlib.suppress(SceneError):  # a bad scene is met again by the validation
-        first = n_rows // 2 * n_cols
-        read_patches(path, dict(enumerate(pairs, first)), config.scene_shape, size)
+        patches = dict(enumerate(pairs, n_rows // 2 * n_cols))
+        read_patches(path, patches, config.scene_shape, size, config.uses_bayes)
     return channels, cloud

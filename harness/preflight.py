@@ -344,7 +344,7 @@ def describe_scenes(paths, stored, samples):
         "size": format_bytes(sum(path.stat().st_size for path in stored)),
     }
     for name in ("refs", "bts", "bayes"):
-        ways = Counter(found[name] for found in stored.values())
+        ways = Counter(found.get(name, "none") for found in stored.values())
         lines[name] = ", ".join(
             way if len(ways) == 1 else f"{way} ({n})" for way, n in ways.most_common()
         )

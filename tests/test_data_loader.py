@@ -547,7 +547,7 @@ def test_scenes_out_of_range_are_logged_once_each(caplog):
         for _ in itertools.islice(source.batches(), 12):
             pass
     told = [record.getMessage() for record in caplog.records]
-    text = "{}: 4 numbers, used as they are, are no reflectance or temperature [K]."
+    text = "{}: 4 impossible reflectances or temperatures [K] are used as they are."
     assert sorted(told) == [text.format(i) for i in (1, 3, 5)]
 
 

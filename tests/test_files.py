@@ -133,6 +133,18 @@ def test_requeued_job_passes_by_runs_with_links(run, outside, monkeypatch, tmp_p
     assert find_requeued(config, "benchmark") is None
 
 
+def test_requeued_job_continues_the_run_that_has_not_finished(monkeypatch, tmp_path):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    config = Config(output_dir=tmp_path / "outputs")
+    first, second = (make_folder(config, "benchmark") for _ in range(2))
+    for run, status in ((first, "success"), (second, "aborted")):
+        made = json.loads((run / "results.json").read_text())
+        (run / "results.json").write_text(json.dumps({**made, "status": status}))
+    assert find_requeued(config, "benchmark") == second
+    (second / "results.json").write_text(json.dumps({**made, "status": "success"}))
+    assert find_requeued(config, "benchmark") == min(first, second)
+
+
 @pytest.mark.parametrize("command", [report.main, export_masks.main])
 def test_folders_of_tools_in_a_run_are_not_links(run, outside, command, capsys):
     options = []

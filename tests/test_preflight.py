@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import tensorflow as tf
+import yaml
 from conftest import HEIGHT, PATCH, WIDTH, results, rewrite, rows, spoil, start
 
 import data_loader
@@ -197,7 +198,7 @@ def test_run_reports_them_for_each_scene(tmp_path, copy):
     run = start(tmp_path / "out", copy)
     assert run.status == 0
     reported = re.findall(
-        r"WARNING (.*) holds \d+ numbers", (run.folder / "rank-0.log").read_text()
+        r"WARNING (.*): \d+ impossible reflectances", (run.folder / "rank-0.log").read_text()
     )
     assert reported == [str(strange), str(celsius)]
     counts = {row["scene"]: int(row["out_of_range"]) for row in rows(run.folder / "scenes.csv")}
@@ -331,9 +332,13 @@ def test_more_than_half_of_the_scenes_turning_bad_is_an_error(tmp_path):
     handle = bad.handler("training", ["a", "b", "c", "d"])
     for name in ("a", "a", "b"):
         handle(tmp_path / name, SceneError(f"{name} is bad."))
-    with pytest.raises(SceneError, match="3 of 4 scenes for training can no longer be read"):
+    with pytest.raises(SceneError, match="3 of 4 scenes for training could not be read"):
         handle(tmp_path / "c", SceneError("c is bad."))
     assert BadScenes(tmp_path, "skip").paths("training") == [str(tmp_path / name) for name in "abc"]
+    # The file system is back, and one scene is really damaged: the resumed run continues.
+    bad.begin_part()
+    handle(tmp_path / "a", SceneError("a is bad."))
+    assert bad.paths("training") == [str(tmp_path / name) for name in "abc"]  # all are reported
 
 
 def test_no_good_scene_is_an_error_also_with_skip(tmp_path, copy, capsys):
@@ -390,6 +395,17 @@ def test_mode_check_prints_what_it_finds_and_makes_no_run(tmp_path, copy, capsys
     durations = map(format_duration, (epoch, 400 * epoch))
     assert "  {} per epoch, {} for 400 epochs (from 3 steps)".format(*durations) in text
     assert "  2.0 s for 2 scenes (from one)" in text
+
+
+def test_mode_check_needs_no_labels_to_train_without_them(tmp_path, copy, capsys):
+    for path in train_scenes(copy)[1:]:
+        with h5py.File(path, "a") as file:
+            del file["bayes"]
+    config = tmp_path / "input.yaml"
+    settings = {**copy, "labels": "none", "output_dir": str(tmp_path)}
+    config.write_text(yaml.safe_dump(settings))
+    assert slstr_cloud.main(["--mode", "check", "--config", str(config)]) == 0
+    assert re.search(r"bayes +none \(\d\), float64 contiguous \(1\) ", capsys.readouterr().out)
 
 
 def test_mode_check_reports_bad_scenes(tmp_path, copy, capsys):

@@ -22,7 +22,7 @@ from PIL import Image
 
 from harness.config import Config
 from harness.console import log_to_screen
-from harness.data.hdf5 import open_hdf5, open_numbers, read_all
+from harness.data.hdf5 import open_hdf5, open_numbers, read_numbers
 from harness.data.scene_files import day_or_night
 from harness.errors import UserError
 from harness.files import replacing
@@ -51,9 +51,9 @@ def read_thumbnails(path, masks, errors):
         UserError: If the scene does not have a mask, or no truth to show errors.
     """
     with open_hdf5(path) as file:
-        bts = np.nan_to_num(read_all(open_numbers(file, "bts", (None, None, 3)))[..., 1])
+        bts = np.nan_to_num(read_numbers(open_numbers(file, "bts", (None, None, 3)))[..., 1])
         refs = open_numbers(file, "refs", (None, None, 6))
-        refs = np.nan_to_num(read_all(refs)[..., DAY_CHANNELS])
+        refs = np.nan_to_num(read_numbers(refs)[..., DAY_CHANNELS])
     if refs.any():
         levels = np.clip(refs / BRIGHTEST, 0, 1) ** GAMMA
     else:

@@ -47,7 +47,7 @@ import numpy as np
 
 from harness.config import load_config
 from harness.console import log_to_screen, table
-from harness.data.hdf5 import open_hdf5, open_numbers, read_all
+from harness.data.hdf5 import open_hdf5, open_numbers, read_numbers
 from harness.data.mask_files import find_masks, measured_pixels, read_mask
 from harness.data.positions import check_geodetic
 from harness.data.scene_files import day_or_night, find_scenes
@@ -87,7 +87,7 @@ def read_masks(mask_file, scene):
             raise ValueError("it should have a dataset 'bts'")
         if bayes is None:
             raise SkippedScene("no Bayesian mask 'bayes'")
-        label = read_all(bayes)[..., 0]
+        label = read_numbers(bayes)[..., 0]
     measured &= np.isfinite(label)
     return {"measured": measured, "cloudmask": mask != 0, "bayes": label != 0}
 

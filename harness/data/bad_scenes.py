@@ -43,7 +43,7 @@ class BadScenes:
 
         Returns:
             Function of a path and an error. It raises the error if the policy is 'stop', and a
-            SceneError once more than half of the scenes are bad.
+            SceneError once more than half of the scenes were bad in this part of the run.
         """
 
         def handle(path, error):
@@ -52,7 +52,7 @@ class BadScenes:
             self.record(path, error, phase)
             if 2 * (n := self._count(phase)) > len(paths):
                 raise SceneError(
-                    f"{n} of {len(paths)} scenes for {phase} can no longer be read: {error} Check "
+                    f"{n} of {len(paths)} scenes for {phase} could not be read: {error} Check "
                     "that their file system is available, then continue with --resume."
                 )
 
@@ -61,7 +61,8 @@ class BadScenes:
     def all(self):
         """Every skipped scene, sorted: {'path', 'reason', 'during'}."""
         files = self._folder.glob("[a-z]*.json")  # not the temporary ones
-        return sorted(map(_read, files), key=lambda scene: (scene["path"], scene["during"]))
+        found = {(scene["path"], scene["during"]): scene for scene in map(_read, files)}
+        return [scene for _, scene in sorted(found.items())]
 
     def reasons(self, phase):
         """{path as text: reason} of the scenes that were skipped in one phase."""
@@ -74,6 +75,12 @@ class BadScenes:
     def _count(self, phase):
         """How many scenes were skipped in one phase; reads no file, as each bad scene asks."""
         return sum(1 for _ in self._folder.glob(f"{phase}-*.json"))
+
+    def begin_part(self):
+        """Let scenes that were bad in training count no more: their file system may be back."""
+        for phase in ("training", "validation"):
+            for file in self._folder.glob(f"{phase}-*.json"):
+                file.replace(file.with_name(f"earlier-{file.name}"))
 
     def forget(self, phase):
         """Try the scenes of one phase again."""

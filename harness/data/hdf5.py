@@ -112,6 +112,11 @@ def unpack(dataset):
     return unpacked(dataset, read_all(dataset))
 
 
+def read_numbers(dataset):
+    """Read a dataset as the benchmark reads scenes: packed numbers as float64, others as stored."""
+    return unpack(dataset) if is_packed(dataset) else read_all(dataset)
+
+
 def is_packed(dataset):
     """Whether the attributes of a dataset give its stored numbers another meaning.
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.data.hdf5 import MAX_NUMBERS, open_numbers, read_all
+from harness.data.hdf5 import MAX_NUMBERS, open_numbers, read_all, read_numbers
 from harness.errors import UserError
 
 MAX_PIXELS = MAX_NUMBERS // 6  # of a mask; its scene has more numbers than six for each
@@ -80,5 +80,5 @@ def measured_pixels(file, shape):
     temperatures = open_numbers(file, "bts", (*shape, 3), optional=True)
     if temperatures is None:
         return None
-    temperatures = read_all(temperatures)
+    temperatures = read_numbers(temperatures)
     return (np.isfinite(temperatures) & (temperatures != 0)).all(axis=-1)

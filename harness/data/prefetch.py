@@ -7,6 +7,7 @@ import sys
 import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError  # the built-in one since 3.11
 
 THREAD_NAME = "reader"
 
@@ -43,7 +44,7 @@ class ReaderPool:
                 item, future = pending.popleft()
                 try:
                     result = future.result(self._timeout)
-                except TimeoutError:
+                except FutureTimeoutError:
                     self._hangs = not future.done()
                     if not self._hangs:
                         raise  # by read itself

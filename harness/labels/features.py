@@ -41,7 +41,8 @@ def measure(channels, valid):
     """
     refs = np.maximum(channels[..., :6] + np.float32(REFLECTANCE_OFFSET), 0)
     bts = channels[..., 6:] * np.float32(BT_SCALE) + np.float32(BT_OFFSET)
-    bts = np.where(valid[..., None], bts, bts[valid].mean(axis=0))
+    mean = bts[valid].mean(axis=0, dtype=np.float64).astype(np.float32)
+    bts = np.where(valid[..., None], bts, mean)
     s7, s8, s9 = np.moveaxis(bts, -1, 0)
     s1, s2, s3, s4, s5 = np.moveaxis(np.maximum(refs[..., :5], np.float32(1e-3)), -1, 0)
     fields = {"valid": valid, "is_day": (refs > 0).any(axis=-1)}  # at night all are 0

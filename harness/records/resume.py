@@ -94,9 +94,13 @@ def load_resumed(folder, config_file=None, overrides=()):
 
 
 def find_requeued(config, mode):
-    """The run of this job before Slurm requeued it, with the same configuration; or None."""
+    """The run of this job before Slurm requeued it, with the same configuration; or None.
+
+    A job may start several runs: one that has not finished comes first.
+    """
     if not is_requeued():
         return None
+    finished = None
     for file in sorted(Path(config.output_dir).glob("*/results.json")):
         with contextlib.suppress(*DAMAGED):
             found = json.loads(read_text(file))
@@ -105,5 +109,7 @@ def find_requeued(config, mode):
             check_own(file.parent)
             same = resolved(load_config(file.parent / "config.yaml")) == resolved(config)
             if same and config.run_name in (None, file.parent.name):
-                return file.parent
-    return None
+                if found["status"] != "success":
+                    return file.parent
+                finished = finished or file.parent
+    return finished

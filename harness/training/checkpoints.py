@@ -42,7 +42,8 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"epoch-{len(state.history):05d}-step-{state.step:07d}"
         temporary = self.folder / f".{name}.part"
-        shutil.rmtree(temporary, ignore_errors=True)
+        for unfinished in self.folder.glob(".epoch-*.part"):  # of a killed process
+            shutil.rmtree(unfinished, ignore_errors=True)
         temporary.mkdir()
         try:
             _write_weights(trainer, temporary / "weights")

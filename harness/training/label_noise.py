@@ -137,7 +137,8 @@ class EarlyLearning:
         table = np.reshape(counts, (-1, cls.n_counts))[:, :4].reshape(-1, 2, 2)
         both = np.trace(table, axis1=1, axis2=2)
         agreement = [  # intersection over union of predictions and labels, by class
-            table[:, c, c] / (table.sum(axis=(1, 2)) - both + table[:, c, c]) for c in (0, 1)
+            table[:, c, c] / np.maximum(table.sum(axis=(1, 2)) - both + table[:, c, c], 1)
+            for c in (0, 1)
         ]
         n_epochs = len(table)
         ready = [

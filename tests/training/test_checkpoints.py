@@ -52,6 +52,15 @@ def test_last_two_checkpoints_are_kept_and_the_newest_is_restored(tmp_path, mode
     assert model_file.read_bytes() == b"best"
 
 
+def test_next_checkpoint_removes_what_a_killed_process_left(tmp_path, model_file):
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    left = checkpoints.folder / ".epoch-00000-step-0000003.part"
+    left.mkdir(parents=True)
+    (left / "weights.index").touch()
+    checkpoints.save(TrainingState(step=5), [0.0] * 3, trainer(), model_file)
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["epoch-00000-step-0000005"]
+
+
 def test_all_damaged_checkpoints_are_reported_and_replaced(tmp_path, model_file, caplog):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.save(TrainingState(step=1), [0.0] * 3, trainer(1.0), model_file)

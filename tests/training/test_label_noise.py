@@ -89,6 +89,8 @@ def test_classes_are_replaced_one_by_one_and_not_by_a_network_that_learned_nothi
     assert EarlyLearning.bent_classes(epochs_of(early, late)[:3]) == [False, False]
     all_cloud = np.zeros(8), np.ones(8)
     assert EarlyLearning.bent_classes(epochs_of(*all_cloud)) == [False, False]
+    no_cloud = np.ones(8), np.full(8, np.nan)  # neither in the labels nor predicted
+    assert EarlyLearning.bent_classes(np.nan_to_num(epochs_of(*no_cloud))) == [False, False]
     # Both fall back later: what has bent once stays replaced.
     assert EarlyLearning.bent_classes([*epochs_of(early, early), [1, 9, 9, 1, 0]]) == [True, True]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.config import Config, load_config
-from harness.data.hdf5 import open_hdf5, open_numbers, read_all
+from harness.data.hdf5 import open_hdf5, open_numbers, read_all, read_numbers
 from harness.data.mask_files import mask_files, measured_pixels, read_mask
 from harness.data.scene_files import find_scenes
 from harness.errors import UserError
@@ -42,10 +42,12 @@ class Mask:
         """
         unknown = np.full(shape, np.nan, np.float32)
         if self.name == "threshold" and self.files is None:
-            bt_12um = read_all(open_numbers(file, "bts", (*shape, 3)))[..., 2]
+            bt_12um = read_numbers(open_numbers(file, "bts", (*shape, 3)))[..., 2]
+            bt_12um = np.nan_to_num(bt_12um, posinf=0, neginf=0)  # as in the benchmark
             return bt_12um < min_sst, -bt_12um
         if self.files is None:
-            return read_all(open_numbers(file, self.name, (*shape, 1)))[..., 0] != 0, unknown
+            label = read_numbers(open_numbers(file, self.name, (*shape, 1)))[..., 0]
+            return np.nan_to_num(label) != 0, unknown
         with open_hdf5(self.files[scene]) as mask_file:
             mask = read_mask(mask_file)
             if mask.shape != shape:

@@ -87,6 +87,7 @@ class MeasuredRun:
         config: Config of the run.
         values: {key of MEASURES: number}, without those that the run does not have.
         groups: {title: {name: accuracy against the truth among these pixels}}, see `score_truth`.
+        scenes: Names of the masked scenes.
     """
 
     case: str
@@ -94,6 +95,7 @@ class MeasuredRun:
     config: Config
     values: dict
     groups: dict
+    scenes: set
 
 
 def measure(case, folder):
@@ -118,12 +120,18 @@ def measure(case, folder):
         **truth,
     }
     known = {key: value for key, value in values.items() if value is not None}
-    return MeasuredRun(case, run, mask.config, known, groups)
+    return MeasuredRun(case, run, mask.config, known, groups, set(mask.files))
 
 
-def measure_truth(mask, config):
-    """Score a mask against the truth: {key of MEASURES: number}, and groups as of MeasuredRun."""
-    scores, groups = score_truth(mask, config.inference_dir, config.min_sst)
+def measure_truth(mask, config, scenes=None):
+    """Score a mask against the truth: {key of MEASURES: number}, and groups as of MeasuredRun.
+
+    Args:
+        mask: Mask.
+        config: Config of its run.
+        scenes: Names of the scenes to score; None for all that have a mask.
+    """
+    scores, groups = score_truth(mask, config.inference_dir, config.min_sst, scenes)
     return {f"truth_{name}": score for name, score in scores.items()}, groups
 
 
@@ -136,13 +144,17 @@ def measure_baselines(runs):
     Returns:
         {name: result of `measure_truth`}, for each folder of scenes; empty without a truth.
     """
-    known = [run.config for run in runs if {LABEL, TRUTH} <= run.values.keys()]
-    configs = {config.inference_dir: config for config in known}
-    return {
-        f"{name} of {folder}" if len(configs) > 1 else name: measure_truth(Mask(dataset), config)
-        for folder, config in configs.items()
-        for name, dataset in {"label": "bayes", "threshold": "threshold"}.items()
-    }
+    folders = {}
+    for run in runs:
+        if {LABEL, TRUTH} <= run.values.keys():
+            folders.setdefault(run.config.inference_dir, []).append(run)
+    found = {}
+    for folder, members in folders.items():
+        scenes = set.intersection(*(run.scenes for run in members))  # some may have been skipped
+        for name, dataset in {"label": "bayes", "threshold": "threshold"}.items():
+            title = f"{name} of {folder}" if len(folders) > 1 else name
+            found[title] = measure_truth(Mask(dataset), members[0].config, scenes)
+    return found
 
 
 def by_case(runs):

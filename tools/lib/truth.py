@@ -1,6 +1,5 @@
 """Compare masks with the truth, which synthetic scenes contain; nothing is ever trained on it."""
 
-import statistics
 from collections import defaultdict
 
 import numpy as np
@@ -13,25 +12,26 @@ from tools.lib.masks import read_fields
 GROUPS = {"cloud_regime": "cloud regime", "surface": "surface"}  # datasets of codes: their titles
 
 
-def score_truth(mask, scenes_folder, min_sst):
+def score_truth(mask, scenes_folder, min_sst, scenes=None):
     """Score a mask of many scenes against the truth, among pixels with data.
 
     Args:
         mask: Mask, see tools/lib/masks.py.
         scenes_folder: Folder of the scene files.
         min_sst: The threshold baseline calls colder pixels cloud [K].
+        scenes: Names of the scenes to score; None for all that have a mask.
 
     Returns:
         {score: value} and {title of a group: {name in it: accuracy among its pixels}}. The scores
-        are means over scenes, `accuracy`, `balanced_accuracy` and the accuracy by `day` and
-        `night`. Both are empty where no scene has the dataset `truth`.
+        are means over scenes which ignore NaN, `accuracy`, `balanced_accuracy` and the accuracy by
+        `day` and `night`; none is NaN. Both are empty where no scene has the dataset `truth`.
 
     Raises:
         UserError: If a scene or mask file cannot be used.
     """
     scores, counts = defaultdict(list), defaultdict(lambda: defaultdict(lambda: np.zeros(2, int)))
     for path in walk_scenes(scenes_folder):
-        if mask.files is not None and path.stem not in mask.files:
+        if any(names is not None and path.stem not in names for names in (mask.files, scenes)):
             continue
         with open_hdf5(path) as file:  # nothing else is read of scenes without a truth
             truth = open_numbers(file, "truth", (None, None, 1), optional=True)
@@ -50,7 +50,11 @@ def score_truth(mask, scenes_folder, min_sst):
                 where = where[valid]
                 counts[title][group] += right[where].sum(), where.sum()
     return (
-        {key: statistics.fmean(values) for key, values in scores.items()},
+        {
+            key: float(np.nanmean(values))
+            for key, values in scores.items()
+            if not np.isnan(values).all()
+        },
         {
             title: {name: float(n / of) for name, (n, of) in groups.items() if of}
             for title, groups in counts.items()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.data.hdf5 import open_hdf5, open_numbers, read_all, read_attribute
+from harness.data.hdf5 import open_hdf5, open_numbers, read_all, read_attribute, read_numbers
 from harness.data.mask_files import measured_pixels, read_mask, read_valid
 from harness.data.positions import read_positions
 from harness.data.scene_files import walk_scenes
@@ -118,7 +118,7 @@ def read_mask_and_label(mask_path, scene_path):
         size = int(read_attribute(file, "scene_bytes", -1))
     with open_hdf5(scene_path) as file:
         label = open_numbers(file, "bayes", (*mask.shape, None), optional=True)
-        label = None if label is None else np.nan_to_num(read_all(label)[..., 0]) != 0
+        label = None if label is None else np.nan_to_num(read_numbers(label)[..., 0]) != 0
     accuracy = row.get("no_data_clear_accuracy" if is_cleared else "accuracy", np.nan)
     if label is not None and np.isfinite(accuracy):
         is_same = abs(np.mean(mask == label) - accuracy) < 1e-6
@@ -140,7 +140,7 @@ def read_masked_scene(mask_path, scene_path):
     """
     mask, label = read_mask_and_label(mask_path, scene_path)
     with open_hdf5(scene_path) as file:
-        temperatures = nan_where_missing(read_all(open_numbers(file, "bts", (*mask.shape, 3))))
+        temperatures = nan_where_missing(read_numbers(open_numbers(file, "bts", (*mask.shape, 3))))
         refs = open_numbers(file, "refs", (None, None, None))
         fold = refs.shape[0] // mask.shape[0]  # 2 on the 500 m grid: every other pixel is enough
         if fold not in (1, 2) or refs.shape[:2] != (fold * mask.shape[0], fold * mask.shape[1]):
@@ -148,7 +148,7 @@ def read_masked_scene(mask_path, scene_path):
                 f"'refs' should have the grid {mask.shape} or its double: {refs.shape}"
             )
         is_day = refs.shape[2] >= 3
-        refs = nan_where_missing(read_all(refs)[::fold, ::fold, 2::-1]) if is_day else None
+        refs = nan_where_missing(read_numbers(refs)[::fold, ::fold, 2::-1]) if is_day else None
         is_day = is_day and (refs > 0).mean() > 0.01
     with open_hdf5(mask_path) as file:
         kept = {
