@@ -792,7 +792,7 @@ def test_model_that_is_no_unet_can_mask(settings, tmp_path):
 )
 def test_model_without_one_output_per_pixel_is_rejected(settings, tmp_path, capsys, outputs, words):
     inputs = keras.Input((PATCH, PATCH, 9))
-    made = keras.layers.Conv2D(outputs, 1)(inputs) if outputs else [inputs, inputs]
+    made = [keras.layers.Conv2D(outputs or 9, 1)(inputs) for _ in range(1 if outputs else 2)]
     keras.Model(inputs, made).save(tmp_path / "m.keras")
     run = start(
         tmp_path / "out", settings, "--mode", "inference", "--model", str(tmp_path / "m.keras")
