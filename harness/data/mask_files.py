@@ -82,3 +82,12 @@ def measured_pixels(file, shape):
         return None
     temperatures = read_numbers(temperatures)
     return (np.isfinite(temperatures) & (temperatures != 0)).all(axis=-1)
+
+
+def read_label(dataset):
+    """Read where a mask in a scene file, such as `bayes`, says cloud: bool (H, W).
+
+    Args:
+        dataset: h5py.Dataset (H, W, 1). Where it has no value it counts as clear.
+    """
+    return np.nan_to_num(read_numbers(dataset)[..., 0]) != 0

@@ -9,7 +9,7 @@ import numpy as np
 
 from harness.config import Config, load_config
 from harness.data.hdf5 import open_hdf5, open_numbers, read_all, read_numbers
-from harness.data.mask_files import mask_files, measured_pixels, read_mask
+from harness.data.mask_files import mask_files, measured_pixels, read_label, read_mask
 from harness.data.scene_files import find_scenes
 from harness.errors import UserError
 
@@ -46,8 +46,7 @@ class Mask:
             bt_12um = np.nan_to_num(bt_12um, posinf=0, neginf=0)  # as in the benchmark
             return bt_12um < min_sst, -bt_12um
         if self.files is None:
-            label = read_numbers(open_numbers(file, self.name, (*shape, 1)))[..., 0]
-            return np.nan_to_num(label) != 0, unknown
+            return read_label(open_numbers(file, self.name, (*shape, 1))), unknown
         with open_hdf5(self.files[scene]) as mask_file:
             mask = read_mask(mask_file)
             if mask.shape != shape:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.data.hdf5 import open_hdf5, open_numbers, read_all, read_attribute, read_numbers
-from harness.data.mask_files import measured_pixels, read_mask, read_valid
+from harness.data.mask_files import measured_pixels, read_label, read_mask, read_valid
 from harness.data.positions import read_positions
 from harness.data.scene_files import walk_scenes
 from harness.errors import UserError
@@ -118,7 +118,7 @@ def read_mask_and_label(mask_path, scene_path):
         size = int(read_attribute(file, "scene_bytes", -1))
     with open_hdf5(scene_path) as file:
         label = open_numbers(file, "bayes", (*mask.shape, None), optional=True)
-        label = None if label is None else np.nan_to_num(read_numbers(label)[..., 0]) != 0
+        label = None if label is None else read_label(label)
     accuracy = row.get("no_data_clear_accuracy" if is_cleared else "accuracy", np.nan)
     if label is not None and np.isfinite(accuracy):
         is_same = abs(np.mean(mask == label) - accuracy) < 1e-6
