@@ -369,8 +369,8 @@ def read_yaml(path):
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise UserError(
-                f"{path} has more than {MAX_BYTES} bytes, too many for a configuration. Choose "
-                "another file with --config."
+                f"{path} has more than {MAX_BYTES} bytes, expected a short YAML file. Check the "
+                "path."
             )
         text = content.decode("utf-8")
     except FileNotFoundError:
@@ -380,7 +380,7 @@ def read_yaml(path):
     try:
         values = _parse(text)
     except UserError as error:
-        raise UserError(f"{path} is not a valid configuration: {error}.") from None
+        raise UserError(f"{path} is not valid YAML: {error}.") from None
     values = {} if values is None else values  # an empty file
     if not isinstance(values, dict):
         raise UserError(

@@ -272,7 +272,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
         ),
         ("seed: 1\nseed: 2", "duplicate key seed"),
         ("- a\n- b", "found a list"),
-        ("a: [", "not a valid configuration"),
+        ("a: [", "is not valid YAML"),
         ("seed: &a 1", "the anchor or alias 'a' is not supported"),
         ("seed: *a", "the anchor or alias 'a' is not supported"),
         (BOMB, "the anchor or alias 'a0' is not supported"),
@@ -282,7 +282,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
         ("seed: 0x" + "f" * 5000, "seed: "),
         ("name: [" + "1, " * 5000 + "]", "'1',…"),
         ("\n".join(f"k{i}: 1" for i in range(300)), "and 270 more"),
-        ("a: !!python/object/apply:os.system ['true']", "not a valid configuration"),
+        ("a: !!python/object/apply:os.system ['true']", "is not valid YAML"),
         ("log_file: results.json", "is the name of another file of every run"),
         ("mlperf_logfile: ./config.yaml", "is the name of another file of every run"),
         ("log_file: checkpoints/log", "is the name of another file of every run"),
@@ -293,7 +293,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
         ("log_file: ../a.log", "must be a file in the run's folder"),
         ("run_name: ' '", "1 to 200 characters"),
         (r'run_name: "a\nb"', "1 to 200 characters"),
-        ("epochs: !!bool x", "not a valid configuration"),
+        ("epochs: !!bool x", "is not valid YAML"),
     ],
 )
 def test_invalid_configuration_is_rejected_in_one_line(tmp_path, text, words):

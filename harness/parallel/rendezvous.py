@@ -41,7 +41,7 @@ LOST_HEARTBEATS = 20
 # [s] from the last rank's start of TensorFlow's servers to the end of the first collective: two
 # seconds here, longer with many GPUs, whose kernels may have to be compiled for their kind.
 CONTACT_SECONDS = 300
-MAX_BYTES = 1 << 20  # of an announcement
+MAX_BYTES = 1 << 24  # of an announcement, which may list tens of thousands of bad scenes
 
 LOST = (
     "Lost contact with rank {}: it exited without a message, was suspended, or its network failed. "
@@ -477,7 +477,7 @@ def read_announcement(file):
     with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as opened:
         status = os.fstat(opened.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
-            raise ValueError("it should be a small regular file")
+            raise ValueError("it should be a regular file of at most 16 MB")
         announcement = json.loads(opened.read(MAX_BYTES))
     if not isinstance(announcement["seen"], dict) or not isinstance(announcement["facts"], dict):
         raise TypeError("seen and facts should be dictionaries")
