@@ -35,7 +35,9 @@ def compare(folder):
     known = {name: fact for name, fact in facts.FACTS.items() if name in found}
     outside = [name for name, fact in known.items() if not fact.contains(found[name])]
     columns = {
-        "real": {name: f"{fact.real:9.3f}".replace("nan", "  -") for name, fact in known.items()},
+        "reference": {
+            name: f"{fact.reference:9.3f}".replace("nan", "  -") for name, fact in known.items()
+        },
         "range": {name: f"{fact.low:8.3f} to {fact.high:.3f}" for name, fact in known.items()},
         counted(len(paths), "scene"): {name: f"{found[name]:9.3f}" for name in known},
         "in range": {name: "no" if name in outside else "yes" for name in known},

@@ -33,7 +33,7 @@ SEA_S1, SEA_S3, SEA_S8 = 0.1, 0.05, (288.0, 294.0)  # [1] upper limits, [K] rang
 class Fact(NamedTuple):
     """A published value and the range that synthetic scenes should be in."""
 
-    real: float
+    reference: float
     low: float
     high: float
 
@@ -42,12 +42,12 @@ class Fact(NamedTuple):
         return bool(self.low <= value <= self.high)
 
 
-def _near(real, tolerance):
-    return Fact(real, real - tolerance, real + tolerance)
+def _near(reference, tolerance):
+    return Fact(reference, reference - tolerance, reference + tolerance)
 
 
-def _near_reflectance(real):
-    return _near(real, max(0.15 * real, 0.03))
+def _near_reflectance(reference):
+    return _near(reference, max(0.15 * reference, 0.03))
 
 
 FACTS = {
