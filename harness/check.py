@@ -108,7 +108,8 @@ def measure(config, ranks, scenes):
         f"for {counted(config.epochs, 'epoch')} (from {STEPS_MEASURED} steps)",
         "inference": f"{format_duration(inference)} for {counted(len(scenes.inference), 'scene')} "
         "(from one)",
-        "memory": " and ".join([format_bytes(peak_rss()), *gpu_memory]) + " at most so far",
+        "memory": " and ".join([format_bytes(peak_rss()), *gpu_memory])
+        + " at the peak of this check",
     }
 
 

@@ -386,7 +386,7 @@ def test_mode_check_prints_what_it_finds_and_makes_no_run(tmp_path, copy, capsys
     assert found["refs"].startswith("float64 contiguous (6), float64 chunked gzip (1)")
     scenes = [data_loader.read_scene(path, SHAPE) for path in train_scenes(copy)]
     cloud = f"{np.mean([scene.cloud.mean() for scene in scenes]):.1%}"
-    assert found["cloud"].split()[0] == cloud
+    assert found["cloud in the label"].split()[0] == cloud
     assert any("free" in line for line in lines)
     assert found["reading"].count("1.000 s per scene") == 2
     text = "\n".join(lines)

@@ -231,7 +231,7 @@ def make_dataset(
     for folder in dict.fromkeys(task.path.parents[1] for task in tasks):
         covers = [task.cover for task in tasks if task.path.parents[1] == folder]
         n_scenes, mean = counted(len(covers), "scene"), 100 * np.mean(covers)
-        log.info("%s: %s, mean cloud %.0f %%", folder, n_scenes, mean)
+        log.info("%s: %s, true cloud %.0f %%", folder, n_scenes, mean)
     if matchups and not rows:
         log.warning("No match-ups: no scene of ssts has open sea with data.")
     elif matchups:

@@ -222,6 +222,17 @@ def test_columns_that_do_not_fit_follow_below(finished, tmp_path, capsys, monkey
     assert len(speeds) > 1 and sum(speeds, []) == [f"{i + 1}.0" for i in range(12)]
 
 
+def test_long_differences_of_three_runs_stand_side_by_side(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for n in range(3):
+        folder = f"/scratch/a/long/path/of/folders/to/scenes/{n}"
+        copy(finished, tmp_path / str(n), with_speed(10.0, train_dir=folder))
+    assert compare.main([str(tmp_path / str(n)) for n in range(3)]) == 0
+    text = capsys.readouterr().out
+    (line,) = (line for line in text.splitlines() if line.startswith("config.train_dir"))
+    assert [cell[-2:] for cell in line.split()[1:]] == ["/0", "/1", "/2"]
+
+
 def test_csv_holds_all_digits_and_reads_back(three, tmp_path):
     assert compare.main([*map(str, three), "-o", str(tmp_path / "t.csv")]) == 0
     with (tmp_path / "t.csv").open(newline="") as file:

@@ -378,7 +378,7 @@ def test_command_writes_what_its_options_say(tmp_path):
     paths = sorted(tmp_path.rglob("*.*"))
     assert [path.parts[-3] for path in paths] == ["one-day", "ssts"]
     for line, path in zip(done.stderr.splitlines(), paths, strict=True):
-        assert re.fullmatch(rf"{path.parents[1]}: 1 scene, mean cloud \d+ %", line)
+        assert re.fullmatch(rf"{path.parents[1]}: 1 scene, true cloud \d+ %", line)
     with h5py.File(paths[0]) as file:
         assert file["refs"].shape == (64, 80, 6)
         assert (file["refs"].chunks, file["refs"].compression) == ((16, 20, 6), "lzf")
