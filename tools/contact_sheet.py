@@ -60,7 +60,7 @@ def read_thumbnails(path, masks, errors):
         measured = bts[bts > 0]
         warm, cold = np.percentile(measured, (99, 1)) if measured.size else (1, 0)
         levels = np.clip((warm - bts) / max(warm - cold, 1), 0, 1) * (bts > 0)
-    fields = read_fields(masks, Config().min_sst, path.stem, path)
+    fields = read_fields(masks, Config().min_sst, path)
     if errors and "truth" not in fields:
         raise UserError(f"{path} has no dataset 'truth', which --errors needs. Omit --errors.")
     pictures = [shrink(levels)]

@@ -113,8 +113,8 @@ def validate(masks, scenes, min_sst, arguments):
     chosen, _ = matchups.select(found, min_sst)
     fields = [f"{what} {i}" for what in ("mask", "score") for i in range(len(masks))]
 
-    def read(name, path):
-        scene = read_fields(masks, min_sst, name, path)
+    def read(_, path):
+        scene = read_fields(masks, min_sst, path)
         return {field: scene[field] for field in ("measured", *fields)}
 
     pixels = matchups.find_pixels(
@@ -185,7 +185,7 @@ def judge(arguments):
     check_geodetic(arguments.geodetic, scenes)
     names = [mask.name for mask in masks]
     min_sst = next((mask.config for mask in masks if mask.config), Config()).min_sst
-    read = (read_fields(masks, min_sst, *scene) for scene in scenes.items())
+    read = (read_fields(masks, min_sst, path) for path in scenes.values())
     counts = count_scenes(len(masks), progress(read, "Comparing", len(scenes)))
     has_data = counts.any(axis=(1, 2))
     if not has_data.any():
