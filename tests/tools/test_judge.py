@@ -305,7 +305,7 @@ def test_three_masks_have_no_best_and_impossible_limits_are_named(tmp_path, caps
         (["bayes", "ssts"], "No masks in ssts: it should be the folder of a run"),
         (["bayes", "threshold"], "No mask is that of a run. Give the folder of the scenes"),
         (["run", "run/masks"], "run and masks are the same mask. Leave one of them out"),
-        (["run", "summary"], "it has no dataset 'summary'"),
+        (["run", "summary"], "has no dataset 'summary'. Name masks that all scenes have"),
         (["run", "bayes", "--scene", "x"], "Not all masks have the scene 'x'"),
         (["run", "bayes", "--consistency", "2"], "--consistency needs a run with its model file"),
     ],

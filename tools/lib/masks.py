@@ -42,7 +42,8 @@ class Mask:
             The mask, bool (H, W), True is cloud; and the numbers, float (H, W), NaN where unknown.
 
         Raises:
-            UserError: If the mask file is that of another scene file with the same name.
+            UserError: If the scene file does not have the mask, or the mask file is that of another
+                scene file with the same name.
         """
         unknown = np.full(shape, np.nan, np.float32)
         if self.name == "threshold" and self.files is None:
@@ -50,7 +51,13 @@ class Mask:
             bt_12um = np.nan_to_num(bt_12um, posinf=0, neginf=0)  # as in the benchmark
             return bt_12um < min_sst, -bt_12um
         if self.files is None:
-            return read_label(open_numbers(file, self.name, (*shape, 1))), unknown
+            dataset = open_numbers(file, self.name, (*shape, 1), optional=True)
+            if dataset is None:
+                raise UserError(
+                    f"{path} has no dataset '{self.name}'. Name masks that all scenes have, for "
+                    "example threshold or the folder of a run (contact_sheet.py: --masks)."
+                )
+            return read_label(dataset), unknown
         mask, _ = read_mask_and_label(self.files[path.stem], path)
         with open_hdf5(self.files[path.stem]) as mask_file:
             probability = open_numbers(mask_file, "probability", shape, optional=True)
