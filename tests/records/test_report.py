@@ -712,6 +712,20 @@ def test_missing_package_is_named_with_the_command_that_installs_it(run, monkeyp
     assert "matplotlib" in error and "pip install -r requirements.txt" in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["a", "b", "-o", "x.html", "--data", "d"], "omit --data and --all-scenes"),
+        (["a", "b", "-o", "x.html", "--all-scenes"], "omit --data and --all-scenes"),
+        (["a", "--pictures", "d", "-o", "x.html"], "writes no page: omit -o"),
+    ],
+)
+def test_options_that_would_be_ignored_are_usage_errors(capsys, arguments, expected):
+    with pytest.raises(SystemExit, match="2"):
+        report.main(arguments)
+    assert expected in capsys.readouterr().err
+
+
 def test_several_runs_need_an_output_file(run, capsys):
     for arguments in ([run, run], [run, run, "--pictures", "x"]):
         with pytest.raises(SystemExit) as stop:

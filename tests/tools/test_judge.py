@@ -315,3 +315,10 @@ def test_mistakes_are_one_line(world, monkeypatch, capsys, masks, reason):
     assert judge.main(masks) == 2
     (line,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("Error: "))
     assert reason in line
+
+
+def test_options_of_match_ups_without_their_table_are_usage_errors(capsys):
+    for option in (["--geodetic", "x"], ["--minutes", "1"], ["--celsius", "buoy_sst"]):
+        with pytest.raises(SystemExit, match="2"):
+            judge.main(["run", "bayes", *option])
+        assert "need --matchups TABLE" in capsys.readouterr().err
