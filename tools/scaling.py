@@ -205,6 +205,8 @@ def parse_arguments(argv):
     arguments = parser.parse_args(argv)
     if not (arguments.runs or arguments.replicas or arguments.ranks):
         parser.error("name runs to read, or use --replicas or --ranks to make some")
+    if arguments.runs and (arguments.replicas or arguments.ranks):
+        parser.error("runs that are named are read: omit them, or --replicas and --ranks")
     return arguments
 
 

@@ -48,11 +48,12 @@ import numpy as np
 from harness.config import load_config
 from harness.console import log_to_screen, table
 from harness.data.hdf5 import open_hdf5, open_numbers, read_numbers
-from harness.data.mask_files import find_masks, measured_pixels, read_mask
+from harness.data.mask_files import find_masks, measured_pixels
 from harness.data.positions import check_geodetic
 from harness.data.scene_files import day_or_night, find_scenes
 from harness.errors import UserError
 from harness.files import replacing, write_csv
+from harness.records.report.pictures import read_mask_and_label
 from tools.lib.matchups import (
     COLUMNS,
     SkippedScene,
@@ -78,8 +79,7 @@ log = logging.getLogger("validate_sst")
 
 def read_masks(mask_file, scene):
     """Read the masks of a scene, as `find_pixels` takes them; NaN in `bayes` is not measured."""
-    with open_hdf5(mask_file) as file:
-        mask = read_mask(file)
+    mask, _ = read_mask_and_label(mask_file, scene)
     with open_hdf5(scene) as file:
         measured = measured_pixels(file, mask.shape)
         bayes = open_numbers(file, "bayes", (*mask.shape, 1), optional=True)
@@ -89,7 +89,7 @@ def read_masks(mask_file, scene):
             raise SkippedScene("no Bayesian mask 'bayes'")
         label = read_numbers(bayes)[..., 0]
     measured &= np.isfinite(label)
-    return {"measured": measured, "cloudmask": mask != 0, "bayes": label != 0}
+    return {"measured": measured, "cloudmask": mask, "bayes": label != 0}
 
 
 # --- statistics -----------------------------------------------------------------------------

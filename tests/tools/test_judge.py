@@ -100,7 +100,7 @@ DEPENDENT = {  # what is done to four independent masks, and how the report begi
     ),
     "d is right where c is wrong": (
         lambda rng, truth, a, b, c, d: (a, b, c, np.where(c == truth, d, truth)),
-        "Estimates below 0 or above 1: b.",
+        "The triplets disagree on the balanced accuracy of a, b, c, d.",
     ),
     "a is inverted": (
         lambda rng, truth, a, b, c, d: (~a, b, c, d),
@@ -274,6 +274,29 @@ def test_sst_agrees_with_the_validation_of_one_run(world, tmp_path):
     assert found[2]["as_clear_as"] == "bayes" and found[2]["matchups"] == found[1]["matchups"]
 
 
+def test_three_masks_have_no_best_and_impossible_limits_are_named(tmp_path, capsys):
+    rng, truth = np.random.default_rng(9), np.random.default_rng(10).random(SHAPE) < CLOUD
+    for i in range(2):
+        a, b, c = independent_masks(rng, truth, 3)
+        if i:  # in one of two scenes a is right where b is wrong: c seems better than possible
+            a, c = np.where(b == truth, a, truth), truth
+        name = product_name("ssts", i).removesuffix(".hdf")
+        for folder, mask in (("a", a), ("b", b), ("c", c)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            with h5py.File(tmp_path / folder / f"{name}.h5", "w") as file:
+                file["mask"] = mask.astype(np.uint8)
+        write_scene(tmp_path / f"ssts/day/{name}.hdf", {"bts": np.full((*SHAPE, 3), 280.0)})
+    folders = [str(tmp_path / name) for name in "abc"]
+    assert judge.main([*folders, "--data", str(tmp_path / "ssts"), "-o", str(tmp_path)]) == 0
+    found = rows(tmp_path / "masks.csv")
+    assert not any("best" in row for row in found)
+    screen = capsys.readouterr()
+    assert " best " not in screen.out
+    assert "do not trust the order of the estimates" in screen.err
+    assert float(found[2]["balanced_accuracy_high"]) > 1
+    assert "below 0, above 1 or nan are impossible: c. The errors" in screen.err
+
+
 @pytest.mark.parametrize(
     ("masks", "reason"),
     [
@@ -282,7 +305,7 @@ def test_sst_agrees_with_the_validation_of_one_run(world, tmp_path):
         (["bayes", "ssts"], "No masks in ssts: it should be the folder of a run"),
         (["bayes", "threshold"], "No mask is that of a run. Give the folder of the scenes"),
         (["run", "run/masks"], "run and masks are the same mask. Leave one of them out"),
-        (["run", "summary"], "it has no dataset 'summary'"),
+        (["run", "summary"], "has no dataset 'summary'. Name masks that all scenes have"),
         (["run", "bayes", "--scene", "x"], "Not all masks have the scene 'x'"),
         (["run", "bayes", "--consistency", "2"], "--consistency needs a run with its model file"),
     ],
@@ -292,3 +315,10 @@ def test_mistakes_are_one_line(world, monkeypatch, capsys, masks, reason):
     assert judge.main(masks) == 2
     (line,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("Error: "))
     assert reason in line
+
+
+def test_options_of_match_ups_without_their_table_are_usage_errors(capsys):
+    for option in (["--geodetic", "x"], ["--minutes", "1"], ["--celsius", "buoy_sst"]):
+        with pytest.raises(SystemExit, match="2"):
+            judge.main(["run", "bayes", *option])
+        assert "need --matchups TABLE" in capsys.readouterr().err

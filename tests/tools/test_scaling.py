@@ -285,3 +285,9 @@ def test_run_with_values_of_other_types_ends_in_one_line(tmp_path, capsys, part,
     assert scaling.main([folder, write_run(tmp_path / "b", 2, 19.0), "-o", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"Error: {folder}")
+
+
+def test_runs_to_read_and_runs_to_make_are_a_usage_error(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        scaling.main([str(tmp_path), "--replicas", "1", "2", "-o", str(tmp_path / "out")])
+    assert "omit them, or --replicas and --ranks" in capsys.readouterr().err

@@ -103,7 +103,8 @@ def read_row(mask_path):
 def read_mask_and_label(mask_path, scene_path):
     """Read a mask and the label of its scene, and check that it is the scene that was masked.
 
-    The accuracy that the mask file records identifies it; a scene without a label, its size.
+    The accuracy that the mask file records identifies it; a scene without a label, its size and the
+    pixels that have data. A mask file that records none of them may be of any scene of its shape.
 
     Returns:
         Mask and Bayesian mask, bool (H, W), the latter None if the scene has none.
@@ -116,18 +117,25 @@ def read_mask_and_label(mask_path, scene_path):
         mask = read_mask(file) != 0
         is_cleared = read_attribute(file, "no_data", "network") == "clear"
         size = int(read_attribute(file, "scene_bytes", -1))
-    with open_hdf5(scene_path) as file:
-        label = open_numbers(file, "bayes", (*mask.shape, None), optional=True)
-        label = None if label is None else read_label(label)
+        valid = read_valid(file, mask.shape)
     accuracy = row.get("no_data_clear_accuracy" if is_cleared else "accuracy", np.nan)
-    if label is not None and np.isfinite(accuracy):
-        is_same = abs(np.mean(mask == label) - accuracy) < 1e-6
-    else:
-        is_same = size in (-1, scene_path.stat().st_size)
+    label = None
+    with open_hdf5(scene_path) as file:
+        bts = open_numbers(file, "bts", optional=True)
+        is_same = bts is None or bts.shape[:2] == mask.shape
+        if is_same:
+            bayes = open_numbers(file, "bayes", (*mask.shape, None), optional=True)
+            label = None if bayes is None else read_label(bayes)
+        if label is not None and np.isfinite(accuracy):
+            is_same = abs(np.mean(mask == label) - accuracy) < 1e-6
+        elif is_same:
+            is_same = size in (-1, scene_path.stat().st_size)
+            if is_same and valid is not None and bts is not None:
+                is_same = np.array_equal(valid, measured_pixels(file, mask.shape))
     if not is_same:
         raise UserError(
-            f"{scene_path} is not the file that was masked. Name the folder of the masked files "
-            "with --data."
+            f"{scene_path} is not the file that was masked: {mask_path} is the mask of another "
+            "scene file. Give the folder of the masked files (--data, if the command has it)."
         )
     return mask, label
 
