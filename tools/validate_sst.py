@@ -53,7 +53,7 @@ from harness.data.positions import check_geodetic
 from harness.data.scene_files import day_or_night, find_scenes
 from harness.errors import UserError
 from harness.files import replacing, write_csv
-from harness.records.report.pictures import read_mask_and_label
+from harness.records.saved_masks import read_mask_and_label
 from tools.lib.matchups import (
     COLUMNS,
     SkippedScene,

@@ -12,7 +12,7 @@ from harness.data.hdf5 import open_hdf5, open_numbers, read_all, read_numbers
 from harness.data.mask_files import mask_files, measured_pixels, read_label
 from harness.data.scene_files import find_scenes
 from harness.errors import UserError
-from harness.records.report.pictures import read_mask_and_label
+from harness.records.saved_masks import read_mask_and_label
 
 DATASETS = ("bayes", "summary")  # masks in scene files, cloud where not 0
 NAMED = (*DATASETS, "threshold")

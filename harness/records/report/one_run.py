@@ -15,6 +15,7 @@ from harness.inference.scores import MEAN_SCORES, SCENE_PARTS, SCORES, compare_w
 from harness.records.report import pictures
 from harness.records.report.charts import chart
 from harness.records.results import target_text
+from harness.records.saved_masks import read_row
 from harness.records.saved_runs import MEASURES, PLACES, measures
 
 BINS = 1000  # of probability
@@ -108,7 +109,7 @@ def describe_run(run, write_scene, data=None, all_scenes=False):
         notes.append("The run had not ended when this page was made, or it was killed.")
     masks, rows = mask_files(run.folder), run.scenes
     if masks and not rows:  # the run was stopped before it wrote scenes.csv
-        rows = [pictures.read_row(path) for path in masks.values()]
+        rows = [read_row(path) for path in masks.values()]
         masked = counted(len(rows), "mask")
         notes.append(f"Inference did not finish: scores are those of the {masked} so far.")
     # A run that was stopped has them in the rows alone.
