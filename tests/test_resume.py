@@ -468,7 +468,7 @@ def test_checkpoint_every_saves_less_often(tmp_path, quick):
 def test_finished_run_is_not_changed(whole, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     assert resume(whole) == 0
-    assert "has finished" in capsys.readouterr().err
+    assert "has finished: its files were not checked" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
