@@ -81,6 +81,10 @@ def test_resumed_run_masks_what_is_new_in_its_list(finished, settings, tmp_path,
     assert "1 scene that it has masked is not in inference_dir" in capfd.readouterr().err
     assert slstr_cloud.main([*resume, "shard=0/2"]) == 2
     assert "other values: shard was 0/1, now 0/2" in capfd.readouterr().err
+    changes = {"model_file": "other.keras", "inference_dir": str(tmp_path)}
+    for key, value in changes.items():  # as target/archive.sh with other arguments
+        assert slstr_cloud.main([*resume, f"{key}={value}"]) == 2
+        assert f"other values: {key} was " in capfd.readouterr().err
     assert results(run.folder) == found
 
 
