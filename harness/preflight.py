@@ -177,7 +177,7 @@ def is_in_shard(name, shard):
         shard: 'K/N'.
     """
     k, n = map(int, shard.split("/"))
-    return int(json_sha256(name), 16) % n == k % n
+    return int(json_sha256(name), 16) % n == k
 
 
 def check_model(config, mode):
