@@ -101,9 +101,29 @@ def precision(p):
     return ratio(p.tp, p.tp + p.fp)
 
 
+def valid_precision(p):
+    """Precision among pixels with data."""
+    return precision(p.with_data)
+
+
 def recall(p):
-    """Share of the label's cloud that is cloud in the mask."""
+    """Share of the label's cloud that is cloud in the mask: the hit rate."""
     return ratio(p.tp, p.tp + p.fn)
+
+
+def valid_recall(p):
+    """Recall among pixels with data."""
+    return recall(p.with_data)
+
+
+def false_alarm_rate(p):
+    """Share of the label's clear pixels that are cloud in the mask."""
+    return ratio(p.fp, p.fp + p.tn)
+
+
+def valid_false_alarm_rate(p):
+    """False alarm rate among pixels with data."""
+    return false_alarm_rate(p.with_data)
 
 
 def f1(p):
@@ -227,8 +247,12 @@ SCORES = {  # by the key in scenes.csv and results.json, in the order of all tab
     ),
     "precision": Score("precision", precision),
     "recall": Score("recall", recall),
+    "false_alarm_rate": Score("false alarm rate", false_alarm_rate),
     "f1": Score("F1", f1),
     "iou": Score("IoU", iou),
+    "valid_precision": Score("valid precision", valid_precision),
+    "valid_recall": Score("valid recall", valid_recall),
+    "valid_false_alarm_rate": Score("valid false alarm rate", valid_false_alarm_rate),
     "valid_fraction": Score("pixels with data", valid_fraction, "fraction"),
     "cloud_fraction": Score("cloud in mask", cloud_fraction, "fraction"),
 }
