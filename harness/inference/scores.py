@@ -227,12 +227,12 @@ SCORES = {  # by the key in scenes.csv and results.json, in the order of all tab
     "accuracy": Score("accuracy", accuracy),
     "all_cloud_accuracy": Score("all cloud", all_cloud_accuracy, "baseline"),
     "threshold_accuracy": Score("threshold", threshold_accuracy, "baseline"),
-    "no_data_clear_accuracy": Score("no-data-clear accuracy", no_data_clear_accuracy),
+    "no_data_clear_accuracy": Score("accuracy, no data is clear", no_data_clear_accuracy),
     "no_data_clear_all_cloud_accuracy": Score(
-        "no-data-clear all cloud", no_data_clear_all_cloud_accuracy, "baseline"
+        "all cloud, no data is clear", no_data_clear_all_cloud_accuracy, "baseline"
     ),
     "no_data_clear_threshold_accuracy": Score(
-        "no-data-clear threshold", no_data_clear_threshold_accuracy, "baseline"
+        "threshold, no data is clear", no_data_clear_threshold_accuracy, "baseline"
     ),
     "valid_accuracy": Score("valid accuracy", valid_accuracy),
     "valid_all_cloud_accuracy": Score("valid all cloud", valid_all_cloud_accuracy, "baseline"),
