@@ -151,7 +151,7 @@ def test_report_shows_metrics_baselines_facts_and_charts(run):
     ]  # fmt: skip
     for text in (found["devices"]["description"], f"tensorflow {found['versions']['tensorflow']}",
                  found["git_commit"], "PATCH_SIZE 32 256", "batch_size 11 32",
-                 f"Target {target_text(training)}"):  # fmt: skip
+                 f"Target {target_text(training, found['config'])}"):  # fmt: skip
         assert text in page.text
     assert "xla" not in page.text  # as in the reference workload
     assert page.charts == [

@@ -269,7 +269,7 @@ def facts(run):
             training, scenes_train="scene", patches_train="patch", epochs_run="epoch"
         ),
         "Best epoch": training.get("best_epoch"),
-        "Target": training.get("target_accuracy") and target_text(training),
+        "Target": training.get("target_accuracy") and target_text(training, config),
         "Validation": numbers(training, scenes_test="scene", patches_test="patch"),
         "Inference": numbers(results["inference"], scenes="scene"),
         "Precision": config.get("precision"),
@@ -439,7 +439,8 @@ def scene_chart(rows):
     ]  # fmt: skip
     if not known:
         return []
-    note = "A mask above the dotted line is better than calling every pixel cloud."
+    note = "Above the dotted line a mask agrees more often than one that is all cloud, which "
+    note += "would leave no surface to measure. Balanced accuracy counts both classes alike."
     if len(known) > MAX_ROWS:
         note += f" {MAX_ROWS} of {len(known)} scenes, evenly spaced."
         known = evenly_spaced(known, MAX_ROWS)
@@ -495,7 +496,7 @@ def calibration(pairs, problems):
             f"probability and share of cloud: {error:.3f}.",
         ),
         chart(
-            "ROC curve", "false positive rate", "true positive rate",
+            "ROC curve", "false alarm rate", "hit rate",
             {"network": (false_alarms, hits)}, diagonal="chance", height=3.2,
             note=f"Area under the curve: {area:.3f}.",
         ),
