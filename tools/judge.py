@@ -160,8 +160,7 @@ def sst_table(rows):
     """The rows of sst.csv as people read them."""
     shown = {
         "matchups": "{matchups:8}", "coverage": "{coverage:8.3f}", "median": "{median:+.3f}",
-        "robust_std": "{robust_std:.3f}", "std": "{std:.3f}",
-        f"< {matchups.COLD:g} K": "{cold_share:6.1%}",
+        "robust_std": "{robust_std:10.3f}", f"< {matchups.COLD:g} K": "{cold_share:6.1%}",
     }  # fmt: skip
     lines = [", as clear as ".join(filter(None, (r["mask"], r["as_clear_as"]))) for r in rows]
     return {

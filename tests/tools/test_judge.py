@@ -249,7 +249,7 @@ def test_only_scenes_of_all_masks_count(world, tmp_path, capsys):
     assert "11 of 12 scenes have all masks" in capsys.readouterr().err
 
 
-def test_sst_agrees_with_the_validation_of_one_run(world, tmp_path):
+def test_sst_agrees_with_the_validation_of_one_run(world, tmp_path, capsys):
     rng, lines = np.random.default_rng(6), []
     for i in range(12):
         name = product_name("ssts", i).removesuffix(".hdf")
@@ -265,6 +265,7 @@ def test_sst_agrees_with_the_validation_of_one_run(world, tmp_path):
     assert validate_sst.main([run, str(table), "-o", str(tmp_path / "sst")]) == 0
     out = tmp_path / "out"
     assert judge.main([run, "bayes", "--matchups", str(table), "-o", str(out)]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
     wanted = [row for row in rows(tmp_path / "sst/statistics.csv") if row["day_night"] == "all"]
     found = rows(out / "sst.csv")
     for row, names in zip(found[:2], (("run", "cloudmask"), ("bayes", "bayes")), strict=True):
