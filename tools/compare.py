@@ -10,8 +10,8 @@ Other runs are shown with the values that they have. What looked wrong in a run 
 file has a row per run, two rows (`mean` and `sd`) per group of repeats, all digits, and a column
 per difference; a .md file has the tables of the terminal.
 
-Baselines stand below the score of the same pixels, `valid` are the pixels with data; in
-`no-data-clear` scores all masks are clear where there are none. All cloud has a balanced accuracy
+Baselines stand below the score of the same pixels. `valid` are the pixels with data; in scores
+where `no data is clear` all masks are clear where there are none. All cloud has a balanced accuracy
 of 0.5.
 """
 

@@ -16,16 +16,18 @@ accuracy      of three or more masks: sensitivity, specificity and balanced accu
               the scenes, `triplets` that over triplets, and of four or more masks `best` the
               share of resamplings in which the mask is the best one
 SST           with --matchups: satellite - buoy where a mask is clear; of masks with probabilities
-              (S9 for `threshold`) also in as many match-ups as other masks are clear in.
-              validate_sst.py --help describes the table and which match-ups count
+              (S9 for `threshold`) also in as many match-ups as other masks are clear in. The last
+              column is the share below -2 K, mostly missed cloud, which the robust standard
+              deviation hides. validate_sst.py --help describes the table and which match-ups count
 consistency   with --consistency N: share of the pixels that change if a run masks N of the scenes
               shifted by 5 rows and 3 columns, or flipped
 
 The estimates are right if the errors of the masks are independent. They seldom are: networks learn
 the errors of their label, and all masks miss thin cloud. Masks that err alike then look better than
 the others. Signs of that are printed, but three masks show hardly any: do not trust their order,
-add masks of other kinds, and trust SST at equal coverage first. If the scene files contain `truth`,
-as synthetic ones do, the tables include the true values and how the errors correlate.
+add masks of other kinds, and trust SST at equal coverage first, if none of the masks has selected
+the match-ups (docs/science.md). If the scene files contain `truth`, as synthetic ones do, the
+tables include the true values and how the errors correlate.
 
 -o writes masks.csv, sst.csv, judge.json with all numbers, and judge.md with the tables.
 """
@@ -111,7 +113,7 @@ def accuracy_rows(names, counts, places):
 def validate(masks, scenes, min_sst, arguments):
     """Rows of sst.csv, of the match-ups on pixels with data; see `matchups.compare_masks`."""
     found = matchups.read_table(arguments.matchups, arguments.names, set(arguments.celsius))
-    chosen, _ = matchups.select(found, min_sst)
+    chosen, _ = matchups.select(found, arguments.min_sst or min_sst)
     fields = [f"{what} {i}" for what in ("mask", "score") for i in range(len(masks))]
 
     def read(_, path):
@@ -157,11 +159,14 @@ def accuracy_table(rows):
 
 def sst_table(rows):
     """The rows of sst.csv as people read them."""
-    formats = {"coverage": "{:8.3f}", "median": "{:+.3f}", "robust_std": "{:.3f}"}
+    shown = {
+        "matchups": "{matchups:8}", "coverage": "{coverage:8.3f}", "median": "{median:+.3f}",
+        "robust_std": "{robust_std:10.3f}", f"< {matchups.COLD:g} K": "{cold_share:6.1%}",
+    }  # fmt: skip
     lines = [", as clear as ".join(filter(None, (r["mask"], r["as_clear_as"]))) for r in rows]
     return {
-        name: dict(zip(lines, (text.format(row[name]) for row in rows), strict=True))
-        for name, text in {"matchups": "{:8}", **formats}.items()
+        title: dict(zip(lines, (text.format(**row) for row in rows), strict=True))
+        for title, text in shown.items()
     }
 
 

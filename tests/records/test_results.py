@@ -177,6 +177,16 @@ def test_summary_has_lines_of_80_columns_and_plurals_that_agree():
     assert "1 bad scene, listed" in text and "1.00 s per scene, 2 scenes" in text
 
 
+@pytest.mark.parametrize(
+    ("labels", "target", "is_shown"),
+    [("bayes", None, True), ("none", None, False), ("/masks", None, False), ("none", 0.8, True)],
+)
+def test_target_of_bayesian_masks_is_not_shown_for_other_labels(labels, target, is_shown):
+    training = {"target_accuracy": target or 0.9, "seconds_to_target": None}
+    text = results.target_text(training, {"labels": labels, "target_accuracy": target})
+    assert bool(text) == is_shown
+
+
 def test_summary_gives_energy_in_kilowatt_hours():
     whole = {"training": None, "inference": None, "bad_scenes": [], "warnings": []}
     whole |= {"seconds": 5.0, "peak_rss": 1}

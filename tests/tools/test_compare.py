@@ -316,8 +316,9 @@ def test_baselines_follow_the_score_of_the_same_pixels(finished, capsys):
     labels = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
     first = labels.index("accuracy")
     assert labels[first : first + 9] == [
-        "accuracy", "all cloud", "threshold", "no-data-clear accuracy", "no-data-clear all cloud",
-        "no-data-clear threshold", "valid accuracy", "valid all cloud", "valid threshold",
+        "accuracy", "all cloud", "threshold", "accuracy, no data is clear",
+        "all cloud, no data is clear", "threshold, no data is clear", "valid accuracy",
+        "valid all cloud", "valid threshold",
     ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from tools import judge, validate_sst
 from tools.lib import collocation
 from tools.lib.collocation import RATES
 from tools.lib.consistency import changed_shares
-from tools.lib.matchups import compare_masks
+from tools.lib.matchups import STATISTICS, compare_masks
 from tools.make_scenes import product_name, write_scene
 
 CLOUD = 0.7
@@ -135,15 +135,16 @@ def test_equal_coverage_takes_the_clearest_match_ups():
     found = {
         (r["mask"], r["as_clear_as"]): r for r in compare_masks("xyz", cloud, scores, difference)
     }
-    wanted = {  # median, median distance from it
-        ("x", ""): (4, -0.05, 0.1),  # 0 .1 -.1 -3; distances .05 .15 .05 2.95
-        ("y", ""): (2, 0.05, 0.05),
-        ("z", ""): (2, -4.0, 1.0),
-        ("x", "y"): (2, 0.05, 0.05),
-        ("z", "y"): (2, -4.0, 1.0),
+    wanted = {  # median, median distance from it, share below -2
+        ("x", ""): (4, -0.05, 0.1, 0.25),  # 0 .1 -.1 -3; distances .05 .15 .05 2.95
+        ("y", ""): (2, 0.05, 0.05, 0),
+        ("z", ""): (2, -4.0, 1.0, 1),
+        ("x", "y"): (2, 0.05, 0.05, 0),
+        ("z", "y"): (2, -4.0, 1.0, 1),
     }
     assert found.keys() == wanted.keys()
-    for key, (n, median, distance) in wanted.items():
+    for key, (n, median, distance, cold) in wanted.items():
+        assert found[key]["cold_share"] == cold
         assert (found[key]["matchups"], found[key]["coverage"]) == (n, n / 5)
         assert found[key]["median"] == pytest.approx(median)
         assert found[key]["robust_std"] == pytest.approx(1.4826 * distance)
@@ -248,7 +249,7 @@ def test_only_scenes_of_all_masks_count(world, tmp_path, capsys):
     assert "11 of 12 scenes have all masks" in capsys.readouterr().err
 
 
-def test_sst_agrees_with_the_validation_of_one_run(world, tmp_path):
+def test_sst_agrees_with_the_validation_of_one_run(world, tmp_path, capsys):
     rng, lines = np.random.default_rng(6), []
     for i in range(12):
         name = product_name("ssts", i).removesuffix(".hdf")
@@ -264,12 +265,13 @@ def test_sst_agrees_with_the_validation_of_one_run(world, tmp_path):
     assert validate_sst.main([run, str(table), "-o", str(tmp_path / "sst")]) == 0
     out = tmp_path / "out"
     assert judge.main([run, "bayes", "--matchups", str(table), "-o", str(out)]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
     wanted = [row for row in rows(tmp_path / "sst/statistics.csv") if row["day_night"] == "all"]
     found = rows(out / "sst.csv")
     for row, names in zip(found[:2], (("run", "cloudmask"), ("bayes", "bayes")), strict=True):
         statistics = next(w for w in wanted if w["mask"] == names[1])
         assert (row["mask"], row["as_clear_as"]) == (names[0], "")
-        for column in ("matchups", "median", "robust_std"):
+        for column in ("matchups", *STATISTICS):
             assert row[column] == statistics[column]
     assert found[2]["as_clear_as"] == "bayes" and found[2]["matchups"] == found[1]["matchups"]
 
