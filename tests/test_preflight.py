@@ -372,11 +372,13 @@ def test_mode_check_prints_what_it_finds_and_makes_no_run(tmp_path, copy, capsys
     monkeypatch.setattr(check, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     monkeypatch.setattr(check, "why_no_gpu", lambda build: f"No GPU: {sorted(build)}")
     strange = train_scenes(copy)[0]
-    rewrite(strange, compression="gzip")
+    rewrite(strange, lambda name, values: 100 * values if name == "refs" else values,
+            compression="gzip")  # fmt: skip
     checked = start(tmp_path / "out", {**copy, "epochs": 400}, "--mode", "check")
     assert checked.status == 0 and checked.folder is None
     output = capsys.readouterr()
     assert f"No GPU: {sorted(tf.sysconfig.get_build_info())}\n" in output.err
+    assert f"{strange}: " in output.err
     lines = output.out.splitlines()
     found = {line[:22].strip(): line[22:].strip() for line in lines}
     assert found["scenes"].split() == ["7", "2"]

@@ -280,10 +280,11 @@ def summary(results):
             f"{training['patches_per_second']:.1f} patches/s",
         ]
     if inference:
-        parts = inference["seconds_per_scene_parts"]
+        network = f"{inference['seconds_per_scene_parts']['network']:.2f} s"
+        network += " on each device" if results["devices"]["replicas"] > 1 else ""
         lines.append(
             f"inference   {inference['seconds_per_scene']:.2f} s per scene, "
-            f"{counted(inference['scenes'], 'scene')}; the network {parts['network']:.2f} s"
+            f"{counted(inference['scenes'], 'scene')}; the network {network}"
         )
         shares = (f"{part} {100 * share:.0f}" for part, share in inference["shares"].items())
         lines.append(f"            limit: {inference['limited_by']}; {', '.join(shares)} %")

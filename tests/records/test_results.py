@@ -169,12 +169,13 @@ def test_summary_has_lines_of_80_columns_and_plurals_that_agree():
     }  # fmt: skip
     lines = results.summary({
         "training": None, "inference": inference, "bad_scenes": [{}], "warnings": ["a b " * 40],
-        "seconds": 5.0, "peak_rss": 1, "sampling": None,
+        "seconds": 5.0, "peak_rss": 1, "sampling": None, "devices": {"replicas": 2},
     })  # fmt: skip
     text = "\n".join(lines)
     assert max(map(len, lines)) <= 78 and "a b a b" in lines[-2]  # after an indent of two
     assert "mean of 1 scene\n" in text and "for 1 scene without a Bayesian" in text
     assert "1 bad scene, listed" in text and "1.00 s per scene, 2 scenes" in text
+    assert "the network 0.50 s on each device\n" in text
 
 
 @pytest.mark.parametrize(
