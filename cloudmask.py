@@ -43,7 +43,7 @@ def predict_scene(model, path, mode="patches", patch_size=256, crop_size=80, no_
 
     Raises:
         UserError: If the model, the scene or the settings cannot be used; a ValueError.
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If there is no such model or scene file.
     """
     if mode not in ("patches", "scene"):
         raise UserError(f"mode should be 'patches' or 'scene', found {mode!r}.")
@@ -55,6 +55,8 @@ def predict_scene(model, path, mode="patches", patch_size=256, crop_size=80, no_
             f"{patch_size}."
         )
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"No scene file {path}. Check the path.")
     with open_hdf5(path, error_class=SceneError) as file:
         height, width, _ = open_numbers(file, "bts", (None, None, 3)).shape
 

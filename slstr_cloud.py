@@ -50,7 +50,9 @@ def main(argv=None):
         log_to_screen(arguments.verbose, is_chief=launch.rank == 0)
         task = choose_task(arguments)
         if task.is_finished:
-            log.info("Run %s has finished: nothing is left to do.", task.folder)
+            is_checked = task.mode == "inference"
+            left = "nothing is left to do" if is_checked else "its files were not checked"
+            log.info("Run %s has finished: %s.", task.folder, left)
             return 0
         with open_rendezvous(launch, task.config.output_dir) as ranks, ranks.translated_errors():
             if task.mode == "check":

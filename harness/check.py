@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from data_loader import SceneError, read_scene
+from data_loader import OUT_OF_RANGE_MESSAGE, SceneError, read_scene
 from harness.build import open_batches, open_devices, open_predictor, open_trainer
 from harness.console import counted, format_bytes, format_duration, table
 from harness.errors import UserError
@@ -56,6 +56,8 @@ def check(config, ranks):
             try:
                 scene = read_scene(path, config.scene_shape, labelled=path in labelled)
                 samples.append((scene, time.perf_counter() - begin))
+                if scene.out_of_range:
+                    log.warning(OUT_OF_RANGE_MESSAGE, path, scene.out_of_range)
             except SceneError as error:
                 bad[path] = str(error)
         kept = {path: stored[path] for path in good if path not in bad}
@@ -108,7 +110,8 @@ def measure(config, ranks, scenes):
         f"for {counted(config.epochs, 'epoch')} (from {STEPS_MEASURED} steps)",
         "inference": f"{format_duration(inference)} for {counted(len(scenes.inference), 'scene')} "
         "(from one)",
-        "memory": " and ".join([format_bytes(peak_rss()), *gpu_memory]) + " at most so far",
+        "memory": " and ".join([format_bytes(peak_rss()), *gpu_memory])
+        + " at the peak of this check",
     }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.config import FILE_KEYS, MODEL_SUFFIXES, Config, load_config
+from harness.data.mask_files import stamps_sha256
 from harness.errors import UserError
 from harness.preflight import FoundScenes, check_model
 from harness.records.resume import INPUT, MODES, find_requeued, load_resumed
@@ -38,14 +39,18 @@ class Task:
     def is_finished(self):
         """Whether nothing is left to do.
 
-        --mode inference also masks scenes that are new, and tries those that were skipped again.
+        --mode inference also masks scenes that are new, makes masks again that are missing or whose
+        scene or model has changed, and tries scenes that were skipped again.
         """
         if self.earlier is None or self.earlier["status"] != "success":
             return False
         if self.mode != "inference":
             return True
-        has_same_scenes = self.earlier.get("scenes_sha256") == self.found.sha256
-        return has_same_scenes and not self.earlier.get("bad_scenes")
+        if self.earlier.get("scenes_sha256") != self.found.sha256 or self.earlier.get("bad_scenes"):
+            return False
+        scenes, model_file = self.found.inference, self.folder / self.config.model_file
+        stamps = stamps_sha256(self.folder, scenes, model_file)
+        return stamps is not None and stamps == self.earlier.get("stamps_sha256")
 
 
 def parse_arguments(argv=None):

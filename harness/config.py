@@ -100,13 +100,15 @@ def _network(value):
 
 
 def _shard(value):
-    """K/N with K from 0 to N; N is the same shard as 0, for arrays that count from 1."""
+    """K/N with K from 0 to N-1; the last task of an array that counts from 1 is an error."""
     text = str(_expand(value))
     if not (match := re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)):
         raise ValueError("should be two whole numbers K/N, such as 3/10")
     k, n = map(int, match.groups())
-    if not 0 <= k <= n or n == 0:
-        raise ValueError("should be K/N with K from 0 to N-1, or from 1 to N")
+    if k >= n:
+        raise ValueError(
+            "should be K/N with K from 0 to N-1; subtract 1 if the tasks of the array count from 1"
+        )
     return text
 
 

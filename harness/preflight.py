@@ -177,7 +177,7 @@ def is_in_shard(name, shard):
         shard: 'K/N'.
     """
     k, n = map(int, shard.split("/"))
-    return int(json_sha256(name), 16) % n == k % n
+    return int(json_sha256(name), 16) % n == k
 
 
 def check_model(config, mode):
@@ -354,7 +354,7 @@ def describe_scenes(paths, stored, samples):
         lines |= {
             "sample": counted(len(samples), "scene"),
             "pixels without data": f"{1 - np.mean([s.valid.mean() for s in scenes]):.1%}",
-            "cloud": f"{np.mean(cloud):.1%}" if cloud else "no Bayesian mask",
+            "cloud in the label": f"{np.mean(cloud):.1%}" if cloud else "no Bayesian mask",
             "numbers out of range": str(sum(s.out_of_range for s in scenes)),
             "reading": f"{np.median([seconds for _, seconds in samples]):.3f} s per scene",
         }

@@ -1,6 +1,7 @@
 #!/bin/bash
 # CloudMask on any Slurm cluster. Set the variables below here or in the environment, then start this
-# script from the repository's folder. It submits itself; arguments go to the program:
+# script from the repository's folder. It submits itself; arguments go to the program,
+# whose options `python slstr_cloud.py --help` shows:
 #   target/slurm.sh --config config.yaml
 #   CLOUDMASK_ACCOUNT=group CLOUDMASK_GPUS=a100:4 CLOUDMASK_NODES=2 target/slurm.sh --set epochs=100
 # With SBATCH_WAIT=1 it waits for the end of the job, for tools/repeat.py and tools/scaling.py. With
@@ -27,6 +28,10 @@ venv=${CLOUDMASK_VENV-.venv}             # made by `make demo`
 modules=${CLOUDMASK_MODULES-}            # to load before, for example: apptainer, miniforge
 
 set -e
+if [ -z "$SLURM_JOB_ID" ] && [[ $1 = -h || $1 = --help ]]; then
+    sed '1d; /^set -e/,$d' "$0"    # comments and variables above
+    exit
+fi
 if [ -z "$SLURM_JOB_ID" ]; then
     exec sbatch ${account:+--account="$account"} ${partition:+--partition="$partition"} \
         ${nodes:+--nodes="$nodes"} ${gpus:+--gres="gpu:$gpus"} ${cpus:+--cpus-per-task="$cpus"} \

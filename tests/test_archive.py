@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 
 import h5py
+import pytest
 from conftest import results, rows, start
 
 import slstr_cloud
@@ -19,6 +20,24 @@ _counts = []
 sys.addaudithook(  # it cannot be removed
     lambda event, arguments: [count.update([event]) for count in _counts if event in EVENTS]
 )
+
+
+@pytest.fixture(scope="module")
+def pixel(tmp_path_factory):
+    """A small scene, a model of one pixel, and settings to mask with them."""
+    folder = tmp_path_factory.mktemp("pixel")
+    make_dataset(folder / "made", train=0, inference=1, height=32, width=40, seed=1)
+    (scene,) = find_scenes(folder / "made")
+    with h5py.File(scene, "a") as file:  # the search for a synthetic scene ends at the first one
+        del file.attrs["synthetic"]
+    model = folder / "pixel.keras"
+    save_model(build_network("pixel", (32, 32, 9)), model)
+    settings = {
+        "IMAGE_H": 32, "IMAGE_W": 40, "PATCH_SIZE": 32, "CROP_SIZE": 8, "clip_offset": 3,
+        "report": False,
+        "sampling": False,  # it opens files each second
+    }  # fmt: skip
+    return scene, model, settings
 
 
 def test_resumed_run_masks_what_is_new_in_its_list(finished, settings, tmp_path, capfd):
@@ -62,23 +81,42 @@ def test_resumed_run_masks_what_is_new_in_its_list(finished, settings, tmp_path,
     assert "1 scene that it has masked is not in inference_dir" in capfd.readouterr().err
     assert slstr_cloud.main([*resume, "shard=0/2"]) == 2
     assert "other values: shard was 0/1, now 0/2" in capfd.readouterr().err
+    changes = {"model_file": "other.keras", "inference_dir": str(tmp_path)}
+    for key, value in changes.items():  # as target/archive.sh with other arguments
+        assert slstr_cloud.main([*resume, f"{key}={value}"]) == 2
+        assert f"other values: {key} was " in capfd.readouterr().err
     assert results(run.folder) == found
 
 
-def test_one_scene_more_costs_the_same_however_many_there_are(tmp_path, monkeypatch):
-    make_dataset(tmp_path / "made", train=0, inference=1, height=32, width=40, seed=1)
-    (scene,) = find_scenes(tmp_path / "made")
-    with h5py.File(scene, "a") as file:  # the search for a synthetic scene ends at the first one
-        del file.attrs["synthetic"]
-    model = tmp_path / "pixel.keras"
-    save_model(build_network("pixel", (32, 32, 9)), model)
+def test_finished_run_makes_masks_again_that_are_lost_or_outdated(pixel, tmp_path, capfd):
+    scene, model, settings = pixel
+    scenes = tmp_path / "scenes"
+    scenes.mkdir()
+    for i in range(4):
+        shutil.copy2(scene, scenes / f"S3A_{i}.hdf")
+    settings = {**settings, "inference_dir": str(scenes)}
+    run = start(tmp_path, settings, "--mode", "inference", "--model", str(model))
+    masks = [run.folder / "masks" / f"S3A_{i}.h5" for i in range(4)]
+    resume = ["--resume", str(run.folder)]
+    masks[0].unlink()
+    os.truncate(masks[1], 0)
+    os.utime(scenes / "S3A_2.hdf", (1, 1))
+    before = [path.exists() and path.stat().st_ino for path in masks]
+    capfd.readouterr()
+    assert slstr_cloud.main(resume) == 0
+    assert "has finished" not in capfd.readouterr().err
+    after = [path.stat().st_ino for path in masks]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False, False, False, True]
+    assert slstr_cloud.main(resume) == 0
+    assert "nothing is left to do" in capfd.readouterr().err
+    assert [path.stat().st_ino for path in masks] == after
+
+
+def test_one_scene_more_costs_the_same_however_many_there_are(pixel, tmp_path, monkeypatch):
+    scene, model, settings = pixel
     scenes, count = tmp_path / "scenes", Counter()
     scenes.mkdir()
-    settings = {
-        "inference_dir": str(scenes), "IMAGE_H": 32, "IMAGE_W": 40, "PATCH_SIZE": 32,
-        "CROP_SIZE": 8, "clip_offset": 3, "report": False,
-        "sampling": False,  # it opens files each second
-    }  # fmt: skip
+    settings = {**settings, "inference_dir": str(scenes)}
 
     def counted(owner, name):
         function = getattr(owner, name)

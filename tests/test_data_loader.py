@@ -221,7 +221,7 @@ def test_scene_without_label_is_read_if_none_is_needed(tmp_path, arrays):
     scene = data_loader.read_scene(path, SHAPE, labelled=False)
     assert scene.cloud is None and scene.channels.shape == SHAPE
     assert [*data_loader.check_scene(path, SHAPE, labelled=False)] == ["refs", "bts"]
-    with pytest.raises(SceneError, match="no dataset 'bayes'"):
+    with pytest.raises(SceneError, match="has no dataset 'bayes', .* --mode inference"):
         data_loader.read_scene(path, SHAPE)
 
 

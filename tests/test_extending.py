@@ -68,9 +68,10 @@ def test_benchmark_runs_with_all_changes(tmp_path, settings):
     assert found["training"]["loss"] < 1  # a squared difference of probabilities
     assert found["training"]["warm_up_seconds"] == 0
     for row in rows(tmp_path / "run/scenes.csv"):
-        fp, tn = int(row["fp"]), int(row["tn"])
-        assert float(row["false_alarm_rate"]) == fp / (fp + tn)
-    assert "false alarms" in (tmp_path / "run/report.html").read_text(encoding="utf-8")
+        tp, fp, fn, tn = (int(row[name]) for name in ("tp", "fp", "fn", "tn"))
+        skill = tp / (tp + fn) - fp / (fp + tn)
+        assert float(row["true_skill"]) == pytest.approx(skill, rel=1e-12)
+    assert "true skill" in (tmp_path / "run/report.html").read_text(encoding="utf-8")
 
 
 def test_launcher_of_the_guide_finds_its_rank(tmp_path):

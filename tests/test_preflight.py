@@ -47,7 +47,7 @@ def copy(tmp_path, dataset, settings):
 def shards(folder, n):
     """The names of the scenes in each of n shards of a folder; those without scenes are empty."""
     found = []
-    for k in range(1, n + 1):
+    for k in range(n):
         try:
             paths = FoundScenes.find(None, folder, "inference", f"{k}/{n}").inference
         except SceneError:
@@ -67,9 +67,6 @@ def test_each_scene_is_in_one_shard_also_when_the_folder_grows(tmp_path):
     assert sorted(itertools.chain(*after)) == names
     assert all(old <= new for old, new in zip(before, after, strict=True))
     assert min(map(len, after)) > 70  # 100 +- 9 is the standard deviation of a fair draw
-    assert FoundScenes.find(None, tmp_path, "inference", "0/4").all == [
-        tmp_path / name for name in sorted(after[-1])
-    ]
 
 
 @pytest.mark.parametrize(
@@ -375,18 +372,20 @@ def test_mode_check_prints_what_it_finds_and_makes_no_run(tmp_path, copy, capsys
     monkeypatch.setattr(check, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     monkeypatch.setattr(check, "why_no_gpu", lambda build: f"No GPU: {sorted(build)}")
     strange = train_scenes(copy)[0]
-    rewrite(strange, compression="gzip")
+    rewrite(strange, lambda name, values: 100 * values if name == "refs" else values,
+            compression="gzip")  # fmt: skip
     checked = start(tmp_path / "out", {**copy, "epochs": 400}, "--mode", "check")
     assert checked.status == 0 and checked.folder is None
     output = capsys.readouterr()
     assert f"No GPU: {sorted(tf.sysconfig.get_build_info())}\n" in output.err
+    assert f"{strange}: " in output.err
     lines = output.out.splitlines()
     found = {line[:22].strip(): line[22:].strip() for line in lines}
     assert found["scenes"].split() == ["7", "2"]
     assert found["refs"].startswith("float64 contiguous (6), float64 chunked gzip (1)")
     scenes = [data_loader.read_scene(path, SHAPE) for path in train_scenes(copy)]
     cloud = f"{np.mean([scene.cloud.mean() for scene in scenes]):.1%}"
-    assert found["cloud"].split()[0] == cloud
+    assert found["cloud in the label"].split()[0] == cloud
     assert any("free" in line for line in lines)
     assert found["reading"].count("1.000 s per scene") == 2
     text = "\n".join(lines)

@@ -468,7 +468,7 @@ def test_checkpoint_every_saves_less_often(tmp_path, quick):
 def test_finished_run_is_not_changed(whole, capsys):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     assert resume(whole) == 0
-    assert "has finished" in capsys.readouterr().err
+    assert "has finished: its files were not checked" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
@@ -484,17 +484,15 @@ def test_finished_run_can_be_given_more_epochs(tmp_path, quick, whole):
     assert len(rows_of(run.folder / "scenes.csv")) == 2
 
 
-# README.md, "Runs that are stopped": these change neither weights nor masks.
+# docs/resuming.md, "What may change": these change neither weights nor masks.
 FREE_KEYS = {
     "epochs", "patience", "target_accuracy", "training_seconds", "checkpoint_every", "cache",
     "cache_dir", "no_cache", "reader_threads", "micro_batch", "gpu", "nodes", "cpu_devices",
-    "on_bad_scene", "read_timeout", "name", "email", "output_dir", "report", "sampling",
-    "tensorboard", "profile_steps",
+    "on_bad_scene", "read_timeout", "output_dir", "report", "sampling", "tensorboard",
+    "profile_steps",
 }  # fmt: skip
 FIXED_KEYS = {
-    field.alias: field
-    for name, field in Config.model_fields.items()
-    if name not in FREE_KEYS | {"run_name"}  # which is that of the folder
+    field.alias: field for name, field in Config.model_fields.items() if name not in FREE_KEYS
 }
 
 
@@ -540,7 +538,7 @@ def test_key_that_changes_results_is_rejected_with_both_values(stopped, key, cap
 
 def test_free_keys_may_change(copy_of_stopped):
     changes = ["patience=9", "target_accuracy=0.999", "checkpoint_every=2", "micro_batch=3",
-               "on_bad_scene=skip", "name=Grace Hopper", "sampling=false"]  # fmt: skip
+               "on_bad_scene=skip", "sampling=false"]  # fmt: skip
     assert resume(copy_of_stopped, "--set", *changes) == 0
     found = results(copy_of_stopped)
     assert (found["status"], found["config"]["micro_batch"]) == ("success", 3)

@@ -37,8 +37,8 @@ import slstr_cloud
 from cloudmask import predict_scene
 from harness import REPOSITORY
 from harness.inference import predictor
-from harness.records.report import pictures
 from harness.records.results import peaks
+from harness.records.saved_masks import read_mask_and_label
 from model import unet
 from tools.make_scenes import make_scene, write_scene
 
@@ -135,7 +135,7 @@ def test_masks_are_clear_without_data_and_both_accuracies_are_those_of_numpy(
         with h5py.File(mask_file) as file:
             mask, network = file["mask"][:], file["probability"][:] > 0.5
             np.testing.assert_array_equal(file["valid"], valid)
-        np.testing.assert_array_equal(pictures.read_mask_and_label(mask_file, path)[0], mask)
+        np.testing.assert_array_equal(read_mask_and_label(mask_file, path)[0], mask)
         assert network[~valid].any() and mask[valid].any() and not valid[20:40, 40:50].any()
         np.testing.assert_array_equal(mask, network & valid)
         found["accuracy"].append((network == label).mean())

@@ -11,8 +11,8 @@ r"""Measure how fast the benchmark is on this machine, and how close to the mach
 Scenes of full size in the published dtypes are made in a temporary folder. What is compared is
 measured in turn (a, b, a, b, ...); a row gives the median and the range of the repeats.
 
-ratio        How many times better than the baseline: value / baseline for rates, baseline / value
-             for seconds and bytes.
+better       How many times better than the baseline: value / baseline for rates, baseline / value
+             for seconds and bytes. Below 1 is worse.
 limit        Of the network: its rate of floating-point operations divided by that of a large matrix
              product (gemm) of the same precision, measured in the same minutes. The operations are
              those of the network's layers, one by one. A program that computes the same

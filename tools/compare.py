@@ -10,8 +10,8 @@ Other runs are shown with the values that they have. What looked wrong in a run 
 file has a row per run, two rows (`mean` and `sd`) per group of repeats, all digits, and a column
 per difference; a .md file has the tables of the terminal.
 
-Baselines stand below the score of the same pixels, `valid` are the pixels with data; in
-`no-data-clear` scores all masks are clear where there are none. All cloud has a balanced accuracy
+Baselines stand below the score of the same pixels. `valid` are the pixels with data; in scores
+where `no data is clear` all masks are clear where there are none. All cloud has a balanced accuracy
 of 0.5.
 """
 
@@ -33,7 +33,9 @@ from harness.records.mlperf_log import value_at
 from harness.records.saved_runs import MEASURES, differences, labels, measures, read_run, repeats
 from tools.lib.markdown import markdown, markdown_table
 
-MAX_LENGTH = 30  # characters of a value on the terminal; files contain all of them
+# Characters of a differing value on the terminal: fewer if the runs would not fit side by side
+# otherwise. Files contain all of them.
+MIN_LENGTH, MAX_LENGTH = 14, 30
 # What describes a run, and its place in results.json; runs before 0.2.0 have only the status.
 DESCRIPTIONS = {
     "status": "status",
@@ -133,8 +135,10 @@ def to_terminal(comparison, width):
     if columns := repeat_columns(comparison):
         parts += ["Mean and standard deviation over repeats", *split_table(columns, width)]
     if comparison.differing:
+        fitting = (width - max(map(len, comparison.differing))) // len(names) - 2
+        length = max(MIN_LENGTH, min(fitting, MAX_LENGTH))
         columns = {
-            str(n + 1): {k: as_text(v[n], MAX_LENGTH) for k, v in comparison.differing.items()}
+            str(n + 1): {k: as_text(v[n], length) for k, v in comparison.differing.items()}
             for n in range(len(names))
         }
         parts += ["Differences", *split_table(columns, width)]

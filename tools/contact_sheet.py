@@ -1,11 +1,11 @@
-"""Draw a contact sheet of scenes: quick-looks, and below each its label or other masks.
+"""Draw a contact sheet of scenes: names and quick-looks, and below each its label or other masks.
 
     python tools/contact_sheet.py scenes/ssts --output scenes.jpg
     python tools/contact_sheet.py scenes/ssts --masks bayes outputs/RUN --errors
 
 A mask is the folder of a run or of mask files, or a name: bayes, summary, or threshold. With
---errors missed cloud is red and false cloud yellow, in scenes that contain `truth`, as synthetic
-ones do.
+--errors missed cloud is red, false cloud yellow, and pixels without data are grey, in scenes that
+contain `truth`, as synthetic ones do. The last line of the sheet says what it shows.
 
 By day a quick-look shows S5, S3, S2 as red, green and blue, so that ice and clouds of ice are cyan;
 by night it shows S8, cold is bright. A pixel of the sheet is the mean of about 9 km, as in the
@@ -13,12 +13,13 @@ published pictures of the real scenes. Scenes by day come first.
 """
 
 import sys
+import textwrap
 from pathlib import Path
 
 from _command import exit_status  # isort: skip  (before all packages)
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from harness.config import Config
 from harness.console import log_to_screen
@@ -26,12 +27,14 @@ from harness.data.hdf5 import open_hdf5, open_numbers, read_numbers
 from harness.data.scene_files import day_or_night
 from harness.errors import UserError
 from harness.files import replacing
+from harness.records.report.one_run import short_name
 from tools.lib.masks import common_scenes, open_masks, read_fields
 from tools.lib.options import command_parser, positive
 
 THUMBNAIL = (131, 165)  # rows and columns; 1200 x 1500 km in pixels of 9.1 km
 MARGIN = 4  # [pixels] between thumbnails
-GREY = 128  # behind them
+GREY = 128  # behind them, and where there are no data
+FONT_SIZE, TEXT_HEIGHT, CHARACTER = 11, 15, 6  # [pixels] of the font, of a line, of a letter
 DAY_CHANNELS = (4, 2, 1)  # S5, S3, S2
 BRIGHTEST = (0.75, 1.0, 1.0)  # reflectance that is white
 GAMMA = 0.85
@@ -60,7 +63,7 @@ def read_thumbnails(path, masks, errors):
         measured = bts[bts > 0]
         warm, cold = np.percentile(measured, (99, 1)) if measured.size else (1, 0)
         levels = np.clip((warm - bts) / max(warm - cold, 1), 0, 1) * (bts > 0)
-    fields = read_fields(masks, Config().min_sst, path.stem, path)
+    fields = read_fields(masks, Config().min_sst, path)
     if errors and "truth" not in fields:
         raise UserError(f"{path} has no dataset 'truth', which --errors needs. Omit --errors.")
     pictures = [shrink(levels)]
@@ -68,8 +71,9 @@ def read_thumbnails(path, masks, errors):
         mask = fields[f"mask {i}"]
         picture = np.repeat(mask[..., None].astype(float), 3, axis=-1)
         if errors:
-            picture[fields["measured"] & ~mask & fields["truth"]] = MISSED
-            picture[fields["measured"] & mask & ~fields["truth"]] = FALSE
+            picture[~mask & fields["truth"]] = MISSED
+            picture[mask & ~fields["truth"]] = FALSE
+            picture[~fields["measured"]] = GREY / 255
         pictures.append(shrink(picture))
     return pictures
 
@@ -90,18 +94,33 @@ def draw_sheet(folder, output, n_scenes, n_columns, mask_names, errors):
     paths = common_scenes(masks, folder, ()).values()
     paths = sorted(paths, key=lambda path: (day_or_night(path), path.name))[:n_scenes]
     rows, cols = (length + MARGIN for length in THUMBNAIL)
-    n_pictures = 1 + len(masks)  # of a scene
-    n_rows = n_pictures * -(-len(paths) // n_columns)
-    sheet = np.full((n_rows * rows + MARGIN, n_columns * cols + MARGIN, 3), GREY, np.uint8)
+    n_columns = min(n_columns, len(paths))
+    width = n_columns * cols + MARGIN
+    lines = textwrap.wrap(describe(masks, errors), (width - 2 * MARGIN) // CHARACTER)
+    row_height = TEXT_HEIGHT + (1 + len(masks)) * rows  # of a row of scenes
+    below = -(-len(paths) // n_columns) * row_height  # where the legend begins
+    sheet = Image.new("RGB", (width, below + len(lines) * TEXT_HEIGHT + MARGIN), (GREY,) * 3)
+    draw = ImageDraw.Draw(sheet)
     for index, path in enumerate(paths):
         row, column = divmod(index, n_columns)
-        left = MARGIN + column * cols
-        for below, thumbnail in enumerate(read_thumbnails(path, masks, errors)):
-            top = MARGIN + (n_pictures * row + below) * rows
-            sheet[top : top + THUMBNAIL[0], left : left + THUMBNAIL[1]] = thumbnail
+        left, top = MARGIN + column * cols, row * row_height
+        title = f"{short_name(path.stem)} {day_or_night(path)}"[: cols // CHARACTER]
+        draw.text((left, top), title, "black", font_size=FONT_SIZE)
+        for i, thumbnail in enumerate(read_thumbnails(path, masks, errors)):
+            sheet.paste(Image.fromarray(thumbnail), (left, top + TEXT_HEIGHT + i * rows))
+    for i, line in enumerate(lines):
+        draw.text((MARGIN, below + i * TEXT_HEIGHT), line, "black", font_size=FONT_SIZE)
     with replacing(output) as temporary:
         image_format = Image.registered_extensions()[output.suffix.lower()]
-        Image.fromarray(sheet).save(temporary, image_format, quality=JPEG_QUALITY)
+        sheet.save(temporary, image_format, quality=JPEG_QUALITY)
+
+
+def describe(masks, errors):
+    """The legend: what the pictures of a scene show, from the top, and what the colours mean."""
+    text = "From the top: " + ", ".join(["quick-look", *(mask.name for mask in masks)])
+    text += "; white: cloud, black: clear" if masks else ""
+    text += ", red: missed cloud, yellow: false cloud, grey: no data" if masks and errors else ""
+    return f"{text}."
 
 
 def parse_arguments(argv):

@@ -42,7 +42,8 @@ from harness.data.mask_files import find_masks, measured_pixels, read_mask, read
 from harness.data.positions import check_geodetic, read_positions
 from harness.data.scene_files import PRODUCT_NAME, find_scenes, product_times
 from harness.files import check_own, replacing
-from harness.records.report.pictures import CLEAR, CLOUD, read_mask_and_label
+from harness.records.report.pictures import CLEAR, CLOUD
+from harness.records.saved_masks import read_mask_and_label
 from harness.records.saved_runs import read_run
 from tools.lib.options import add_mask_arguments, command_parser
 

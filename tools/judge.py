@@ -13,19 +13,21 @@ agreement     accuracy and balanced accuracy of each mask if another one were th
 accuracy      of three or more masks: sensitivity, specificity and balanced accuracy, estimated
               from the masks alone by categorical triple collocation (tools/lib/collocation.py),
               the median over all triplets of masks. `95 %` is the range over 1000 resamplings of
-              the scenes, `triplets` that over triplets, and `best` the share of resamplings in
-              which the mask is the best one
+              the scenes, `triplets` that over triplets, and of four or more masks `best` the
+              share of resamplings in which the mask is the best one
 SST           with --matchups: satellite - buoy where a mask is clear; of masks with probabilities
-              (S9 for `threshold`) also in as many match-ups as other masks are clear in.
-              validate_sst.py --help describes the table and which match-ups count
+              (S9 for `threshold`) also in as many match-ups as other masks are clear in. The last
+              column is the share below -2 K, mostly missed cloud, which the robust standard
+              deviation hides. validate_sst.py --help describes the table and which match-ups count
 consistency   with --consistency N: share of the pixels that change if a run masks N of the scenes
               shifted by 5 rows and 3 columns, or flipped
 
 The estimates are right if the errors of the masks are independent. They seldom are: networks learn
 the errors of their label, and all masks miss thin cloud. Masks that err alike then look better than
-the others. Signs of that are printed, but three masks show few: add masks of other kinds, and trust
-SST at equal coverage first. If the scene files contain `truth`, as synthetic ones do, the tables
-include the true values and how the errors correlate.
+the others. Signs of that are printed, but three masks show hardly any: do not trust their order,
+add masks of other kinds, and trust SST at equal coverage first, if none of the masks has selected
+the match-ups (docs/science.md). If the scene files contain `truth`, as synthetic ones do, the
+tables include the true values and how the errors correlate.
 
 -o writes masks.csv, sst.csv, judge.json with all numbers, and judge.md with the tables.
 """
@@ -103,18 +105,19 @@ def accuracy_rows(names, counts, places):
             for j, rate in enumerate(RATES):
                 row |= {f"{rate}{end}": values[i, j] for end, values in estimates.items()}
                 row |= {} if truth is None else {f"true_{rate}": truth[i, j]}
-            rows.append(row | ({} if best is None else {"best": best[i]}))
+            # Three masks cannot show that their errors depend on each other, and the best be wrong.
+            rows.append(row | ({"best": best[i]} if len(names) > 3 else {}))
     return rows
 
 
 def validate(masks, scenes, min_sst, arguments):
     """Rows of sst.csv, of the match-ups on pixels with data; see `matchups.compare_masks`."""
     found = matchups.read_table(arguments.matchups, arguments.names, set(arguments.celsius))
-    chosen, _ = matchups.select(found, min_sst)
+    chosen, _ = matchups.select(found, arguments.min_sst or min_sst)
     fields = [f"{what} {i}" for what in ("mask", "score") for i in range(len(masks))]
 
-    def read(name, path):
-        scene = read_fields(masks, min_sst, name, path)
+    def read(_, path):
+        scene = read_fields(masks, min_sst, path)
         return {field: scene[field] for field in ("measured", *fields)}
 
     pixels = matchups.find_pixels(
@@ -156,11 +159,14 @@ def accuracy_table(rows):
 
 def sst_table(rows):
     """The rows of sst.csv as people read them."""
-    formats = {"coverage": "{:8.3f}", "median": "{:+.3f}", "robust_std": "{:.3f}"}
+    shown = {
+        "matchups": "{matchups:8}", "coverage": "{coverage:8.3f}", "median": "{median:+.3f}",
+        "robust_std": "{robust_std:10.3f}", f"< {matchups.COLD:g} K": "{cold_share:6.1%}",
+    }  # fmt: skip
     lines = [", as clear as ".join(filter(None, (r["mask"], r["as_clear_as"]))) for r in rows]
     return {
-        name: dict(zip(lines, (text.format(row[name]) for row in rows), strict=True))
-        for name, text in {"matchups": "{:8}", **formats}.items()
+        title: dict(zip(lines, (text.format(**row) for row in rows), strict=True))
+        for title, text in shown.items()
     }
 
 
@@ -185,7 +191,7 @@ def judge(arguments):
     check_geodetic(arguments.geodetic, scenes)
     names = [mask.name for mask in masks]
     min_sst = next((mask.config for mask in masks if mask.config), Config()).min_sst
-    read = (read_fields(masks, min_sst, *scene) for scene in scenes.items())
+    read = (read_fields(masks, min_sst, path) for path in scenes.values())
     counts = count_scenes(len(masks), progress(read, "Comparing", len(scenes)))
     has_data = counts.any(axis=(1, 2))
     if not has_data.any():
@@ -207,7 +213,7 @@ def judge(arguments):
         "Balanced accuracy if the column were the truth": matrix_table(names, balanced),
         "Accuracy, estimated and true": accuracy_table(rows),
     }
-    results["warnings"] = warnings_of(masks, len(places), total.sum(axis=0))
+    results["warnings"] = warnings_of(masks, len(places), total.sum(axis=0), rows)
     if has_truth:
         matrix = collocation.error_correlations(total.ravel())
         results["error_correlations"] = matrix.tolist()
@@ -231,14 +237,40 @@ def judge(arguments):
         write_results(arguments.output, results, tables)
 
 
-def warnings_of(masks, n_scenes, counts):
-    """What the reader should know about the estimates, as texts; `counts` of all patterns."""
+def impossible_masks(rows):
+    """The masks that have an estimate or a limit below 0, above 1 or NaN in rows of masks.csv."""
+    ends = ("", "_min", "_max", "_low", "_high")
+    keys = [f"{rate}{end}" for rate in RATES for end in ends]
+    return list(
+        dict.fromkeys(
+            row["mask"] for row in rows if not all(0 <= round(row[key], 3) <= 1 for key in keys)
+        )
+    )
+
+
+def warnings_of(masks, n_scenes, counts, rows):
+    """What the reader should know about the estimates, as texts.
+
+    Args:
+        masks: List of K Mask.
+        n_scenes: Number of scenes with data.
+        counts: Of all patterns, (2**K,).
+        rows: Result of `accuracy_rows`.
+    """
     if len(masks) < 3:
         return ["Accuracies are estimated with three masks or more."]
     rates = collocation.all_triplets(counts)
     texts = collocation.signs_of_dependence([mask.name for mask in masks], rates)
+    if impossible := impossible_masks(rows):
+        texts.append(
+            f"Estimates or limits below 0, above 1 or nan are impossible: {', '.join(impossible)}. "
+            "The errors of masks depend on each other, or there are too few scenes."
+        )
     if len(masks) == 3:
-        texts.append("Three masks show few signs of dependent errors. Add masks of other kinds.")
+        texts.append(
+            "Three masks cannot show whether their errors are independent: do not trust the order "
+            "of the estimates. Add masks of other kinds."
+        )
     learned = [mask.name for mask in masks if mask.config or mask.name == "bayes"]
     if len(learned) > 1:
         texts.append(
@@ -274,6 +306,9 @@ def main(argv=None):
     add("--consistency", type=positive, metavar="N", help="mask N scenes shifted and flipped")
     arguments = parser.parse_args(argv)
     matchups.check_matchup_arguments(parser, arguments)
+    of_matchups = arguments.geodetic, arguments.minutes, arguments.column, arguments.celsius
+    if any(of_matchups) and not arguments.matchups:
+        parser.error("--geodetic, --minutes, --column and --celsius need --matchups TABLE")
     log_to_screen(arguments.verbose)
     return exit_status(lambda: judge(arguments), arguments.verbose)
 

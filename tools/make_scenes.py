@@ -231,7 +231,7 @@ def make_dataset(
     for folder in dict.fromkeys(task.path.parents[1] for task in tasks):
         covers = [task.cover for task in tasks if task.path.parents[1] == folder]
         n_scenes, mean = counted(len(covers), "scene"), 100 * np.mean(covers)
-        log.info("%s: %s, mean cloud %.0f %%", folder, n_scenes, mean)
+        log.info("%s: %s, true cloud %.0f %%", folder, n_scenes, mean)
     if matchups and not rows:
         log.warning("No match-ups: no scene of ssts has open sea with data.")
     elif matchups:
@@ -263,8 +263,9 @@ def parse_arguments(argv):
     add("--day-share", type=float, default=0.55, metavar="SHARE", help="share of daytime scenes")
     add("--cloud-cover", type=float, default=0.845, metavar="SHARE", help="mean cloud cover")
     add("--label", choices=LABELS, default="bayes", help="a Bayesian mask, random errors, or none")
-    add("--label-noise", type=float, nargs=2, default=LABEL_NOISE, metavar=("MISSED", "FALSE"),
-        help="shares of wrong labels of cloud and of clear, with --label random")  # fmt: skip
+    add("--label-noise", type=float, nargs=2, metavar=("MISSED", "FALSE"),
+        default=argparse.SUPPRESS, help="shares of wrong labels of cloud and of clear, with "
+        f"--label random (default: {' '.join(map(str, LABEL_NOISE))})")  # fmt: skip
     add("--matchups", type=int, default=0, metavar="N",
         help="match-ups of ssts with buoys, for validate_sst.py")  # fmt: skip
     add("--jobs", type=int, default=1, metavar="N", help="number of processes")
@@ -275,7 +276,10 @@ def parse_arguments(argv):
     add("--chunks", type=parse_chunks, default="none", help="none, auto or 'H W C'")
     add("--compression", choices=("none", "gzip", "lzf"), default="none", help="implies chunks")
     add("--shuffle", action="store_true", help="group bytes before compression; implies chunks")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if "label_noise" in arguments and arguments.label != "random":
+        parser.error("--label-noise is of random labels: add --label random, or omit it")
+    return arguments
 
 
 def main(argv=None):

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from _command import exit_status
-from harness.config import load_config
+from harness.config import load_config, resolved
 from harness.console import counted, log_to_screen
 from harness.errors import UserError
 from harness.records.run_folder import git_commit
@@ -87,7 +87,10 @@ def work(arguments):
 
 
 def check_submission(config):
-    """Raise UserError if no run with this configuration and code could be submitted."""
+    """Raise UserError if no run with this configuration and code could be submitted.
+
+    What the submission would only note is printed.
+    """
     faults = [*submission.commit_faults(git_commit()), *submission.setting_faults(config)]
     for fault in faults:
         log.error("%s.", fault)
@@ -96,6 +99,8 @@ def check_submission(config):
             f"{counted(len(faults), 'fault')}, see above, for which a submission would be "
             "rejected; no run was started. Fix this or omit --system."
         )
+    for note in submission.setting_notes(resolved(config)):
+        log.warning("%s.", note)
 
 
 def submit(runs, output, config, system):

@@ -39,6 +39,10 @@ def parse_arguments(argv):
     arguments = parser.parse_args(argv)
     if len(arguments.runs) > 1 and (arguments.pictures or not arguments.output):
         parser.error("several runs need -o FILE; --pictures takes one run")
+    if len(arguments.runs) > 1 and (arguments.data or arguments.all_scenes):
+        parser.error("a page of several runs has no pictures: omit --data and --all-scenes")
+    if arguments.pictures and arguments.output:
+        parser.error("--pictures writes no page: omit -o")
     return arguments
 
 

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from _command import exit_status
+from harness.config import load_config
 from harness.console import log_to_screen
 from harness.errors import UserError
 from harness.files import write_csv, write_text
@@ -198,13 +199,15 @@ def parse_arguments(argv):
     add("--replicas", type=int, nargs="*", default=[], help="virtual CPU devices in one process")
     add("--ranks", type=int, nargs="*", default=[], help="processes, here or with --launch")
     add("--kinds", nargs="+", choices=("strong", "weak"), default=["strong", "weak"])
-    add("--batch-size", type=int, default=32, help="global batch of one replica (default 32)")
+    add("--batch-size", type=int, help="global batch of one replica (default: the configuration's)")
     add("--repeats", type=int, default=3, help="runs of each count (default 3)")
     add("--launch", help="command that starts {ranks} ranks and takes the program's options")
     add_run_arguments(add)
     arguments = parser.parse_args(argv)
     if not (arguments.runs or arguments.replicas or arguments.ranks):
         parser.error("name runs to read, or use --replicas or --ranks to make some")
+    if arguments.runs and (arguments.replicas or arguments.ranks):
+        parser.error("runs that are named are read: omit them, or --replicas and --ranks")
     return arguments
 
 
@@ -215,7 +218,8 @@ def work(arguments):
     if arguments.runs:
         return summarise(arguments.runs, output)
     counts = arguments.replicas, arguments.ranks, arguments.kinds
-    runs = plan(*counts, arguments.batch_size, arguments.repeats)
+    config = load_config(arguments.config, arguments.set)
+    runs = plan(*counts, arguments.batch_size or config.batch_size, arguments.repeats)
     runs = [planned_run(run, output, arguments) for run in runs]
     # A resumed run has other times than a whole one.
     make_runs(runs, resume=False, summarise=lambda folders: summarise(folders, output))

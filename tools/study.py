@@ -21,8 +21,9 @@ what speeds are compared with. All are run with the first seed before any is run
 The runs are in OUTPUT/runs. The same command continues a study: runs that have finished are kept,
 an aborted one is resumed or repeated. A run that fails is reported, and the others are made. At the
 end OUTPUT/study.html has the table, with mean and standard deviation over the seeds, and charts of
-accuracy over seconds per scene and over training seconds; OUTPUT/runs.csv has a row per run. Scenes
-that contain `truth`, as synthetic ones do, are also scored against it; nothing is trained on it.
+accuracy over seconds per scene and over training seconds; OUTPUT/runs.csv has a row per run, with
+the keys that vary. Scenes that contain `truth`, as synthetic ones do, are also scored against it;
+nothing is trained on it.
 """
 
 import argparse
@@ -187,7 +188,8 @@ def summarise(title, study, runs):
     measured = [measure(case, run.folder) for case, run in finished.values()]
     measured.sort(key=lambda run: order.index(run.case))
     missing = [name for name in runs if name not in finished]
-    text = write_study(title, measured, str(study.budget), study.output, missing)
+    varied = dict.fromkeys(key for group in study.groups for key in group)
+    text = write_study(title, measured, str(study.budget), varied, study.output, missing)
     sys.stdout.write(text + "\n")
     log.info("Study: %s", study.output / PAGE)
 

@@ -35,6 +35,7 @@ import re
 import shutil
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from _command import exit_status  # isort: skip  (before all packages)
@@ -42,7 +43,16 @@ from _command import exit_status  # isort: skip  (before all packages)
 import yaml
 from mlperf_logging.mllog import constants
 
-from harness.config import FILE_KEYS, FOLDER_KEYS, Config, check, load_config, resolved
+from harness.config import (
+    FILE_KEYS,
+    FOLDER_KEYS,
+    Config,
+    check,
+    load_config,
+    parse_override,
+    recorded,
+    resolved,
+)
 from harness.console import counted, format_bytes, log_to_screen, printable
 from harness.errors import UserError
 from harness.files import file_sha256, new_folder, read_text, write_json, write_text
@@ -56,6 +66,7 @@ from tools.lib.options import command_parser
 TEMPLATES = Path(__file__).parent / "lib" / "submission_files"
 DESCRIPTOR = "experiment-1"
 RUNS_RECOMMENDED = 10  # of CloudMask, policy.adoc, 'Benchmark Results'
+CONTACT = ("name", "email", "submission")  # keys that --set adds to runs without them
 SCENES = {"train_dir": 970, "inference_dir": 100}  # of the benchmark's data, one-day and ssts
 # The closed division leaves epochs, learning_rate, batch_size and MIN_SST free, policy.adoc.
 FIXED_IN_CLOSED = (
@@ -162,14 +173,55 @@ def scene_faults(run):
     return [f"{SCENES[k]} scenes in {k}, found {n}" for k, n in numbers.items() if n != SCENES[k]]
 
 
+def contact(config):
+    """The values of CONTACT in the configuration of a run, empty where they are missing."""
+    return {key: config[key] for key in CONTACT[:2]} | {
+        "submission": config["submission"]["version"]
+    }
+
+
+def add_contact(run, texts):
+    """The run with who submits it, where its configuration lacks that.
+
+    Args:
+        run: Run.
+        texts: `KEY=VALUE` texts of keys of CONTACT.
+
+    Raises:
+        UserError: If they name other keys, or the run has another value.
+    """
+    given, config = dict(map(parse_override, texts)), run.results["config"]
+    if wrong := given.keys() - set(CONTACT):
+        raise UserError(
+            f"--set takes {', '.join(CONTACT)}, found {min(wrong)}: what a run did cannot be "
+            "changed. Run it again."
+        )
+    changed = recorded(check(config | given, "--set", given))
+    found, wanted = contact(config), contact(changed)
+    if other := [key for key in given if found[key] not in (None, "", wanted[key])]:
+        raise UserError(
+            f"--set {other[0]}: the runs have {found[other[0]]!r}. Omit it, or run again."
+        )
+    return replace(run, results=run.results | {"config": changed})
+
+
+def setting_notes(config):
+    """What MLCommons Science asks for and a configuration lacks, which is no fault."""
+    missing = [key for key, value in contact(config).items() if not value]
+    notes = [
+        f"MLCommons Science asks for {key}, found none; tools/submission.py --set {key}=... adds it"
+        for key in missing
+    ]
+    if config["platform"] == "unknown":
+        notes.append("The platform in the logs is 'unknown'")
+    return notes
+
+
 def reviewer_notes(runs, system):
-    """What MLCommons Science also requires, and what a reviewer will ask about."""
-    config, required = runs[0].results["config"], scene_faults(runs[0])
-    values = {key: config[key] for key in ("name", "email")}
-    values["submission: {version: ...}"] = config["submission"]["version"]
-    missing = [key for key, value in values.items() if not value]
-    required += [f"{key} in the configuration of the runs, found none" for key in missing]
-    notes = [f"MLCommons Science requires {text}" for text in required]
+    """In what the runs differ from the official benchmark, and what a reviewer will ask about."""
+    config = runs[0].results["config"]
+    notes = [f"The official benchmark has {text}" for text in scene_faults(runs[0])]
+    notes += setting_notes(config)
     if len(runs) < RUNS_RECOMMENDED:
         notes.append(
             f"MLCommons Science recommends {RUNS_RECOMMENDED} runs of CloudMask, found "
@@ -178,8 +230,6 @@ def reviewer_notes(runs, system):
     if any(run.is_synthetic for run in runs):
         notes.append("The scenes are synthetic; results on them are no results of the benchmark")
     notes += [f"{run.name}: {text.rstrip('.')}" for run in runs for text in run.warnings]
-    if config["platform"] == "unknown":
-        notes.append("The platform in the logs is 'unknown'")
     if n_bad := sum(len(run.results.get("bad_scenes") or []) for run in runs):
         notes.append(f"Unreadable scenes were skipped, {counted(n_bad, 'time')} in all runs")
     if unknown := ", ".join(name for name, value in system.items() if value == UNKNOWN):
@@ -279,6 +329,7 @@ def submission_folder(output, organisation, system, descriptor=DESCRIPTOR):
 def config_text(run):
     """config.yaml of the submission: that of the runs, with the commit."""
     values = resolved(load_config(run.folder / "config.yaml"))
+    values |= {key: run.results["config"][key] for key in CONTACT}
     values["output_dir"] = "outputs"
     for key in FILE_KEYS:
         if os.path.isabs(values[key]):  # the second run would meet the file of the first
@@ -409,6 +460,7 @@ def submit(arguments):
         for fault in faults:
             log.error("%s.", fault)
         raise UserError(f"{counted(len(faults), 'fault')}, see above; nothing was written.")
+    runs = [add_contact(run, arguments.set) for run in runs]
     if arguments.best_of is not None and arguments.best_of < len(runs):
         raise UserError(
             f"--best-of is the number of runs that these {len(runs)} were chosen from, found "
@@ -445,9 +497,10 @@ def submit(arguments):
             write(temporary / name, content)
         for name, source in (copies | scripts).items():
             shutil.copyfile(source, temporary / name)
+    log.info("The submission of %s is in %s.", counted(len(runs), "run"), folder)
+    log.info("%s for reviewers, also in its README.md; no fault:", counted(len(notes), "note"))
     for note in notes:
         log.warning("%s.", note)
-    log.info("The submission of %s is in %s.", counted(len(runs), "run"), folder)
 
 
 def main(argv=None):
@@ -462,6 +515,10 @@ def main(argv=None):
         help=f"name of the experiment (default {DESCRIPTOR})",
     )  # fmt: skip
     add("--best-of", type=int, metavar="N", help="the runs are the best of N that were made")
+    add(
+        "--set", **several, metavar="KEY=VALUE",
+        help="name, email or 'submission={version: ...}', if the runs have none",
+    )  # fmt: skip
     add("--system-json", type=Path, metavar="FILE", help='{"field": "text", ...} not in the runs')
     add("--script", type=Path, **several, metavar="FILE", help="files to copy next to run.sh")
     add(

@@ -6,12 +6,13 @@ r"""Validate the masks of a run with buoys: the sea surface temperature (SST) of
 
 A cloud that a mask misses makes the satellite read too cold. Match-ups of satellite and buoy are
 selected on clear pixels, by the run's mask and by the Bayesian mask; printed are their number, the
-median and the robust standard deviation (1.4826 x median absolute deviation) of satellite - buoy.
+median and the robust standard deviation (1.4826 x median absolute deviation) of satellite - buoy,
+and what these two hide: mean, standard deviation and the share below -2 K, which is mostly cloud.
 
 The table is CSV with a header, or HDF5 with a dataset (N,) for each of these columns:
 
-time              UTC; ISO 8601 (2019-10-01T11:33:21Z), or in HDF5 also numbers with the attribute
-                  `units`: "seconds since 1981-01-01 00:00:00"
+time              UTC, when the satellite measured; ISO 8601 (2019-10-01T11:33:21Z), or in HDF5 also
+                  numbers with the attribute `units`: "seconds since 1981-01-01 00:00:00"
 latitude          degrees north
 longitude         degrees east, -180 to 360
 buoy_sst          SST of the buoy [K]
@@ -26,11 +27,14 @@ Convert HDF5 files written by pandas with pandas.read_hdf(FILE).to_csv(OTHER).
 As in the science group's first system a match-up needs quality level 5, a zenith angle of at most
 55 degrees, both temperatures above the run's MIN_SST, and a pixel with data at less than 0.005
 degrees of latitude and 0.01 degrees of longitude. This is the nearest pixel of the scenes measured
-at its time: between start and end in the product's name, or up to --minutes before or after.
+at its time: between start and end in the product's name, or up to --minutes before or after. If a
+table only has the buoy's time, --minutes should be what its match-ups differ by. MIN_SST, 273.15 K,
+removes fill values, and sea water of -1.8 to 0 degrees Celsius: near ice, use --min-sst 271.
 Positions come from the datasets `latitude` and `longitude` of the scene files or from --geodetic;
 scenes without positions or `bayes` are skipped. Day and night are the folders of the scene files.
 
-statistics.csv    for day, night and all by each mask: matchups, median [K], robust_std [K]
+statistics.csv    for day, night and all by each mask: matchups; median, robust_std, mean, std [K];
+                  cold_share, the share below -2 K
 funnel.csv        number of match-ups left after each step
 matchups.csv      those on pixels with data; cloudmask (ours) and bayes are 1 for cloud
 differences.png   histograms of satellite - buoy
@@ -48,25 +52,27 @@ import numpy as np
 from harness.config import load_config
 from harness.console import log_to_screen, table
 from harness.data.hdf5 import open_hdf5, open_numbers, read_numbers
-from harness.data.mask_files import find_masks, measured_pixels, read_mask
+from harness.data.mask_files import find_masks, measured_pixels
 from harness.data.positions import check_geodetic
 from harness.data.scene_files import day_or_night, find_scenes
 from harness.errors import UserError
 from harness.files import replacing, write_csv
+from harness.records.saved_masks import read_mask_and_label
 from tools.lib.matchups import (
+    COLD,
     COLUMNS,
+    STATISTICS,
     SkippedScene,
     add_matchup_arguments,
     check_matchup_arguments,
     find_pixels,
-    median_and_robust_std,
     read_table,
     select,
+    statistics,
 )
 from tools.lib.options import add_mask_arguments, command_parser
 
 MASKS = {"cloudmask": "our mask", "bayes": "Bayesian mask", "none": "no mask"}
-STATISTICS = ("day_night", "mask", "matchups", "median", "robust_std")
 MATCHUPS = (
     *COLUMNS, "difference", "scene", "day_night", "row", "col", "pixel_latitude",
     "pixel_longitude", "cloudmask", "bayes",
@@ -78,8 +84,7 @@ log = logging.getLogger("validate_sst")
 
 def read_masks(mask_file, scene):
     """Read the masks of a scene, as `find_pixels` takes them; NaN in `bayes` is not measured."""
-    with open_hdf5(mask_file) as file:
-        mask = read_mask(file)
+    mask, _ = read_mask_and_label(mask_file, scene)
     with open_hdf5(scene) as file:
         measured = measured_pixels(file, mask.shape)
         bayes = open_numbers(file, "bayes", (*mask.shape, 1), optional=True)
@@ -89,7 +94,7 @@ def read_masks(mask_file, scene):
             raise SkippedScene("no Bayesian mask 'bayes'")
         label = read_numbers(bayes)[..., 0]
     measured &= np.isfinite(label)
-    return {"measured": measured, "cloudmask": mask != 0, "bayes": label != 0}
+    return {"measured": measured, "cloudmask": mask, "bayes": label != 0}
 
 
 # --- statistics -----------------------------------------------------------------------------
@@ -143,14 +148,16 @@ def draw(differences, path):
     for axes, kind in zip(panels, kinds, strict=True):
         for mask, style in styles.items():
             values = differences[kind, mask]
-            median, robust_std = median_and_robust_std(values)
-            label = f"{MASKS[mask]}: {len(values)}, {median:+.2f} K, {robust_std:.2f} K"
+            label = "{}: {}, {median:+.2f} K, {robust_std:.2f} K, {cold_share:.1%}".format(
+                MASKS[mask], len(values), **statistics(values)
+            )
             axes.hist(np.clip(values, BINS[0], BINS[-1]), BINS, label=label, **style)
         axes.axvline(0, color="0.4", linestyle=":", linewidth=1)
         axes.set(title=kind, xlabel="satellite - buoy [K]; the outer bins include all beyond")
         axes.legend(
-            title="number, median, robust standard deviation", loc="lower center",
-            bbox_to_anchor=(0.5, 1.08), frameon=False, fontsize="small", title_fontsize="small",
+            title=f"number, median, robust standard deviation, share below {COLD:g} K",
+            loc="lower center", bbox_to_anchor=(0.5, 1.08), frameon=False, fontsize="small",
+            title_fontsize="small",
         )  # fmt: skip
     panels[0].set(ylabel="match-ups in 0.2 K", yscale="log", ylim=(0.7, None))
     with replacing(path) as temporary:
@@ -169,7 +176,7 @@ def validate(arguments):
     masks = {path.stem: path for path in masks}
     scenes = {name: found.get(name) for name in masks}
     matchups = read_table(arguments.table, arguments.names, set(arguments.celsius))
-    chosen, funnel = select(matchups, config.min_sst)
+    chosen, funnel = select(matchups, arguments.min_sst or config.min_sst)
     tolerance = 60 * arguments.minutes  # [s]
     pixels = find_pixels(
         matchups, chosen, scenes, arguments.geodetic, tolerance,
@@ -198,23 +205,25 @@ def validate(arguments):
     places = [paths[number] for number in pixels["scene"][measured]]
     rows = make_rows(kept, pixels[measured], places)
     differences = group_differences(rows)
-    statistics = [
-        dict(zip(STATISTICS, (*key, len(values), *median_and_robust_std(values)), strict=True))
-        for key, values in differences.items()
+    found = [
+        {"day_night": kind, "mask": mask, "matchups": len(values), **statistics(values)}
+        for (kind, mask), values in differences.items()
     ]
     folder = arguments.output or arguments.run / "sst"
     draw(differences, folder / "differences.png")
     funnel = [{"step": step.strip(), "matchups": n} for step, n in funnel.items()]
     write_csv(folder / "funnel.csv", ("step", "matchups"), funnel)
     write_csv(folder / "matchups.csv", MATCHUPS, rows)
-    write_csv(folder / "statistics.csv", STATISTICS, statistics)
-    lines = {f"{row['day_night']}, {MASKS[row['mask']]}": row for row in statistics}
+    write_csv(folder / "statistics.csv", ("day_night", "mask", "matchups", *STATISTICS), found)
+    shown = {
+        "match-ups": "{matchups:9}", "median": "{median:+.3f}", "robust std": "{robust_std:10.3f}",
+        "mean": "{mean:+.3f}", "std": "{std:.3f}", f"< {COLD:g} K": "{cold_share:6.1%}",
+    }  # fmt: skip
     columns = {
-        "match-ups": {line: f"{row['matchups']:9}" for line, row in lines.items()},
-        "median [K]": {line: f"{row['median']:+10.3f}" for line, row in lines.items()},
-        "robust std [K]": {line: f"{row['robust_std']:14.3f}" for line, row in lines.items()},
+        title: {f"{row['day_night']}, {MASKS[row['mask']]}": text.format(**row) for row in found}
+        for title, text in shown.items()
     }
-    sys.stdout.write(table(columns) + "\n")
+    sys.stdout.write(f"Satellite - buoy [K]\n\n{table(columns)}\n")
     log.info("Wrote statistics.csv, funnel.csv, matchups.csv and differences.png to %s.", folder)
 
 

@@ -53,7 +53,7 @@ def open_hdf5(path, name=None, advice="Make or copy it again.", error_class=User
     except (OSError, RuntimeError, LookupError, ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         if isinstance(error, FileNotFoundError) and not os.path.exists(path):
-            reason = "it does not exist"
+            reason, advice = "it does not exist", "Check the path."
         advice = LOCKED_ADVICE if "unable to lock file" in reason else advice
         advice = FILTER_ADVICE if isinstance(error, MissingFilter) else advice
         raise error_class(f"{name or path} cannot be used: {reason}. {advice}") from error

@@ -61,7 +61,12 @@ def open_scene(path, shape, labelled=True):
             "bayes": [(height, width, 1)],
         }
         for name, shapes in expected.items():
-            dataset = open_numbers(file, name, optional=name == "bayes" and not labelled)
+            dataset = open_numbers(file, name, optional=name == "bayes")
+            if dataset is None and labelled:
+                raise SceneError(
+                    f"{path} has no dataset 'bayes', the label. Without it, mask scenes with "
+                    "--mode inference, and train with --mode train and labels: none."
+                )
             if dataset is None:
                 continue
             if dataset.shape not in shapes:

@@ -101,9 +101,29 @@ def precision(p):
     return ratio(p.tp, p.tp + p.fp)
 
 
+def valid_precision(p):
+    """Precision among pixels with data."""
+    return precision(p.with_data)
+
+
 def recall(p):
-    """Share of the label's cloud that is cloud in the mask."""
+    """Share of the label's cloud that is cloud in the mask: the hit rate."""
     return ratio(p.tp, p.tp + p.fn)
+
+
+def valid_recall(p):
+    """Recall among pixels with data."""
+    return recall(p.with_data)
+
+
+def false_alarm_rate(p):
+    """Share of the label's clear pixels that are cloud in the mask."""
+    return ratio(p.fp, p.fp + p.tn)
+
+
+def valid_false_alarm_rate(p):
+    """False alarm rate among pixels with data."""
+    return false_alarm_rate(p.with_data)
 
 
 def f1(p):
@@ -207,12 +227,12 @@ SCORES = {  # by the key in scenes.csv and results.json, in the order of all tab
     "accuracy": Score("accuracy", accuracy),
     "all_cloud_accuracy": Score("all cloud", all_cloud_accuracy, "baseline"),
     "threshold_accuracy": Score("threshold", threshold_accuracy, "baseline"),
-    "no_data_clear_accuracy": Score("no-data-clear accuracy", no_data_clear_accuracy),
+    "no_data_clear_accuracy": Score("accuracy, no data is clear", no_data_clear_accuracy),
     "no_data_clear_all_cloud_accuracy": Score(
-        "no-data-clear all cloud", no_data_clear_all_cloud_accuracy, "baseline"
+        "all cloud, no data is clear", no_data_clear_all_cloud_accuracy, "baseline"
     ),
     "no_data_clear_threshold_accuracy": Score(
-        "no-data-clear threshold", no_data_clear_threshold_accuracy, "baseline"
+        "threshold, no data is clear", no_data_clear_threshold_accuracy, "baseline"
     ),
     "valid_accuracy": Score("valid accuracy", valid_accuracy),
     "valid_all_cloud_accuracy": Score("valid all cloud", valid_all_cloud_accuracy, "baseline"),
@@ -227,8 +247,12 @@ SCORES = {  # by the key in scenes.csv and results.json, in the order of all tab
     ),
     "precision": Score("precision", precision),
     "recall": Score("recall", recall),
+    "false_alarm_rate": Score("false alarm rate", false_alarm_rate),
     "f1": Score("F1", f1),
     "iou": Score("IoU", iou),
+    "valid_precision": Score("valid precision", valid_precision),
+    "valid_recall": Score("valid recall", valid_recall),
+    "valid_false_alarm_rate": Score("valid false alarm rate", valid_false_alarm_rate),
     "valid_fraction": Score("pixels with data", valid_fraction, "fraction"),
     "cloud_fraction": Score("cloud in mask", cloud_fraction, "fraction"),
 }

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from harness.errors import UserError
 
 SCHEDULERS = ("SLURM_JOB_ID", "LSB_JOBID", "PBS_JOBID", "FLUX_JOB_ID", "COBALT_JOBID")
-RANK_ONLY = ("PMIX_RANK", "PALS_RANKID", "ALPS_APP_PE")  # no variable gives the number of ranks
+# Ranks without a number of ranks, if no launcher gives both.
+RANK_ONLY = ("PMIX_RANK", "PALS_RANKID", "ALPS_APP_PE", "RANK", "SLURM_PROCID")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,10 @@ def detect_launch(environ=os.environ):
     launches = [launch for launcher in LAUNCHERS if (launch := launcher(environ))]
     several = [launch for launch in launches if launch.n_ranks > 1]
     if not launches:
-        if started := next((name for name in RANK_ONLY if environ.get(name)), None):
+        found = {name: environ[name] for name in RANK_ONLY if environ.get(name)}
+        if found.get("SLURM_PROCID") == "0":  # also in a batch script, which is no rank
+            del found["SLURM_PROCID"]
+        if started := next(iter(found), None):
             raise UserError(
                 f"{started}={environ[started]} says that a launcher started this process, but no "
                 "variable gives the number of ranks. Start the program with srun, mpirun or "

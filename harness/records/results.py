@@ -17,6 +17,9 @@ HISTORY_COLUMNS = (
 # Three threads mask scenes, each with another scene: the slowest one is the limit.
 STAGES = {"reading": ("read",), "network": ("network", "stitch"), "writing": ("score", "write")}
 TRAINING_RESULT = ("val_loss", "val_accuracy", "target_accuracy", "seconds_to_target")
+LABEL_SOURCES = {  # words for values of `labels`; others are folders
+    "none": "the mixture model", "combined": "the mixture model and the Bayesian masks",
+}  # fmt: skip
 EPOCH_FORMAT = "{:>9} {:>8} {:>9} {:>9} {:>13} {:>8} {:>10}  {}"
 
 
@@ -268,17 +271,20 @@ def summary(results):
             f"in the best epoch, {training['best_epoch']} of {training['epochs_run']}"
         )
         if (labels := results["config"]["labels"]) != "bayes":
-            lines.append(f"            against the labels that it learned from, {labels}")
+            source = LABEL_SOURCES.get(labels, labels)
+            lines.append(f"            against labels from {source}, as in training")
+        if target := target_text(training, results["config"]):
+            lines.append(f"target      {target}")
         lines += [
-            f"target      {target_text(training)}",
             f"training    {training['seconds'] / training['epochs_run']:.1f} s per epoch, "
             f"{training['patches_per_second']:.1f} patches/s",
         ]
     if inference:
-        parts = inference["seconds_per_scene_parts"]
+        network = f"{inference['seconds_per_scene_parts']['network']:.2f} s"
+        network += " on each device" if results["devices"]["replicas"] > 1 else ""
         lines.append(
             f"inference   {inference['seconds_per_scene']:.2f} s per scene, "
-            f"{counted(inference['scenes'], 'scene')}; the network {parts['network']:.2f} s"
+            f"{counted(inference['scenes'], 'scene')}; the network {network}"
         )
         shares = (f"{part} {100 * share:.0f}" for part, share in inference["shares"].items())
         lines.append(f"            limit: {inference['limited_by']}; {', '.join(shares)} %")
@@ -291,8 +297,19 @@ def summary(results):
     return [*lines, total, *_warnings(results["warnings"])]
 
 
-def target_text(training):
-    """When the validation accuracy reached its target, as text, from results.json's `training`."""
+def target_text(training, config):
+    """When the validation accuracy reached its target, as text.
+
+    Args:
+        training: Of results.json.
+        config: Of results.json.
+
+    Returns:
+        None if the target is that of MLCommons Science, an agreement with Bayesian masks, and the
+        labels are others.
+    """
+    if config.get("labels", "bayes") != "bayes" and not config.get("target_accuracy"):
+        return None
     seconds, text = training.get("seconds_to_target"), f"accuracy {training['target_accuracy']:g}"
     if seconds is None:
         return f"{text} not reached in validation"

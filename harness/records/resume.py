@@ -20,9 +20,9 @@ INPUT = ("model_file", "inference")  # a key of FILE_KEYS, and the mode that onl
 # Keys that change neither the weights nor the masks of a run, or only when it stops.
 FREE_KEYS = {
     "epochs", "target_accuracy", "patience", "training_seconds", "checkpoint_every",
-    "on_bad_scene", "read_timeout", "name", "email", "cache_dir", "no_cache", "gpu", "nodes",
-    "cpu_devices", "micro_batch", "reader_threads", "cache", "output_dir", "report", "sampling",
-    "tensorboard", "profile_steps",
+    "on_bad_scene", "read_timeout", "cache_dir", "no_cache", "gpu", "nodes", "cpu_devices",
+    "micro_batch", "reader_threads", "cache", "output_dir", "report", "sampling", "tensorboard",
+    "profile_steps",
 }  # fmt: skip
 
 
@@ -81,6 +81,8 @@ def load_resumed(folder, config_file=None, overrides=()):
         if (path := getattr(wanted, key)).is_absolute() and (key, mode) != INPUT:
             check_own(path)
     before, after = resolved(config), resolved(wanted)
+    if wanted.run_name:
+        before["run_name"], after["run_name"] = folder.resolve().name, wanted.run_name
     changed = [key for key in after if before[key] != after[key]]
     if rejected := [key for key in changed if key.lower() not in FREE_KEYS]:
         changes = "; ".join(f"{key} was {before[key]}, now {after[key]}" for key in rejected)

@@ -13,6 +13,7 @@ from harness.clock import active_seconds
 from harness.config import dump_config, recorded
 from harness.console import log_to_file
 from harness.data.bad_scenes import BadScenes
+from harness.data.mask_files import stamps_sha256
 from harness.errors import UserError, one_line
 from harness.files import (
     file_sha256,
@@ -134,6 +135,7 @@ class Run:
             **made_by,
             "machine": describe_machine(devices.kind) if self.is_chief else None,
             "scenes_sha256": scenes_sha256,
+            "stamps_sha256": None,
             "config": recorded(config),
             "network": earlier["network"] if parts[:-1] else None,
             "training": None,
@@ -328,6 +330,8 @@ class Run:
             seconds: Time of this part's inference [s].
             facts: What results.json says about the inference besides.
         """
+        # Before `collect` compares each mask with its scene: later changes are recognised.
+        self.results["stamps_sha256"] = stamps_sha256(self.folder, paths, self.model_file)
         skipped = set(self.bad_scenes.paths("inference"))
         rows = masks.collect([path for path in paths if str(path) not in skipped])
         dictionaries = (dict(zip(rows.dtype.names, row.item(), strict=True)) for row in rows)

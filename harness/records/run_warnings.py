@@ -1,7 +1,7 @@
 """What looks wrong in a run, one line each with what to try: most of all, that it learned nothing.
 
-The rules take numbers alone. They hold for any data: a mask that is no better than calling every
-pixel cloud is useless, however high its accuracy is.
+The rules take numbers alone. They hold for any data: a mask has to be better than baselines that
+learn nothing, in balanced accuracy too, because a high accuracy can come from the frequent class.
 """
 
 import math
@@ -80,9 +80,17 @@ def mask_warnings(cloud_fractions, means, is_trained=True):
         masks = counted(len(cloud_fractions), "mask")
         kind = _kind(constant)
         return [f"The network has learned nothing: every pixel of {masks} is {kind}.{advice}"]
-    if not worse:
-        return []
-    return [f"The masks are no better than a baseline: {'; '.join(worse)}.{advice}"]
+    found = []
+    if worse:
+        found.append(f"The masks are no better than a baseline: {'; '.join(worse)}.{advice}")
+    balanced, _, threshold = compare_with_baselines(means)["balanced, pixels with data"]
+    if _is_no_better(balanced, threshold):
+        found.append(
+            f"The balanced accuracy of pixels with data, {balanced:.4f}, is not above that of the "
+            f"threshold, {threshold:.4f}: the masks call {means['valid_false_alarm_rate']:.0%} of "
+            f"the clear sky cloud and miss {1 - means['valid_recall']:.0%} of the cloud.{advice}"
+        )
+    return found
 
 
 def _is_no_better(accuracy, baseline):

@@ -144,7 +144,7 @@ HARMFUL = {
     "pipe": (lambda path, arrays: os.mkfifo(path), "not a regular file"),
     "device": (link_to("/dev/zero"), "not a regular file"),
     "loop": (lambda path, arrays: path.symlink_to(path.name), "cannot be used"),
-    "dangling": (link_to("nowhere"), "cannot be used: it does not exist"),
+    "dangling": (link_to("nowhere"), "cannot be used: it does not exist. Check the path."),
     "no bts": (replaced("bts", lambda file: None), "no dataset 'bts'"),
     "no dataset": (lambda path, arrays: h5py.File(path, "w").close(), "found none"),
     "group": (replaced("bts", lambda file: file.create_group("bts")), "no dataset 'bts'"),

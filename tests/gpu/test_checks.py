@@ -101,7 +101,9 @@ def test_runs_are_compared(waited, peak, faults):
         "patches_per_second": 99.0,
         "warm_up_seconds": 5.0,
     }
-    printed = "devices  1 GPU replica\nmemory   1.2 GB and 2.1 GB of each GPU at most so far\n"
+    printed = (
+        "devices  1 GPU replica\nmemory   1.2 GB and 2.1 GB of each GPU at the peak of this check\n"
+    )
     estimate = checks.estimated_memory(printed)
     results = {"training": training, "peak_gpu_memory": [1e9, peak]}
     facts, found = checks.check_run(results, estimate)

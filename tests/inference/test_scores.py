@@ -16,6 +16,12 @@ EXPECTED = {
     ),
     "precision": lambda y, p, valid, bt: metrics.precision_score(y, p),
     "recall": lambda y, p, valid, bt: metrics.recall_score(y, p),
+    "false_alarm_rate": lambda y, p, valid, bt: 1 - metrics.recall_score(~y, ~p),
+    "valid_precision": lambda y, p, valid, bt: metrics.precision_score(y[valid], p[valid]),
+    "valid_recall": lambda y, p, valid, bt: metrics.recall_score(y[valid], p[valid]),
+    "valid_false_alarm_rate": lambda y, p, valid, bt: (
+        1 - metrics.recall_score(~y[valid], ~p[valid])
+    ),
     "f1": lambda y, p, valid, bt: metrics.f1_score(y, p),
     "iou": lambda y, p, valid, bt: metrics.jaccard_score(y, p),
     "valid_fraction": lambda y, p, valid, bt: np.mean(valid),

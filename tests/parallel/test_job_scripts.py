@@ -86,7 +86,8 @@ class TestEveryScript:
 
     def test_stops_where_the_environment_is_missing(self, script, site):
         stub(site / "conda", "echo 'conda() { echo no environment >&2; return 1; }'")
-        ended = run_script(script.name, site=site, **JOB, LSB_MCPU_HOSTS=TWO_NODES)
+        arguments = ["model.keras", "scenes", "10"]
+        ended = run_script(script.name, *arguments, site=site, **JOB, LSB_MCPU_HOSTS=TWO_NODES)
         assert ended.returncode == 1
         assert "no environment" in ended.stderr
         assert not list(site.glob("*run.arguments"))  # srun, jsrun
@@ -97,15 +98,27 @@ def test_archive_task_masks_its_shard_and_resumes_it_later(site, tmp_path):
     arguments = ["m.keras", "list.txt", "10", str(tmp_path / "out")]
     task = {"SLURM_ARRAY_TASK_ID": "3", "CLOUDMASK_VENV": "", "CLOUDMASK_CONDA": ""}
     assert run_script("archive.sh", *arguments, site=site, **task).returncode == 0
+    given = ["model_file=m.keras", "inference_dir=list.txt", "shard=3/10"]  # a run rejects others
     assert arguments_of("python", site) == [
-        "slstr_cloud.py", "--mode", "inference", "--model", "m.keras", "--set",
-        "inference_dir=list.txt", "shard=3/10", f"output_dir={tmp_path}/out", "run_name=shard-3",
-        "on_bad_scene=skip",
+        "slstr_cloud.py", "--mode", "inference", "--set", *given, f"output_dir={tmp_path}/out",
+        "run_name=shard-3", "on_bad_scene=skip",
     ]  # fmt: skip
     (tmp_path / "out/shard-3").mkdir(parents=True)
     assert run_script("archive.sh", *arguments, site=site, **task).returncode == 0
-    resumed = ["slstr_cloud.py", "--resume", f"{tmp_path}/out/shard-3", "--set", "shard=3/10"]
+    resumed = ["slstr_cloud.py", "--resume", f"{tmp_path}/out/shard-3", "--set", *given]
     assert arguments_of("python", site) == resumed
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "status"), [("archive.sh", [], 2), ("slurm.sh", ["--help"], 0)]
+)
+def test_usage_is_the_comment_of_the_script(site, script, arguments, status):
+    ended = run_script(script, *arguments, site=site, SLURM_JOB_ID="")
+    assert ended.returncode == status
+    text = ended.stdout + ended.stderr
+    assert f" target/{script} " in text
+    assert not {"set -e", "#!/bin/bash"} & set(text.splitlines())
+    assert not list(site.glob("*.arguments"))
 
 
 @pytest.mark.parametrize(

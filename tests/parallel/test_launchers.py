@@ -75,6 +75,11 @@ def test_launcher_gives_rank_and_size(environ):
     [
         ({"PMIX_RANK": "1"}, "PMIX_RANK=1 .* no variable gives the number of ranks"),
         ({"ALPS_APP_PE": "0"}, "ALPS_APP_PE"),
+        ({"RANK": "0"}, "RANK=0 .* no variable gives the number of ranks"),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "SLURM_PROCID=1 .* no variable"),
+        ({"SLURM_PROCID": "0", "PMIX_RANK": "0"}, "PMIX_RANK=0"),
+        ({"MV2_COMM_WORLD_RANK": "1"}, "MV2_COMM_WORLD_SIZE=''"),
+        ({"FLUX_TASK_RANK": "1"}, "FLUX_JOB_SIZE=''"),
         ({"OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_SIZE=''"),
         ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": ""}, "OMPI_COMM_WORLD_SIZE=''"),
         ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID=''"),

@@ -151,7 +151,7 @@ def test_report_shows_metrics_baselines_facts_and_charts(run):
     ]  # fmt: skip
     for text in (found["devices"]["description"], f"tensorflow {found['versions']['tensorflow']}",
                  found["git_commit"], "PATCH_SIZE 32 256", "batch_size 11 32",
-                 f"Target {target_text(training)}"):  # fmt: skip
+                 f"Target {target_text(training, found['config'])}"):  # fmt: skip
         assert text in page.text
     assert "xla" not in page.text  # as in the reference workload
     assert page.charts == [
@@ -208,9 +208,10 @@ def test_more_scenes_are_drawn_on_request_and_get_files_of_their_own(run, monkey
     assert list(own.scenes) == [best["scene"]] and 'href="../report.html"' in own.html
 
 
-def test_scene_tables_show_every_score_but_two_baselines(run):
+def test_scene_tables_show_every_score_but_baselines_of_other_pixels(run):
     page, table = page_of(run), rows(run / "scenes.csv")
-    elsewhere = "no_data_clear_all_cloud_accuracy", "no_data_clear_threshold_accuracy"
+    elsewhere = {key for key, score in SCORES.items() if score.kind == "baseline"}
+    elsewhere -= {"all_cloud_accuracy", "threshold_accuracy"}
     for row in table:
         cells = " ".join(
             score.show(float(row[key])) for key, score in SCORES.items() if key not in elsewhere
@@ -388,18 +389,36 @@ def test_reflectances_may_be_on_the_finer_grid(run):
     np.testing.assert_array_equal(found.reflectances, coarse.reflectances)
 
 
-def test_chart_has_its_lines_the_diagonal_and_a_legend(monkeypatch):
-    figures, savefig = [], Figure.savefig
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures of the charts that a test draws."""
+    found, savefig = [], Figure.savefig
     monkeypatch.setattr(
         Figure,
         "savefig",
-        lambda f, *args, **kwargs: figures.append(f) or savefig(f, *args, **kwargs),
+        lambda f, *args, **kwargs: found.append(f) or savefig(f, *args, **kwargs),
     )
+    return found
+
+
+def test_chart_has_its_lines_the_diagonal_and_a_legend(figures):
     charts.chart("", "x", "y", {"network": ([0.1, 0.9], [0.2, 0.7])}, diagonal="perfect")
     (axes,), (legend,) = figures[0].axes, figures[0].legends
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert lines == {"network": [[0.1, 0.2], [0.9, 0.7]], "perfect": [[0, 0], [1, 1]]}
     assert [text.get_text() for text in legend.get_texts()] == ["network", "perfect"]
+
+
+@pytest.mark.parametrize("length", [5, 15, 34, 60, 130])
+def test_legend_is_as_wide_as_the_chart_at_most_and_above_it(figures, length):
+    names = [f"{i}-" + "ab_de" * (length // 5) for i in range(4)]
+    charts.chart("", "x", "y", {name: ([i], [i]) for i, name in enumerate(names)}, points=True)
+    (axes,), (legend,) = figures[0].axes, figures[0].legends
+    assert [text.get_text().replace("\n", "") for text in legend.get_texts()] == names
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 and box.x1 <= figures[0].bbox.x1
+    assert axes.bbox.y1 <= box.y0 + 1 and box.y1 <= figures[0].bbox.y1 + 1  # [pixels]
+    assert axes.bbox.height > 0.6 * 2.5 * figures[0].dpi  # of the height without legend
 
 
 def contrast(a, b):
@@ -692,6 +711,20 @@ def test_missing_package_is_named_with_the_command_that_installs_it(run, monkeyp
     assert report.main([str(run)]) == 2
     error = capsys.readouterr().err
     assert "matplotlib" in error and "pip install -r requirements.txt" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["a", "b", "-o", "x.html", "--data", "d"], "omit --data and --all-scenes"),
+        (["a", "b", "-o", "x.html", "--all-scenes"], "omit --data and --all-scenes"),
+        (["a", "--pictures", "d", "-o", "x.html"], "writes no page: omit -o"),
+    ],
+)
+def test_options_that_would_be_ignored_are_usage_errors(capsys, arguments, expected):
+    with pytest.raises(SystemExit, match="2"):
+        report.main(arguments)
+    assert expected in capsys.readouterr().err
 
 
 def test_several_runs_need_an_output_file(run, capsys):

@@ -169,12 +169,23 @@ def test_summary_has_lines_of_80_columns_and_plurals_that_agree():
     }  # fmt: skip
     lines = results.summary({
         "training": None, "inference": inference, "bad_scenes": [{}], "warnings": ["a b " * 40],
-        "seconds": 5.0, "peak_rss": 1, "sampling": None,
+        "seconds": 5.0, "peak_rss": 1, "sampling": None, "devices": {"replicas": 2},
     })  # fmt: skip
     text = "\n".join(lines)
     assert max(map(len, lines)) <= 78 and "a b a b" in lines[-2]  # after an indent of two
     assert "mean of 1 scene\n" in text and "for 1 scene without a Bayesian" in text
     assert "1 bad scene, listed" in text and "1.00 s per scene, 2 scenes" in text
+    assert "the network 0.50 s on each device\n" in text
+
+
+@pytest.mark.parametrize(
+    ("labels", "target", "is_shown"),
+    [("bayes", None, True), ("none", None, False), ("/masks", None, False), ("none", 0.8, True)],
+)
+def test_target_of_bayesian_masks_is_not_shown_for_other_labels(labels, target, is_shown):
+    training = {"target_accuracy": target or 0.9, "seconds_to_target": None}
+    text = results.target_text(training, {"labels": labels, "target_accuracy": target})
+    assert bool(text) == is_shown
 
 
 def test_summary_gives_energy_in_kilowatt_hours():

@@ -95,6 +95,22 @@ def test_masks_must_beat_the_best_baseline_on_the_same_pixels(values, rows):
         assert [row for row in ("all pixels", "pixels with data") if row in text] == rows
 
 
+@pytest.mark.parametrize(
+    ("balanced", "threshold", "warns"),
+    [(0.807, 0.871, True), (0.871, 0.871, True), (0.9, 0.871, False), (1.0, 1.0, False)],
+)
+def test_accuracy_does_not_hide_that_a_threshold_is_better_balanced(balanced, threshold, warns):
+    scores = accuracies(GOOD) | {
+        "valid_balanced_accuracy": balanced,
+        "valid_threshold_balanced_accuracy": threshold,
+        "valid_false_alarm_rate": 0.33,
+        "valid_recall": 0.944,
+    }
+    found = mask_warnings([0.3, 1.0], scores)
+    assert len(found) == warns
+    assert all("call 33% of the clear sky cloud and miss 6% of the cloud" in t for t in found)
+
+
 ALL_CLOUD = (0.716, 0.716, 0.648, 0.847, 0.847, 0.767)  # of a dead network on the same scenes
 ALL_CLEAR = (0.284, 0.716, 0.648, 0.153, 0.847, 0.767)
 

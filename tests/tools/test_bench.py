@@ -236,7 +236,7 @@ def test_table_has_a_line_per_row_with_three_digits():
         ]
     )
     assert [line.split() for line in table.splitlines()] == [
-        ["unit", "value", "min", "-", "max", "ratio", "to", "limit"],
+        ["unit", "value", "min", "-", "max", "better", "than", "limit"],
         ["gemm/float32", "GFLOP/s", "1234", "100.0", "-", "12346"],
         ["train_step/float32", "patches/s", "1.50", "1.50", "-", "1.50"],
         ["train_step/bfloat16", "s", *"0.0123 0.0123 - 0.0123 5.00 float32 50%".split()],

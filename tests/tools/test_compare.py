@@ -222,6 +222,17 @@ def test_columns_that_do_not_fit_follow_below(finished, tmp_path, capsys, monkey
     assert len(speeds) > 1 and sum(speeds, []) == [f"{i + 1}.0" for i in range(12)]
 
 
+def test_long_differences_of_three_runs_stand_side_by_side(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for n in range(3):
+        folder = f"/scratch/a/long/path/of/folders/to/scenes/{n}"
+        copy(finished, tmp_path / str(n), with_speed(10.0, train_dir=folder))
+    assert compare.main([str(tmp_path / str(n)) for n in range(3)]) == 0
+    text = capsys.readouterr().out
+    (line,) = (line for line in text.splitlines() if line.startswith("config.train_dir"))
+    assert [cell[-2:] for cell in line.split()[1:]] == ["/0", "/1", "/2"]
+
+
 def test_csv_holds_all_digits_and_reads_back(three, tmp_path):
     assert compare.main([*map(str, three), "-o", str(tmp_path / "t.csv")]) == 0
     with (tmp_path / "t.csv").open(newline="") as file:
@@ -305,8 +316,9 @@ def test_baselines_follow_the_score_of_the_same_pixels(finished, capsys):
     labels = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
     first = labels.index("accuracy")
     assert labels[first : first + 9] == [
-        "accuracy", "all cloud", "threshold", "no-data-clear accuracy", "no-data-clear all cloud",
-        "no-data-clear threshold", "valid accuracy", "valid all cloud", "valid threshold",
+        "accuracy", "all cloud", "threshold", "accuracy, no data is clear",
+        "all cloud, no data is clear", "threshold, no data is clear", "valid accuracy",
+        "valid all cloud", "valid threshold",
     ]  # fmt: skip
 
 

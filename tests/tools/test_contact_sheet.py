@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools.contact_sheet import MARGIN, THUMBNAIL, main
+from tools.contact_sheet import GREY, MARGIN, TEXT_HEIGHT, THUMBNAIL, main
 from tools.make_scenes import make_dataset
 
 
@@ -15,11 +15,14 @@ def test_sheet_shows_quick_looks_above_labels_and_day_first(tmp_path):
     assert main([str(tmp_path), "--output", str(sheet), "--scenes", "2", "--columns", "2"]) == 0
     pixels = np.asarray(Image.open(sheet)).astype(float)
     rows, cols = (length + MARGIN for length in THUMBNAIL)
-    assert pixels.shape == (2 * rows + MARGIN, 2 * cols + MARGIN, 3)
+    # Three lines of text: the names of the scenes, and two of the legend.
+    assert pixels.shape == (2 * rows + 3 * TEXT_HEIGHT + MARGIN, 2 * cols + MARGIN, 3)
     day, night = (next(p for p in paths if p.parent.name == kind) for kind in ("day", "night"))
     for column, path in enumerate((day, night)):
-        looks = pixels[MARGIN:rows, MARGIN + column * cols : (column + 1) * cols]
-        label = pixels[MARGIN + rows : 2 * rows, MARGIN + column * cols : (column + 1) * cols]
+        of_scene = pixels[:, MARGIN + column * cols : (column + 1) * cols]
+        name, looks = of_scene[:TEXT_HEIGHT], of_scene[TEXT_HEIGHT:][: THUMBNAIL[0]]
+        label = of_scene[TEXT_HEIGHT + rows :][: THUMBNAIL[0]]
+        assert (name < 64).any() and (name[:, -1] == GREY).all()  # a text, which ends
         with h5py.File(path) as file:
             assert label.mean() / 255 == pytest.approx((file["bayes"][...] > 0).mean(), abs=0.01)
         assert (looks.max(axis=-1) == looks.min(axis=-1)).all() == (path == night)
@@ -37,7 +40,7 @@ def test_errors_of_masks_are_coloured(tmp_path):
         masks = bts[..., 2] < 273.15, file["bayes"][..., 0] != 0
     measured = (bts > 0).all(axis=-1)
     for i, mask in enumerate(masks, start=1):
-        top = MARGIN + i * (THUMBNAIL[0] + MARGIN)
+        top = TEXT_HEIGHT + i * (THUMBNAIL[0] + MARGIN)
         drawn = pixels[top : top + THUMBNAIL[0], MARGIN:-MARGIN]
         for colour, expected in (
             ((255, 51, 25), measured & truth & ~mask),
@@ -45,6 +48,30 @@ def test_errors_of_masks_are_coloured(tmp_path):
         ):
             np.testing.assert_array_equal((drawn == colour).all(axis=-1), expected)
             assert expected.any()
+        np.testing.assert_array_equal((drawn == GREY).all(axis=-1), ~measured)
+        assert (~measured & mask).any() or i == 2  # the threshold says cloud where there is nothing
+
+
+def test_sheet_is_as_wide_as_its_scenes_and_long_legends_are_wrapped(tmp_path):
+    make_dataset(tmp_path, train=0, inference=1, height=60, width=75)
+    sheet = tmp_path / "sheet.png"
+    masks = ["bayes", "threshold", "summary"]
+    assert main([str(tmp_path), "--output", str(sheet), "--errors", "--masks", *masks]) == 0
+    pixels = np.asarray(Image.open(sheet))
+    assert pixels.shape[1] == THUMBNAIL[1] + 2 * MARGIN
+    legend = pixels[TEXT_HEIGHT + 4 * (THUMBNAIL[0] + MARGIN) :]
+    lines = np.split(legend[: len(legend) - MARGIN], (len(legend) - MARGIN) // TEXT_HEIGHT)
+    assert len(lines) > 3 and all((line < 64).any() for line in lines)
+    assert (legend[:, -MARGIN:] == GREY).all()
+
+
+def test_scenes_without_label_end_with_advice(tmp_path, capsys):
+    make_dataset(tmp_path, train=0, inference=1, height=60, width=75, label="none")
+    sheet = ["--output", str(tmp_path / "sheet.png")]
+    assert main([str(tmp_path), *sheet]) == 2
+    assert "has no dataset 'bayes'. Name masks that all scenes" in (e := capsys.readouterr().err)
+    assert "(contact_sheet.py: --masks)" in e
+    assert main([str(tmp_path), *sheet, "--masks", "threshold"]) == 0
 
 
 def test_scenes_without_truth_show_no_errors(tmp_path, capsys):

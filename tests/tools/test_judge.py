@@ -15,7 +15,7 @@ from tools import judge, validate_sst
 from tools.lib import collocation
 from tools.lib.collocation import RATES
 from tools.lib.consistency import changed_shares
-from tools.lib.matchups import compare_masks
+from tools.lib.matchups import STATISTICS, compare_masks
 from tools.make_scenes import product_name, write_scene
 
 CLOUD = 0.7
@@ -100,7 +100,7 @@ DEPENDENT = {  # what is done to four independent masks, and how the report begi
     ),
     "d is right where c is wrong": (
         lambda rng, truth, a, b, c, d: (a, b, c, np.where(c == truth, d, truth)),
-        "Estimates below 0 or above 1: b.",
+        "The triplets disagree on the balanced accuracy of a, b, c, d.",
     ),
     "a is inverted": (
         lambda rng, truth, a, b, c, d: (~a, b, c, d),
@@ -135,15 +135,16 @@ def test_equal_coverage_takes_the_clearest_match_ups():
     found = {
         (r["mask"], r["as_clear_as"]): r for r in compare_masks("xyz", cloud, scores, difference)
     }
-    wanted = {  # median, median distance from it
-        ("x", ""): (4, -0.05, 0.1),  # 0 .1 -.1 -3; distances .05 .15 .05 2.95
-        ("y", ""): (2, 0.05, 0.05),
-        ("z", ""): (2, -4.0, 1.0),
-        ("x", "y"): (2, 0.05, 0.05),
-        ("z", "y"): (2, -4.0, 1.0),
+    wanted = {  # median, median distance from it, share below -2
+        ("x", ""): (4, -0.05, 0.1, 0.25),  # 0 .1 -.1 -3; distances .05 .15 .05 2.95
+        ("y", ""): (2, 0.05, 0.05, 0),
+        ("z", ""): (2, -4.0, 1.0, 1),
+        ("x", "y"): (2, 0.05, 0.05, 0),
+        ("z", "y"): (2, -4.0, 1.0, 1),
     }
     assert found.keys() == wanted.keys()
-    for key, (n, median, distance) in wanted.items():
+    for key, (n, median, distance, cold) in wanted.items():
+        assert found[key]["cold_share"] == cold
         assert (found[key]["matchups"], found[key]["coverage"]) == (n, n / 5)
         assert found[key]["median"] == pytest.approx(median)
         assert found[key]["robust_std"] == pytest.approx(1.4826 * distance)
@@ -248,7 +249,7 @@ def test_only_scenes_of_all_masks_count(world, tmp_path, capsys):
     assert "11 of 12 scenes have all masks" in capsys.readouterr().err
 
 
-def test_sst_agrees_with_the_validation_of_one_run(world, tmp_path):
+def test_sst_agrees_with_the_validation_of_one_run(world, tmp_path, capsys):
     rng, lines = np.random.default_rng(6), []
     for i in range(12):
         name = product_name("ssts", i).removesuffix(".hdf")
@@ -264,14 +265,38 @@ def test_sst_agrees_with_the_validation_of_one_run(world, tmp_path):
     assert validate_sst.main([run, str(table), "-o", str(tmp_path / "sst")]) == 0
     out = tmp_path / "out"
     assert judge.main([run, "bayes", "--matchups", str(table), "-o", str(out)]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
     wanted = [row for row in rows(tmp_path / "sst/statistics.csv") if row["day_night"] == "all"]
     found = rows(out / "sst.csv")
     for row, names in zip(found[:2], (("run", "cloudmask"), ("bayes", "bayes")), strict=True):
         statistics = next(w for w in wanted if w["mask"] == names[1])
         assert (row["mask"], row["as_clear_as"]) == (names[0], "")
-        for column in ("matchups", "median", "robust_std"):
+        for column in ("matchups", *STATISTICS):
             assert row[column] == statistics[column]
     assert found[2]["as_clear_as"] == "bayes" and found[2]["matchups"] == found[1]["matchups"]
+
+
+def test_three_masks_have_no_best_and_impossible_limits_are_named(tmp_path, capsys):
+    rng, truth = np.random.default_rng(9), np.random.default_rng(10).random(SHAPE) < CLOUD
+    for i in range(2):
+        a, b, c = independent_masks(rng, truth, 3)
+        if i:  # in one of two scenes a is right where b is wrong: c seems better than possible
+            a, c = np.where(b == truth, a, truth), truth
+        name = product_name("ssts", i).removesuffix(".hdf")
+        for folder, mask in (("a", a), ("b", b), ("c", c)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            with h5py.File(tmp_path / folder / f"{name}.h5", "w") as file:
+                file["mask"] = mask.astype(np.uint8)
+        write_scene(tmp_path / f"ssts/day/{name}.hdf", {"bts": np.full((*SHAPE, 3), 280.0)})
+    folders = [str(tmp_path / name) for name in "abc"]
+    assert judge.main([*folders, "--data", str(tmp_path / "ssts"), "-o", str(tmp_path)]) == 0
+    found = rows(tmp_path / "masks.csv")
+    assert not any("best" in row for row in found)
+    screen = capsys.readouterr()
+    assert " best " not in screen.out
+    assert "do not trust the order of the estimates" in screen.err
+    assert float(found[2]["balanced_accuracy_high"]) > 1
+    assert "below 0, above 1 or nan are impossible: c. The errors" in screen.err
 
 
 @pytest.mark.parametrize(
@@ -282,7 +307,7 @@ def test_sst_agrees_with_the_validation_of_one_run(world, tmp_path):
         (["bayes", "ssts"], "No masks in ssts: it should be the folder of a run"),
         (["bayes", "threshold"], "No mask is that of a run. Give the folder of the scenes"),
         (["run", "run/masks"], "run and masks are the same mask. Leave one of them out"),
-        (["run", "summary"], "it has no dataset 'summary'"),
+        (["run", "summary"], "has no dataset 'summary'. Name masks that all scenes have"),
         (["run", "bayes", "--scene", "x"], "Not all masks have the scene 'x'"),
         (["run", "bayes", "--consistency", "2"], "--consistency needs a run with its model file"),
     ],
@@ -292,3 +317,10 @@ def test_mistakes_are_one_line(world, monkeypatch, capsys, masks, reason):
     assert judge.main(masks) == 2
     (line,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("Error: "))
     assert reason in line
+
+
+def test_options_of_match_ups_without_their_table_are_usage_errors(capsys):
+    for option in (["--geodetic", "x"], ["--minutes", "1"], ["--celsius", "buoy_sst"]):
+        with pytest.raises(SystemExit, match="2"):
+            judge.main(["run", "bayes", *option])
+        assert "need --matchups TABLE" in capsys.readouterr().err

@@ -378,7 +378,7 @@ def test_command_writes_what_its_options_say(tmp_path):
     paths = sorted(tmp_path.rglob("*.*"))
     assert [path.parts[-3] for path in paths] == ["one-day", "ssts"]
     for line, path in zip(done.stderr.splitlines(), paths, strict=True):
-        assert re.fullmatch(rf"{path.parents[1]}: 1 scene, mean cloud \d+ %", line)
+        assert re.fullmatch(rf"{path.parents[1]}: 1 scene, true cloud \d+ %", line)
     with h5py.File(paths[0]) as file:
         assert file["refs"].shape == (64, 80, 6)
         assert (file["refs"].chunks, file["refs"].compression) == ((16, 20, 6), "lzf")
@@ -391,6 +391,8 @@ def test_command_writes_what_its_options_say(tmp_path):
         (["--size", "32"], "--size"),
         (["--dtype", "float16"], "invalid choice: 'float16'"),
         (["--tarin", "3"], "--tarin"),
+        (["--label-noise", "0", "0"], "--label-noise is of random labels: add --label random"),
+        (["--label-noise", "0", "0", "--label", "none"], "add --label random, or omit it"),
     ],
 )
 def test_usage_error_exits_with_2(capsys, options, expected):
@@ -404,7 +406,7 @@ def test_usage_error_exits_with_2(capsys, options, expected):
     [
         (["--size", "16", "40"], "height must be from 32"),
         (["--cloud-cover", "1.5"], "cloud_cover must be from 0.01 to 0.99, found 1.5"),
-        (["--label-noise", "0", "nan"], "label_noise must be from 0 to 0.5"),
+        (["--label", "random", "--label-noise", "0", "nan"], "label_noise must be from 0 to 0.5"),
         (["--jobs", "0"], "jobs must be from 1"),
         (["--train", "-1"], "train must be from 0"),
         (["--day-share", "2"], "day_share must be from 0 to 1, found 2"),

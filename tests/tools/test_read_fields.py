@@ -1,5 +1,7 @@
 """The tools read scene files as the benchmark does; the truth is scored where there is one."""
 
+import json
+
 import h5py
 import numpy as np
 import pytest
@@ -7,9 +9,10 @@ import pytest
 from data_loader import read_scene
 from harness.errors import UserError
 from harness.records.report.pictures import read_masked_scene
-from tools.lib.masks import Mask, read_fields
+from tools.lib.masks import Mask, open_masks, read_fields
 from tools.lib.truth import score_truth
 from tools.make_scenes import write_scene
+from tools.validate_sst import read_masks
 
 SHAPE = (20, 30)
 NAMES = ("S3A_SL_1_RBT____20180701T000000_NT_003", "S3A_SL_1_RBT____20180702T000000_NT_003")
@@ -38,7 +41,7 @@ def packed(tmp_path):
 def test_tools_unpack_numbers_like_the_benchmark(packed):
     scene = read_scene(packed, (*SHAPE, 9))
     assert 0 < scene.valid.mean() < 1
-    fields = read_fields([Mask("bayes"), Mask("threshold")], 273.15, packed.stem, packed)
+    fields = read_fields([Mask("bayes"), Mask("threshold")], 273.15, packed)
     np.testing.assert_array_equal(fields["measured"], scene.valid)
     np.testing.assert_array_equal(fields["mask 0"], scene.cloud[..., 0] != 0)
     np.testing.assert_array_equal(fields["mask 1"], scene.bt_12um < 273.15)
@@ -82,3 +85,77 @@ def test_damaged_scene_that_is_not_scored_is_not_read(scenes):
         score_truth(Mask("bayes"), scenes, 273.15)
     scores, _ = score_truth(Mask("bayes"), scenes, 273.15, {NAMES[0]})
     assert scores["accuracy"] == 0.5
+
+
+def write_other_scene(path, labelled, shape=SHAPE):
+    """A scene without data in 3 rows, with cloud in a few pixels of its label."""
+    arrays = {"bts": np.full((*shape, 3), 260.0), "refs": np.zeros((*shape, 6))}
+    arrays["bts"][:3] = 0
+    write_scene(path, arrays | ({"bayes": np.eye(*shape)[..., None] * 255} if labelled else {}))
+
+
+def write_mask(path, scene):
+    """The mask of a scene as a run writes it: cloud everywhere."""
+    with h5py.File(scene) as file, h5py.File(path, "w") as mask:
+        mask["mask"] = np.ones(file["bts"].shape[:2], np.uint8)
+        mask["valid"] = (file["bts"][:] > 0).all(axis=-1).astype(np.uint8)
+        accuracy = (file["bayes"][:] != 0).mean() if "bayes" in file else None
+        mask.attrs["row"] = json.dumps({"accuracy": accuracy})
+        mask.attrs["scene_bytes"] = scene.stat().st_size
+
+
+def other_label(path):
+    with h5py.File(path, "a") as file:
+        file["bayes"][5, :9] = 255
+
+
+def other_data(path):
+    with h5py.File(path, "a") as file:
+        file["bts"][9, 9] = 0
+
+
+OTHER_SCENES = {  # whether it has a label, what it becomes
+    "another label": (True, other_label),
+    "other pixels without data": (False, other_data),
+    "another size of the file": (False, lambda path: path.write_bytes(path.read_bytes() + b"0")),
+    "another shape": (True, lambda path: write_other_scene(path, True, (24, 30))),
+    "another shape, without label": (False, lambda path: write_other_scene(path, False, (24, 30))),
+}
+
+
+@pytest.mark.parametrize("what", OTHER_SCENES)
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda mask, scene: read_fields(open_masks([str(mask.parent)]), 273.15, scene),
+        lambda mask, scene: read_masks(mask, scene),
+        lambda mask, scene: read_masked_scene(mask, scene),
+    ],
+    ids=["judge, contact_sheet, study", "validate_sst", "report"],
+)
+def test_mask_of_another_scene_with_the_same_name_is_an_error(tmp_path, what, read):
+    labelled, change = OTHER_SCENES[what]
+    scene, mask = tmp_path / "night/S3A_x.hdf", tmp_path / "masks/S3A_x.h5"
+    mask.parent.mkdir()
+    write_other_scene(scene, labelled)
+    write_mask(mask, scene)
+    change(scene)
+    with pytest.raises(UserError, match=f"{scene} is not the file that was masked: {mask} is"):
+        read(mask, scene)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_mask_is_read_with_a_moved_scene_and_without_what_an_earlier_version_lacks(
+    tmp_path, labelled
+):
+    scene, mask = tmp_path / "night/S3A_x.hdf", tmp_path / "masks/S3A_x.h5"
+    mask.parent.mkdir()
+    write_other_scene(scene, labelled)
+    write_mask(mask, scene)
+    scene = scene.rename(tmp_path / scene.name)
+    fields = read_fields(open_masks([str(mask.parent)]), 273.15, scene)
+    assert fields["mask 0"].all() and not fields["measured"][:3].any()
+    with h5py.File(mask, "a") as file:
+        del file["valid"], file.attrs["row"], file.attrs["scene_bytes"]
+    (other_label if labelled else other_data)(scene)
+    assert read_fields(open_masks([str(mask.parent)]), 273.15, scene)["mask 0"].all()

@@ -165,6 +165,15 @@ def test_series_that_cannot_be_submitted_is_not_started(
     assert not (tmp_path / "series").exists()
 
 
+def test_what_a_submission_lacks_is_printed_before_the_first_run(series, committed, capsys):
+    series("--repeats", "1", *MINE, "--set", "name=Ada")
+    lines = capsys.readouterr().err.splitlines()
+    begin = next(n for n, line in enumerate(lines) if "Run 1 of 1" in line)
+    asked = [n for n, line in enumerate(lines) if "MLCommons Science asks for" in line]
+    assert [lines[n].split("asks for ")[1].split(",")[0] for n in asked] == ["email", "submission"]
+    assert max(asked) < begin
+
+
 def test_failure_of_a_run_is_reported_although_comparing_fails_too(series, tmp_path, capsys):
     series("--repeats", "1")
     (tmp_path / "series/run-1/history.csv").write_text("epoch,loss\n1\n")

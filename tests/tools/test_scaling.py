@@ -158,7 +158,7 @@ LAUNCHER = """
 import json, pathlib, sys
 ranks = int(sys.argv[1].removeprefix("--nodes="))
 options = dict(word.split("=", 1) for word in sys.argv[2:] if "=" in word)
-if options["epochs"] == "0":
+if options["epochs"] == "99":
     sys.exit(3)
 folder = pathlib.Path(options["output_dir"], options["run_name"])
 folder.mkdir(parents=True)
@@ -186,10 +186,10 @@ def launch(tmp_path, epochs, **settings):
 
 def test_launcher_starts_the_runs_of_each_count_once(tmp_path, capsys):
     for _ in range(2):  # the second time all runs exist
-        status, rows, _ = launch(tmp_path, epochs=3)
+        status, rows, _ = launch(tmp_path, epochs=3, batch_size=4)
         assert status == 0
         assert [(row["ranks"], row["batch_size"], row["repeats"]) for row in rows] == [
-            (1, 32, 2), (2, 64, 2),
+            (1, 4, 2), (2, 8, 2),
         ]  # fmt: skip
         assert [row["speed_up"] for row in rows] == [1, 2]
     assert len(list((tmp_path / "out/runs").iterdir())) == 4
@@ -229,7 +229,7 @@ def test_what_exists_is_tabulated_and_aborted_runs_are_repeated(tmp_path, capsys
 
 
 def test_launcher_that_fails_is_an_error(tmp_path, capsys):
-    assert launch(tmp_path, epochs=0) == (2, [], "")
+    assert launch(tmp_path, epochs=99) == (2, [], "")
     assert "exit status 3" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -285,3 +285,9 @@ def test_run_with_values_of_other_types_ends_in_one_line(tmp_path, capsys, part,
     assert scaling.main([folder, write_run(tmp_path / "b", 2, 19.0), "-o", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"Error: {folder}")
+
+
+def test_runs_to_read_and_runs_to_make_are_a_usage_error(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        scaling.main([str(tmp_path), "--replicas", "1", "2", "-o", str(tmp_path / "out")])
+    assert "omit them, or --replicas and --ranks" in capsys.readouterr().err

@@ -86,13 +86,17 @@ def test_study_of_two_networks_and_seeds(write, in_process, dataset, tmp_path, c
         run, row = results(folder), found[name]
         assert run["training"]["epochs_run"] == 1 and run["config"]["seed"] == int(name[-1])
         assert row["case"] == run["network"]["name"] == name.partition("-seed")[0]
+        assert row["network"] == row["case"]
         assert float(row["accuracy"]) == run["inference"]["accuracy"]
         assert float(row["training_seconds"]) == run["training"]["seconds"]
-        right = []
+        right, of_cold = [], []
         for scene in paths:
             with h5py.File(scene) as file, h5py.File(folder / f"masks/{scene.stem}.h5") as masks:
                 valid = (file["bts"][:] > 0).all(axis=-1)
                 right.append((masks["mask"][:] == file["truth"][..., 0])[valid].mean())
+                is_cold = valid & (file["cloud_regime"][..., 0] == 2)
+                of_cold += masks["mask"][:][is_cold].tolist()  # where the truth is cloud
+        assert float(row["truth_cloud_regime_cold_cloud"]) == pytest.approx(np.mean(of_cold))
         truths.append(np.mean(right))
         assert float(row["truth_accuracy"]) == pytest.approx(truths[-1])
     page = (tmp_path / "study/study.html").read_text()
@@ -124,9 +128,13 @@ def test_run_that_fails_is_reported_and_the_others_are_made(write, in_process, t
     assert "Unknown loss 'squared'" in error
     last = error.splitlines()[-1]
     assert last == "Error: 1 of 2 runs failed, see above: pixel-squared-seed-1."
-    assert [row["run"] for row in rows(tmp_path)] == ["pixel-cross_entropy-seed-1"]
+    (row,) = rows(tmp_path)
+    values = {key: row[key] for key in ("run", "network", "loss")}
+    assert [*values.values()] == ["pixel-cross_entropy-seed-1", "pixel", "cross_entropy"]
     page = (tmp_path / "study/study.html").read_text()
     assert "1 run missing: pixel-squared-seed-1" in page
+    for label in ("accuracy (all pixels)", "balanced (with data)", "truth (with data)"):
+        assert label in page
     assert "agreement with the truth" in page and "<h1>tiny</h1>" in page
 
 

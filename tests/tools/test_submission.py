@@ -122,6 +122,29 @@ def submitted(made, tmp_path):
 # --- the files
 
 
+def test_missing_contact_and_version_are_added_and_others_rejected(run, tmp_path, capsys):
+    edit_results(run, **{"config.name": ""})
+    edit_config(run, name="")
+    write_log(run, [e | ({"value": ""} if e["key"].endswith("poc_name") else {})
+                    for e in read_log(run)])  # fmt: skip
+
+    def add(*texts):
+        arguments = ["--system", "box", "-o", str(tmp_path / "out"), "--set", *texts]
+        return submission.main([str(run), *arguments])
+
+    assert add("name=Me", "seed=7") == 2 and "found seed" in capsys.readouterr().err
+    assert add("email=me@example.org") == 2
+    assert f"the runs have '{CONTACT['email']}'" in capsys.readouterr().err
+    assert add("name=Me", "submission={version: 1.0}") == 0
+    notes = capsys.readouterr().err
+    assert "no fault:" in notes and "Science asks for" not in notes
+    assert "official benchmark has 970 scenes in train_dir, found 7" in notes
+    folder = tmp_path / "out/tests/cloudmask/box/experiment-1"
+    config = load_config(folder / "config.yaml")
+    assert (config.name, config.submission.version) == ("Me", "1.0")
+    assert "Contact: Me; e-mail: a" in (folder / "README.md").read_text()
+
+
 def test_submission_has_the_files_of_the_policy(submitted, tmp_path):
     assert {path.name for path in submitted.iterdir()} == {
         "result-1.txt", "result-2.txt", "config.yaml", "run.sh", "box.json", "README.md",

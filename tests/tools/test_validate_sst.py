@@ -168,14 +168,39 @@ def test_statistics_are_those_computed_by_hand(known, tmp_path, capsys):
         # -8 -5 -4 -3 -.2 -.1 0 ...; distances from 0: 0 .1 .1 .2 .2 .3 .5 .9 3 4 4 5 8
         ("all", "none", 13, 0.0, 0.5),
     ]
-    found = [tuple(row.values()) for row in run.read("statistics")]
-    assert [(kind, mask, int(n)) for kind, mask, n, *_ in found] == [row[:3] for row in wanted]
-    for (*_, median, deviation), (*_, m, d) in zip(found, wanted, strict=True):
-        assert float(median) == pytest.approx(m, abs=1e-9)
-        assert float(deviation) == pytest.approx(1.4826 * d, abs=1e-9)
+    table = run.read("statistics")
+    found = [(row["day_night"], row["mask"], int(row["matchups"])) for row in table]
+    assert found == [row[:3] for row in wanted]
+    for row, (*_, m, d) in zip(table, wanted, strict=True):
+        assert float(row["median"]) == pytest.approx(m, abs=1e-9)
+        assert float(row["robust_std"]) == pytest.approx(1.4826 * d, abs=1e-9)
+    # -5 -.2 -.1 0 .1 .2 has the mean -5 / 6 and the mean square 25.1 / 6; one of six is below -2.
+    for row, (mean, square, share) in zip(
+        table, [(1 / 7, 25.1 / 7, 1 / 7), (-5 / 6, 25.1 / 6, 1 / 6)], strict=False
+    ):
+        assert float(row["mean"]) == pytest.approx(mean)
+        assert float(row["std"]) == pytest.approx((square - mean**2) ** 0.5)
+        assert float(row["cold_share"]) == pytest.approx(share)
     screen = capsys.readouterr().out.splitlines()
-    assert "day, Bayesian mask 6 -0.050 0.222".split() in [line.split() for line in screen]
+    line = "day, Bayesian mask 6 -0.050 0.222 -0.833 1.868 16.7%"
+    assert line.split() in [line.split() for line in screen]
     assert max(map(len, screen)) <= 80
+
+
+def test_cold_water_counts_with_a_lower_limit(known, tmp_path):
+    run, matchups = known
+    matchups += [matchup(buoy_sst=272.0, satellite_sst=271.5)]
+    table = write(tmp_path / "table.csv", matchups)
+    assert run.validate(table, "--min-sst", "271") == 0
+    # Of 23, three fail the other tests; the two at 273.15 K count too.
+    assert run.funnel()["temperatures > 271 K"] == 20
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "nan"])
+def test_lowest_temperature_is_above_zero(run, limit, capsys):
+    with pytest.raises(SystemExit):
+        run.validate("table.csv", "--min-sst", limit)
+    assert "--min-sst should be above 0 K" in capsys.readouterr().err
 
 
 def test_funnel_counts_the_match_ups_left_after_each_step(known, tmp_path, capsys):
@@ -399,8 +424,8 @@ def test_mask_without_clear_match_ups_has_no_median(run, tmp_path, capsys):
     run.add(DAY, "day", grid(), ours=[(0, 0)])
     assert run.validate(write(tmp_path / "table.csv", [matchup(0.5)])) == 0
     ours, bayes = run.read("statistics")[:2]
-    assert list(ours.values()) == ["day", "cloudmask", "0", "nan", "nan"]
-    assert list(bayes.values()) == ["day", "bayes", "1", "0.5", "0.0"]
+    assert list(ours.values()) == ["day", "cloudmask", "0", *["nan"] * 5]
+    assert list(bayes.values()) == ["day", "bayes", "1", "0.5", "0.0", "0.5", "0.0", "0.0"]
     assert "nan" in capsys.readouterr().out
 
 

@@ -31,7 +31,6 @@ import numpy as np
 
 MAX_MASKS = 10  # the number of patterns doubles with each mask
 RATES = ("sensitivity", "specificity", "balanced_accuracy")
-TOLERANCE = 0.01  # an estimate may be outside 0 to 1 by so much before it is reported
 DISAGREEMENT = 0.01  # of a mask's balanced accuracy between triplets; more is reported
 RESAMPLINGS, SEED = 1000, 0
 LIMITS = (0.025, 0.975)
@@ -205,16 +204,11 @@ def signs_of_dependence(names, rates):
             f"{', '.join(example)}: two of them have no positive covariance."
         )
     _, low, high = combine(rates)
-    if (bad := ((low < -TOLERANCE) | (high > 1 + TOLERANCE)).any(axis=-1)).any():
-        texts.append(f"Estimates below 0 or above 1: {_listed(names, bad)}.")
     if (bad := high[:, -1] - low[:, -1] > DISAGREEMENT).any():
-        texts.append(f"The triplets disagree on the balanced accuracy of {_listed(names, bad)}.")
+        listed = ", ".join(name for name, is_bad in zip(names, bad, strict=True) if is_bad)
+        texts.append(f"The triplets disagree on the balanced accuracy of {listed}.")
     gaps = rates[:, :, None, -1] - rates[:, None, :, -1]
     swapped = np.argwhere(np.triu((gaps > 0).any(axis=0) & (gaps < 0).any(axis=0)))
     if pairs := [f"{names[i]} or {names[j]}" for i, j in swapped]:
         texts.append(f"The triplets disagree on which is better: {', '.join(pairs)}.")
     return texts
-
-
-def _listed(names, chosen):
-    return ", ".join(name for name, is_chosen in zip(names, chosen, strict=True) if is_chosen)

@@ -9,9 +9,10 @@ import numpy as np
 
 from harness.config import Config, load_config
 from harness.data.hdf5 import open_hdf5, open_numbers, read_all, read_numbers
-from harness.data.mask_files import mask_files, measured_pixels, read_label, read_mask
+from harness.data.mask_files import mask_files, measured_pixels, read_label
 from harness.data.scene_files import find_scenes
 from harness.errors import UserError
+from harness.records.saved_masks import read_mask_and_label
 
 DATASETS = ("bayes", "summary")  # masks in scene files, cloud where not 0
 NAMED = (*DATASETS, "threshold")
@@ -28,17 +29,21 @@ class Mask:
     folder: Path | None = None  # of the run or of the mask files
     config: Config | None = None  # of the run
 
-    def read(self, scene, file, shape, min_sst):
+    def read(self, path, file, shape, min_sst):
         """Read the mask of a scene, and numbers that rise with the probability of cloud.
 
         Args:
-            scene: Name of the scene.
-            file: Its open file.
+            path: Scene file.
+            file: The same, open.
             shape: (H, W).
             min_sst: The threshold baseline calls colder pixels cloud [K].
 
         Returns:
             The mask, bool (H, W), True is cloud; and the numbers, float (H, W), NaN where unknown.
+
+        Raises:
+            UserError: If the scene file does not have the mask, or the mask file is that of another
+                scene file with the same name.
         """
         unknown = np.full(shape, np.nan, np.float32)
         if self.name == "threshold" and self.files is None:
@@ -46,13 +51,17 @@ class Mask:
             bt_12um = np.nan_to_num(bt_12um, posinf=0, neginf=0)  # as in the benchmark
             return bt_12um < min_sst, -bt_12um
         if self.files is None:
-            return read_label(open_numbers(file, self.name, (*shape, 1))), unknown
-        with open_hdf5(self.files[scene]) as mask_file:
-            mask = read_mask(mask_file)
-            if mask.shape != shape:
-                raise ValueError(f"its mask has shape {mask.shape}, but its scene {shape}")
+            dataset = open_numbers(file, self.name, (*shape, 1), optional=True)
+            if dataset is None:
+                raise UserError(
+                    f"{path} has no dataset '{self.name}'. Name masks that all scenes have, for "
+                    "example threshold or the folder of a run (contact_sheet.py: --masks)."
+                )
+            return read_label(dataset), unknown
+        mask, _ = read_mask_and_label(self.files[path.stem], path)
+        with open_hdf5(self.files[path.stem]) as mask_file:
             probability = open_numbers(mask_file, "probability", shape, optional=True)
-            return mask != 0, unknown if probability is None else read_all(probability)
+            return mask, unknown if probability is None else read_all(probability)
 
 
 def open_masks(names):
@@ -111,13 +120,12 @@ def common_scenes(masks, data, names):
     return {name: found[name] for name in names or common}
 
 
-def read_fields(masks, min_sst, scene, path):
+def read_fields(masks, min_sst, path):
     """Read all masks of a scene.
 
     Args:
         masks: List of Mask.
         min_sst: The threshold baseline calls colder pixels cloud [K].
-        scene: Name of the scene.
         path: Scene file.
 
     Returns:
@@ -128,7 +136,7 @@ def read_fields(masks, min_sst, scene, path):
         shape = open_numbers(file, "bts", (None, None, 3)).shape[:2]
         fields = {"measured": measured_pixels(file, shape)}
         for i, mask in enumerate(masks):
-            fields[f"mask {i}"], fields[f"score {i}"] = mask.read(scene, file, shape, min_sst)
+            fields[f"mask {i}"], fields[f"score {i}"] = mask.read(path, file, shape, min_sst)
         truth = open_numbers(file, "truth", (*shape, 1), optional=True)
         if truth is not None:
             fields["truth"] = read_all(truth)[..., 0] != 0

@@ -58,17 +58,19 @@ MEASURES = {
         "training [s]", "{:.0f}".format, "Training and validation of all epochs."
     ),
     "epochs": Measure("epochs", "{:.0f}".format, "Epochs trained."),
-    LABEL: _accuracy("accuracy", "Agreement with the label, all pixels: the science metric."),
-    "accuracy_day": _accuracy("day", "The same, scenes by day."),
-    "accuracy_night": _accuracy("night", "The same, scenes at night."),
-    "valid_balanced_accuracy": _accuracy(
-        "balanced", "Balanced accuracy against the label, pixels with data."
+    LABEL: _accuracy(
+        "accuracy (all pixels)", "Agreement with the label, all pixels: the science metric."
     ),
-    TRUTH: _accuracy("truth", "Agreement with the truth, pixels with data."),
-    "truth_day": _accuracy("truth, day", "The same, scenes by day."),
-    "truth_night": _accuracy("truth, night", "The same, scenes at night."),
+    "accuracy_day": _accuracy("day (all pixels)", "The same, scenes by day."),
+    "accuracy_night": _accuracy("night (all pixels)", "The same, scenes at night."),
+    "valid_balanced_accuracy": _accuracy(
+        "balanced (with data)", "Balanced accuracy against the label, pixels with data."
+    ),
+    TRUTH: _accuracy("truth (with data)", "Agreement with the truth, pixels with data."),
+    "truth_day": _accuracy("truth, day (with data)", "The same, scenes by day."),
+    "truth_night": _accuracy("truth, night (with data)", "The same, scenes at night."),
     "truth_balanced_accuracy": _accuracy(
-        "truth, balanced", "Balanced accuracy against the truth, pixels with data."
+        "truth, balanced (with data)", "Balanced accuracy against the truth, pixels with data."
     ),
 }
 SPEEDS = (  # over the first case: key, what it is calculated from, and 1 if more of that is better
@@ -255,13 +257,14 @@ def group_tables(groups):
         yield from one_run.table(f"Agreement with the truth by {title}", (title, *names), rows)
 
 
-def write_study(name, runs, budget, output, missing=()):
+def write_study(name, runs, budget, varied, output, missing=()):
     """Write the page and the table of the runs of a study, and return the table as text.
 
     Args:
         name: Of the study.
         runs: MeasuredRuns, of the first case first.
         budget: One line on what each run was given.
+        varied: Keys of the configuration that the runs differ in.
         output: Folder.
         missing: Names of planned runs that have not finished.
     """
@@ -308,12 +311,25 @@ def write_study(name, runs, budget, output, missing=()):
         },
     }
     report.write_page(output / PAGE, content)
-    names = ("case", "run", "seed", *(key for key in MEASURES if not key.endswith("_speed")))
-    write_csv(
-        output / RUNS, names,
-        ({"case": r.case, "run": r.run.name, "seed": _seed(r), **r.values} for r in runs),
-    )  # fmt: skip
+    rows = [csv_row(run, varied) for run in runs]
+    measures = [key for key in MEASURES if not key.endswith("_speed")]
+    groups = dict.fromkeys(key for row in rows for key in row)  # and columns that come before
+    names = dict.fromkeys(("case", "run", "seed", *varied, *measures, *groups))
+    write_csv(output / RUNS, list(names), rows)
     return table({"runs": counts, **shown})
+
+
+def csv_row(run, varied):
+    """A row of runs.csv: values of the varied keys, measures, accuracies of groups of pixels."""
+    config = run.run.results["config"]
+    row = {"case": run.case, "run": run.run.name, "seed": _seed(run)}
+    row |= {key: one_run.setting(config.get(key)) for key in varied}
+    row |= {
+        f"truth_{title}_{name}".replace(" ", "_"): accuracy
+        for title, group in run.groups.items()
+        for name, accuracy in group.items()
+    }
+    return row | run.values
 
 
 def _measure_table(title, found, keys, counts):

@@ -38,7 +38,7 @@ def score_truth(mask, scenes_folder, min_sst, scenes=None):
             if truth is None:
                 continue
             groups = {title: _groups(file, name, truth.shape) for name, title in GROUPS.items()}
-        fields = read_fields([mask], min_sst, path.stem, path)
+        fields = read_fields([mask], min_sst, path)
         cloud, truth, valid = fields["mask 0"], fields["truth"], fields["measured"]
         pixels = Pixels(cloud, truth, valid, None, None).with_data
         scores["accuracy"].append(accuracy(pixels))

@@ -8,11 +8,13 @@ text from files, and the page sets font and colour of all text.
 
 import io
 import logging
+import textwrap
 
 import numpy as np
 
 WIDTH = 4.7  # [inches]; the page scales charts to its columns
 MAX_POINTS = 300  # of a line
+MAX_NAME = 40  # characters in a line of the legend; so many are as wide as the chart
 GREY = "#7e8896"
 # Contrast with a white and with a dark page is at least 3, WCAG 2.
 SERIES = ("#2f80c9", "#c8641b", "#1f9068", "#b85c9e", "#87801a", "#7d6fd0")
@@ -84,8 +86,16 @@ def chart(
             axes.xaxis.set_minor_formatter(NullFormatter())
         entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         if len(entries) > 1:
-            figure.set_figheight(height + 0.22 * -(-len(entries) // 3))
-            figure.legend(entries.values(), entries, loc="outside upper left", ncols=3)
+            names = [textwrap.fill(name, MAX_NAME) for name in entries]
+            for n_cols in (3, 2, 1):
+                legend = figure.legend(
+                    entries.values(), names, loc="outside upper left", ncols=n_cols
+                )
+                box = legend.get_window_extent()
+                if n_cols == 1 or box.width <= figure.bbox.width:
+                    break
+                legend.remove()
+            figure.set_figheight(height + box.height / figure.dpi)
         buffer = io.StringIO()
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)

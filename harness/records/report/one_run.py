@@ -15,6 +15,7 @@ from harness.inference.scores import MEAN_SCORES, SCENE_PARTS, SCORES, compare_w
 from harness.records.report import pictures
 from harness.records.report.charts import chart
 from harness.records.results import target_text
+from harness.records.saved_masks import read_row
 from harness.records.saved_runs import MEASURES, PLACES, measures
 
 BINS = 1000  # of probability
@@ -26,10 +27,10 @@ MAX_ROWS = 1000  # of the table of scenes, and points of their chart; 1.1 kB eac
 MAX_CALIBRATED = 200  # scenes whose probabilities are read, 50 ms each
 MAX_SCENES = 21  # drawn unless all are asked for; one of 1200 x 1500 takes 0.5 to 1.1 s
 COMPARED_MASKS = ("mask", "all cloud", "threshold")  # in the order of COMPARED
-# Of long tables, which are as wide as the page; "Mask and baselines" has the others.
+# Of long tables, which are as wide as the page; "Mask and baselines" has the other baselines.
 LONG_SCORES = {
     key: score for key, score in SCORES.items()
-    if score.kind != "baseline" or not key.startswith("no_data_clear")
+    if score.kind != "baseline" or key in ("all_cloud_accuracy", "threshold_accuracy")
 }  # fmt: skip
 SCORE_COLUMNS = {score.label: score.meaning for score in LONG_SCORES.values()}
 
@@ -108,7 +109,7 @@ def describe_run(run, write_scene, data=None, all_scenes=False):
         notes.append("The run had not ended when this page was made, or it was killed.")
     masks, rows = mask_files(run.folder), run.scenes
     if masks and not rows:  # the run was stopped before it wrote scenes.csv
-        rows = [pictures.read_row(path) for path in masks.values()]
+        rows = [read_row(path) for path in masks.values()]
         masked = counted(len(rows), "mask")
         notes.append(f"Inference did not finish: scores are those of the {masked} so far.")
     # A run that was stopped has them in the rows alone.
@@ -269,7 +270,7 @@ def facts(run):
             training, scenes_train="scene", patches_train="patch", epochs_run="epoch"
         ),
         "Best epoch": training.get("best_epoch"),
-        "Target": training.get("target_accuracy") and target_text(training),
+        "Target": training.get("target_accuracy") and target_text(training, config),
         "Validation": numbers(training, scenes_test="scene", patches_test="patch"),
         "Inference": numbers(results["inference"], scenes="scene"),
         "Precision": config.get("precision"),
@@ -439,7 +440,8 @@ def scene_chart(rows):
     ]  # fmt: skip
     if not known:
         return []
-    note = "A mask above the dotted line is better than calling every pixel cloud."
+    note = "Above the dotted line a mask agrees more often than one that is all cloud, which "
+    note += "would leave no surface to measure. Balanced accuracy counts both classes alike."
     if len(known) > MAX_ROWS:
         note += f" {MAX_ROWS} of {len(known)} scenes, evenly spaced."
         known = evenly_spaced(known, MAX_ROWS)
@@ -495,7 +497,7 @@ def calibration(pairs, problems):
             f"probability and share of cloud: {error:.3f}.",
         ),
         chart(
-            "ROC curve", "false positive rate", "true positive rate",
+            "ROC curve", "false alarm rate", "hit rate",
             {"network": (false_alarms, hits)}, diagonal="chance", height=3.2,
             note=f"Area under the curve: {area:.3f}.",
         ),

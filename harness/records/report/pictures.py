@@ -15,13 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.data.hdf5 import open_hdf5, open_numbers, read_all, read_attribute, read_numbers
-from harness.data.mask_files import measured_pixels, read_label, read_mask, read_valid
+from harness.data.hdf5 import open_hdf5, open_numbers, read_all, read_numbers
+from harness.data.mask_files import measured_pixels, read_valid
 from harness.data.positions import read_positions
 from harness.data.scene_files import walk_scenes
-from harness.errors import UserError
 from harness.files import replacing
-from harness.records.saved_runs import clean_row
+from harness.records.saved_masks import read_mask_and_label
 
 CLEAR, CLOUD = (8, 48, 107), (255, 255, 255)  # of a mask
 DIFFERENCES = {  # in this order in `draw`; the contrast of neighbours is at least 3, WCAG 2
@@ -92,44 +91,6 @@ class Picture:
 def scenes_by_name(folder):
     """Scene files below a folder, or in a list, by name of scene; empty if there are none."""
     return {path.stem: path for path in walk_scenes(folder)} if Path(folder).exists() else {}
-
-
-def read_row(mask_path):
-    """Read the row of scenes.csv in a mask file, see `clean_row`; empty if there is none."""
-    with open_hdf5(mask_path) as file:
-        return clean_row(dict(json.loads(read_attribute(file, "row", "{}"))))
-
-
-def read_mask_and_label(mask_path, scene_path):
-    """Read a mask and the label of its scene, and check that it is the scene that was masked.
-
-    The accuracy that the mask file records identifies it; a scene without a label, its size.
-
-    Returns:
-        Mask and Bayesian mask, bool (H, W), the latter None if the scene has none.
-
-    Raises:
-        UserError: If it is another scene, or a file is damaged.
-    """
-    row = read_row(mask_path)
-    with open_hdf5(mask_path) as file:
-        mask = read_mask(file) != 0
-        is_cleared = read_attribute(file, "no_data", "network") == "clear"
-        size = int(read_attribute(file, "scene_bytes", -1))
-    with open_hdf5(scene_path) as file:
-        label = open_numbers(file, "bayes", (*mask.shape, None), optional=True)
-        label = None if label is None else read_label(label)
-    accuracy = row.get("no_data_clear_accuracy" if is_cleared else "accuracy", np.nan)
-    if label is not None and np.isfinite(accuracy):
-        is_same = abs(np.mean(mask == label) - accuracy) < 1e-6
-    else:
-        is_same = size in (-1, scene_path.stat().st_size)
-    if not is_same:
-        raise UserError(
-            f"{scene_path} is not the file that was masked. Name the folder of the masked files "
-            "with --data."
-        )
-    return mask, label
 
 
 def read_masked_scene(mask_path, scene_path):

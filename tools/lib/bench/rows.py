@@ -99,7 +99,7 @@ def is_wanted(name, only):
 
 def text_table(rows):
     """Format rows as text."""
-    columns = {title: {} for title in ("unit", "value", "min - max", "ratio", "to", "limit")}
+    columns = {title: {} for title in ("unit", "value", "min - max", "better", "than", "limit")}
     for row in rows:
         group = row.name.partition("/")[0] + "/"  # not repeated in the name of the baseline
         cells = (

@@ -4,7 +4,9 @@ Label and missing columns: the Bayesian masks of the 100 `ssts` scenes, publishe
 mlcommons-cloudmask/mlcommons, benchmarks/cloudmask/target/analysis/images/masks-output.png.
 Spectra: a VIIRS granule with the nine equivalent bands, 28 to 33 degrees south, by day. Label
 against truth: what is reported of such masks against lidar and experts (ATSR-2: Merchant et al.
-2005; SEVIRI: Mackie et al. 2010; SLSTR near the poles: validation with CALIOP).
+2005; SEVIRI: Mackie et al. 2010; SLSTR near the poles: random forests that learn from CALIOP, in
+the unpublished repository caliop-slstr-cloud-mask). SLSTR's own mask is worse there, see
+docs/science.md.
 
 The ranges are for about 100 scenes; shares of cloud of fewer scenes vary more.
 """
