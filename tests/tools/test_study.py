@@ -202,6 +202,7 @@ def test_option_set_fills_an_empty_set(write, tmp_path):
     [
         ("demo", {"network": "unet", "inference_mode": "patches"}),
         ("real", {"network": "unet", "inference_mode": "patches"}),
+        ("full", {"network": "unet"}),
         ("networks", {"network": "unet"}),
         ("labels", {"network": "stem_2x2", "loss": "cross_entropy"}),
     ],
