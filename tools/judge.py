@@ -306,9 +306,10 @@ def main(argv=None):
     add("--consistency", type=positive, metavar="N", help="mask N scenes shifted and flipped")
     arguments = parser.parse_args(argv)
     matchups.check_matchup_arguments(parser, arguments)
-    of_matchups = arguments.geodetic, arguments.minutes, arguments.column, arguments.celsius
-    if any(of_matchups) and not arguments.matchups:
-        parser.error("--geodetic, --minutes, --column and --celsius need --matchups TABLE")
+    names = "geodetic", "minutes", "min_sst", "column", "celsius"
+    if not arguments.matchups and any(getattr(arguments, name) for name in names):
+        options = ", ".join(f"--{name}".replace("_", "-") for name in names)
+        parser.error(f"{options} need --matchups TABLE")
     log_to_screen(arguments.verbose)
     return exit_status(lambda: judge(arguments), arguments.verbose)
 

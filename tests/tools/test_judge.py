@@ -320,7 +320,8 @@ def test_mistakes_are_one_line(world, monkeypatch, capsys, masks, reason):
 
 
 def test_options_of_match_ups_without_their_table_are_usage_errors(capsys):
-    for option in (["--geodetic", "x"], ["--minutes", "1"], ["--celsius", "buoy_sst"]):
+    values = {"geodetic": "x", "minutes": "1", "min-sst": "271", "celsius": "buoy_sst"}
+    for option in ([f"--{name}", value] for name, value in values.items()):
         with pytest.raises(SystemExit, match="2"):
             judge.main(["run", "bayes", *option])
         assert "need --matchups TABLE" in capsys.readouterr().err
