@@ -24,10 +24,9 @@ from PIL import Image, ImageDraw
 from harness.config import Config
 from harness.console import log_to_screen
 from harness.data.hdf5 import open_hdf5, open_numbers, read_numbers
-from harness.data.scene_files import day_or_night
+from harness.data.scene_files import day_or_night, short_name
 from harness.errors import UserError
 from harness.files import replacing
-from harness.records.report.one_run import short_name
 from tools.lib.masks import common_scenes, open_masks, read_fields
 from tools.lib.options import command_parser, positive
 

@@ -149,3 +149,9 @@ def product_times(name):
         )
     except ValueError:  # no such date
         return None
+
+
+def short_name(scene):
+    """Satellite and start of a scene named as a product; any other name as it is."""
+    times = product_times(scene)
+    return f"{PRODUCT_NAME.match(scene)[1]} {times[0]:%Y-%m-%d %H:%M}" if times else scene

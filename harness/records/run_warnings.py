@@ -65,9 +65,8 @@ def mask_warnings(cloud_fractions, means, is_trained=True):
         is_trained: Whether the run trained the network, so that advice on training is of use.
     """
     advice = f" {ADVICE}" if is_trained else ""
-    compared = {
-        what: values for what, values in compare_with_baselines(means).items() if COMPARED[what][1]
-    }
+    rows = compare_with_baselines(means)
+    compared = {what: values for what, values in rows.items() if COMPARED[what][1]}
     worse = [
         f"{what} {mask:.4f}, best baseline {max(baselines):.4f}"
         for what, (mask, *baselines) in compared.items()
@@ -83,7 +82,7 @@ def mask_warnings(cloud_fractions, means, is_trained=True):
     found = []
     if worse:
         found.append(f"The masks are no better than a baseline: {'; '.join(worse)}.{advice}")
-    balanced, _, threshold = compare_with_baselines(means)["balanced, pixels with data"]
+    balanced, _, threshold = rows["balanced, pixels with data"]
     if _is_no_better(balanced, threshold):
         found.append(
             f"The balanced accuracy of pixels with data, {balanced:.4f}, is not above that of the "

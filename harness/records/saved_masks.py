@@ -13,7 +13,11 @@ from harness.records.saved_runs import clean_row
 def read_row(mask_path):
     """Read the row of scenes.csv in a mask file, see `clean_row`; empty if there is none."""
     with open_hdf5(mask_path) as file:
-        return clean_row(dict(json.loads(read_attribute(file, "row", "{}"))))
+        return _row_of(file)
+
+
+def _row_of(file):
+    return clean_row(dict(json.loads(read_attribute(file, "row", "{}"))))
 
 
 def read_mask_and_label(mask_path, scene_path):
@@ -28,8 +32,8 @@ def read_mask_and_label(mask_path, scene_path):
     Raises:
         UserError: If it is another scene, or a file is damaged.
     """
-    row = read_row(mask_path)
     with open_hdf5(mask_path) as file:
+        row = _row_of(file)
         mask = read_mask(file) != 0
         is_cleared = read_attribute(file, "no_data", "network") == "clear"
         size = int(read_attribute(file, "scene_bytes", -1))

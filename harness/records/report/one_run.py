@@ -9,7 +9,7 @@ import numpy as np
 from harness.config import Config, load_config
 from harness.console import counted, format_bytes, format_duration, progress
 from harness.data.mask_files import mask_files
-from harness.data.scene_files import PRODUCT_NAME, product_times
+from harness.data.scene_files import short_name
 from harness.errors import UserError
 from harness.inference.scores import MEAN_SCORES, SCENE_PARTS, SCORES, compare_with_baselines
 from harness.records.report import pictures
@@ -382,12 +382,6 @@ def show_seconds(s):
 def score_cells(values):
     """Cells of a table row with LONG_SCORES."""
     return [cell(values.get(key), score.show) for key, score in LONG_SCORES.items()]
-
-
-def short_name(scene):
-    """Satellite and start of a scene named as a product; any other name as it is."""
-    times = product_times(scene)
-    return f"{PRODUCT_NAME.match(scene)[1]} {times[0]:%Y-%m-%d %H:%M}" if times else scene
 
 
 def scene_rows(rows, drawn):
